@@ -1,0 +1,57 @@
+"""sparsekit: train vision models to exact zeros, cut the zeros out, and measure the speed-up in ONNX Runtime."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsekit.analysis import find_groups
+    from sparsekit.artifact import load, save
+    from sparsekit.export import export_onnx
+    from sparsekit.latency import compare_latency
+    from sparsekit.masks import keep_masks
+    from sparsekit.plan import PrunePlan, make_plan
+    from sparsekit.sparsifier import Sparsifier
+    from sparsekit.surgery import apply_plan, verify_cut
+
+__version__ = version("sparsekit")
+__all__ = [
+    "PrunePlan",
+    "Sparsifier",
+    "apply_plan",
+    "compare_latency",
+    "export_onnx",
+    "find_groups",
+    "keep_masks",
+    "load",
+    "make_plan",
+    "save",
+    "verify_cut",
+]
+
+# Imported on first use (PEP 562), so that `sparsekit --help` does not wait for torch.
+_HOMES = {
+    "PrunePlan": "plan",
+    "Sparsifier": "sparsifier",
+    "apply_plan": "surgery",
+    "compare_latency": "latency",
+    "export_onnx": "export",
+    "find_groups": "analysis",
+    "keep_masks": "masks",
+    "load": "artifact",
+    "make_plan": "plan",
+    "save": "artifact",
+    "verify_cut": "surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sparsekit' has no attribute {name!r}")
+    return getattr(import_module(f"sparsekit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

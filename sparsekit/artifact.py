@@ -1,0 +1,255 @@
+"""`save` and `load`: a pruned model as safetensors and JSON, without pickle.
+
+An artifact is a folder of two files. `model.safetensors` holds every tensor by its state-dict name.
+`structure.json` holds what is needed to build the module that the tensors fit:
+
+    format       "sparsekit/1"
+    source       {"timm": name, "args": {...}} or {"factory": "package.module.Class"} (a note for the reader)
+    attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
+    tensors      name -> [dtype, shape]
+    sha256       of model.safetensors
+    plan         what was cut, as PrunePlan.to_json gives it, or null
+    info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
+    versions     of sparsekit, torch and timm
+
+Loading builds the dense model again, gives every tensor the recorded shape, sets the attributes and fills in the
+numbers; the plan is not needed for it, so a model that was cut twice loads like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import FileError, InputError, VerificationError
+from sparsekit.files import atomic_path, write_json
+from sparsekit.modes import evaluating
+from sparsekit.plan import PrunePlan
+
+FORMAT = "sparsekit/1"
+Factory = Callable[[], nn.Module]
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    model_name: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    factory: Factory | None = None,
+    plan: PrunePlan | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `model` to the folder `path` (created or replaced), atomically file by file; returns the folder.
+
+    A timm model needs nothing more if its name and class count say how to build it; with other arguments
+    (image size, custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module
+    needs `factory`, a function without arguments that builds the dense model; `load` is then given the same one.
+    The dense model is built once to check that the artifact can be loaded. Raises InputError if it cannot be
+    built or its tensors have other names than the model's.
+    """
+    path = Path(path)
+    state = _unshared(model.state_dict())
+    source, build = _source(model, model_name, model_args, factory)
+    fresh = _build(build)
+    structure = {
+        "format": FORMAT,
+        "source": source,
+        "attributes": _changed_attributes(fresh, model),
+        "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.items()},
+        "plan": plan.to_json() if plan else None,
+        "info": dict(info or {}),
+        "versions": {name: version(name) for name in ("sparsekit", "torch", "timm")},
+    }
+    _shape_like_(fresh, structure)  # raises if the dense model cannot take the tensors
+    if path.exists() and not path.is_dir():
+        raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
+    with atomic_path(path / "model.safetensors") as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+        structure["sha256"] = _sha256(temporary)
+    write_json(path / "structure.json", structure)
+    return path
+
+
+def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
+    """The model an artifact holds, on the CPU, in eval mode, with equal logits. Nothing is unpickled.
+
+    `factory` builds the dense model if it is not timm's. The caller's random state does not move. Raises
+    FileError if the folder is no artifact, is damaged, was written by a newer format, or does not fit the model.
+    """
+    path = Path(path)
+    structure = read_structure(path)
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        raise FileError(f"{path} has no model.safetensors; the artifact is incomplete, copy the whole folder")
+    if _sha256(weights) != structure["sha256"]:
+        raise FileError(
+            f"{weights} does not have the hash that structure.json records: it is damaged or replaced"
+        )
+    source = structure["source"]
+    if "timm" in source:
+        model = _build(_timm_factory(source["timm"], source["args"]))
+    elif factory is not None:
+        model = _build(factory)
+    else:
+        raise FileError(
+            f"{path} holds a {source['factory']}, which is not a timm model; pass load(..., factory=...), "
+            "a function without arguments that builds the dense model"
+        )
+    try:
+        _shape_like_(model, structure)
+        model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
+    except (InputError, RuntimeError, safetensors.SafetensorError) as error:
+        raise FileError(f"{path} does not fit {source}: {error}") from error
+    return model.eval()
+
+
+def read_structure(path: str | Path) -> dict[str, Any]:
+    """The content of an artifact's structure.json. Raises FileError if `path` is no artifact."""
+    file = Path(path) / "structure.json"
+    try:
+        structure = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path} is no sparsekit artifact: it has no structure.json") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file} cannot be read: {error}") from error
+    missing = [key for key in ("format", "source", "attributes", "tensors", "sha256") if key not in structure]
+    if structure.get("format") != FORMAT or missing:
+        raise FileError(
+            f"{file} has format {structure.get('format')!r} and lacks {missing or 'nothing'}; this version of "
+            f"sparsekit reads {FORMAT!r}"
+        )
+    return dict(structure)
+
+
+def check_round_trip(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Tensor,
+    *,
+    factory: Factory | None = None,
+    tolerance: float = 1e-5,
+) -> float:
+    """Load the artifact and compare logits with the model it was saved from; the largest absolute difference.
+
+    Raises VerificationError if it exceeds `tolerance` times the largest logit.
+    """
+    loaded = load(path, factory=factory).to(inputs.device)
+    with evaluating(model):
+        expected, found = model(inputs), loaded(inputs)
+    difference = float((expected - found).abs().max())
+    if not difference <= tolerance * float(expected.abs().max()):
+        raise VerificationError(
+            f"the artifact {path} gives other logits than the model: off by {difference:.3g}"
+        )
+    return difference
+
+
+def _source(
+    model: nn.Module, name: str | None, args: Mapping[str, Any] | None, factory: Factory | None
+) -> tuple[dict[str, Any], Factory]:
+    if factory is not None:
+        return {"factory": f"{type(model).__module__}.{type(model).__qualname__}"}, factory
+    if name is None:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        name = config.get("architecture")
+        args = args or {"num_classes": getattr(model, "num_classes", None)}
+        if not name or args.get("num_classes", 0) is None:
+            raise InputError(
+                f"cannot tell how to build {type(model).__name__} again; pass save(..., model_name=, model_args=) "
+                "for a timm model or save(..., factory=) for your own"
+            )
+    args = dict(args or {})
+    return {"timm": name, "args": args}, _timm_factory(name, args)
+
+
+def _timm_factory(name: str, args: Mapping[str, Any]) -> Factory:
+    def build() -> nn.Module:
+        import timm
+
+        try:
+            model: nn.Module = timm.create_model(name, pretrained=False, **args)
+        except Exception as error:
+            raise FileError(f"timm cannot build {name!r} with {dict(args)}: {error}") from error
+        return model
+
+    return build
+
+
+def _build(factory: Factory) -> nn.Module:
+    with torch.random.fork_rng():
+        return factory().cpu()
+
+
+def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors ready for safetensors: on the CPU, contiguous, no two of them in the same memory."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Plain public attributes in which the model's modules differ from the fresh ones, by module name."""
+    built = dict(fresh.named_modules())
+    changed: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        reference = vars(built[name]) if name in built else {}
+        for key, value in vars(module).items():
+            if key.startswith("_") or key == "training" or key not in reference or not _plain(value):
+                continue
+            if reference[key] != value:
+                changed.setdefault(name, {})[key] = list(value) if isinstance(value, tuple) else value
+    return changed
+
+
+def _shape_like_(model: nn.Module, structure: Mapping[str, Any]) -> None:
+    """Give every tensor of `model` the recorded shape and dtype, and every module its recorded attributes."""
+    recorded: dict[str, tuple[str, list[int]]] = {
+        name: (d, s) for name, (d, s) in structure["tensors"].items()
+    }
+    missing = sorted(set(model.state_dict()) - set(recorded))
+    if missing:
+        raise InputError(f"tensors of the dense model are not in the artifact: {', '.join(missing[:5])}")
+    for name, (dtype_name, shape) in recorded.items():
+        owner_name, _, key = name.rpartition(".")
+        dtype = getattr(torch, dtype_name, None)
+        try:
+            owner = model.get_submodule(owner_name)
+            old = getattr(owner, key)
+        except AttributeError:
+            raise InputError(f"the dense model has no {name}") from None
+        if old is None and key != "bias":  # a folded constant is the one thing a cut adds
+            raise InputError(f"the dense model has no {name}")
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"{name} has the unknown dtype {dtype_name!r}")
+        if old is not None and list(old.shape) == shape and old.dtype == dtype:
+            continue
+        empty = torch.empty(shape, dtype=dtype)
+        is_parameter = old is None or isinstance(old, nn.Parameter)
+        setattr(owner, key, nn.Parameter(empty) if is_parameter else empty)
+    for name, attributes in structure["attributes"].items():
+        module = model.get_submodule(name)
+        for key, value in attributes.items():
+            reference = getattr(module, key)
+            setattr(module, key, tuple(value) if isinstance(reference, tuple) else value)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,334 @@
+"""The command line: parse, call, print, exit code.
+
+Exit codes: 0 done; 2 the input is wrong; 1 a failure of sparsekit or of the machine; 130 interrupted.
+Results go to stdout, progress and errors to stderr. Whatever is slow to import is imported inside a command,
+so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+
+import typer
+
+from sparsekit.errors import FileError, InputError, SparsekitError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from sparsekit.latency import LatencyComparison
+    from sparsekit.recipe import Recipe
+
+__all__ = ["main"]
+
+_Arguments = ParamSpec("_Arguments")
+
+_app = typer.Typer(
+    name="sparsekit",
+    help="Train vision models to exact zeros, cut the zeros out, and measure the speed-up in ONNX Runtime.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH.TO.KEY=VALUE", help="Override a key of the recipe; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line and exit the process."""
+    _app()
+
+
+# ------------------------------------------------------------------------------ from exceptions to exit codes
+
+
+def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Let `command` end in an exit code and, where it fails, in a message on stderr."""
+
+    @functools.wraps(command)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            # Here, because at the end of the process a reader that went away can no longer be handled.
+            sys.stdout.flush()
+        except SparsekitError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(_how_to_go_on(command.__name__), 130, word="interrupted")
+        except BrokenPipeError:
+            _settle_stdout()  # the reader (`| head`) has what it wanted
+            raise typer.Exit(1) from None
+        except OSError as error:
+            _settle_stdout()
+            where = f": {error.filename}" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}", 1)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            _fail_as_bug(error)
+
+    return run
+
+
+def _settle_stdout() -> None:
+    """Throw away what stdout does not take: Python flushes it once more at its end, and would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(message: str, code: int, word: str = "error") -> NoReturn:
+    """Print each line of `message`, one problem each, and exit."""
+    for line in message.splitlines():
+        typer.echo(f"{word}: {line}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _fail_as_bug(error: Exception) -> NoReturn:
+    import traceback
+
+    typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    _fail(
+        f"{type(error).__name__} that sparsekit did not expect: a bug of ours, please report the lines above",
+        1,
+    )
+
+
+def _how_to_go_on(command: str) -> str:
+    if command != "prune":
+        return "nothing was finished"
+    import shlex
+
+    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return f"go on with: {shlex.join(['sparsekit', *again, '--resume'])}"
+
+
+# ----------------------------------------------------------------------------------------------- the commands
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from sparsekit import __version__
+
+        typer.echo(f"sparsekit {__version__}")
+        raise typer.Exit
+
+
+@_app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@_app.command()
+@_reported
+def prune(
+    recipe: RecipePath,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Run directory. Default: the recipe's output, else runs/<name of the recipe>."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Run a recipe: train, sparsify, cut, fine-tune, export, measure."""
+    from sparsekit.recipe import default_output, load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = output or loaded.output or default_output(recipe)
+    from sparsekit import pipeline
+    from sparsekit.report import terminal_table
+
+    report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
+    _console().print(terminal_table(report, directory))
+
+
+@_app.command()
+@_reported
+def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check a recipe, its model and its data.
+
+    All mistakes of the recipe are shown at once. Nothing is trained.
+    """
+    from sparsekit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from sparsekit import pipeline
+
+    problems = pipeline.check_inputs(loaded)
+    if problems:
+        raise InputError("\n".join(problems))
+    typer.echo(_summary(recipe, loaded))
+
+
+@_app.command()
+@_reported
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A timm model name, or a recipe.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Show the channel groups of a model.
+
+    For each group its layers and channels, and, where it cannot be cut, why.
+    """
+    recipe = None
+    if Path(model).suffix in (".yaml", ".yml"):
+        from sparsekit.recipe import load_recipe
+
+        recipe = load_recipe(Path(model))
+    from sparsekit import pipeline
+
+    name = recipe.model.name if recipe else model
+    inspection = pipeline.inspect_model(name, image_size=image_size, recipe=recipe)
+    if json:
+        _print_json(inspection.to_json())
+    else:
+        _console().print(inspection.table())
+
+
+@_app.command()
+@_reported
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx ...]", help="Files to compare.")],
+    threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch of files that leave it open.")] = None,
+    rounds: Annotated[int, typer.Option(min=10, help="Timed runs of each file.")] = 100,
+    json: AsJson = False,
+) -> None:
+    """Measure ONNX files against the first.
+
+    All run interleaved in one process; the speed-up comes with an interval.
+    """
+    from sparsekit.latency import compare_latency
+
+    with _console(stderr=True).status("measuring"):
+        comparison = compare_latency(files, threads=threads, batch=batch, rounds=rounds)
+    if json:
+        _print_json(comparison.to_json())
+    else:
+        _console().print(_latency_table(comparison))
+
+
+@_app.command()
+@_reported
+def export(
+    source: Annotated[Path, typer.Argument(metavar="DIR|RUN", help="An artifact or a run directory.")],
+    output: Annotated[Path | None, typer.Option(help="The ONNX file to write.")] = None,
+    opset: Annotated[int | None, typer.Option(min=13, help="ONNX opset.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Batch of the graph.")] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch dimension open.")
+    ] = False,
+) -> None:
+    """Write the pruned model as ONNX again."""
+    from sparsekit import pipeline
+
+    written = pipeline.export_again(
+        source, output=output, opset=opset, batch_size=batch_size, dynamic_batch=dynamic_batch
+    )
+    typer.echo(str(written))
+
+
+@_app.command()
+@_reported
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Write and show the report of a run again."""
+    from sparsekit import pipeline
+    from sparsekit.report import terminal_table
+
+    _console().print(terminal_table(pipeline.report_again(run), run))
+
+
+@_app.command()
+@_reported
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from importlib.resources import files
+
+    from sparsekit.files import write_text
+
+    if path.is_dir():
+        raise FileError(
+            f"{path} must be a file to write, got a directory; name a file in it, such as recipe.yaml"
+        )
+    if path.exists() and not force:
+        raise FileError(f"{path} is already there; name another file, or replace it with --force")
+    write_text(path, (files("sparsekit") / "recipe_template.yaml").read_text(encoding="utf-8"))
+    typer.echo(f"wrote {path}; run it with: sparsekit prune {path}")
+
+
+# --------------------------------------------------------------------------------------------------- printing
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _summary(path: Path, recipe: Recipe) -> str:
+    model, data = recipe.model, recipe.data
+    weights = "pretrained" if model.pretrained else model.checkpoint or "from scratch"
+    where = f" in {data.root}" if data.root else ""
+    phases = (("dense", recipe.dense), ("sparsify", recipe.sparsify), ("finetune", recipe.finetune))
+    return "\n".join(
+        [
+            f"{path}: ok",
+            f"  model   {model.name}, {weights}",
+            f"  data    {data.name}{where}",
+            f"  epochs  {', '.join(f'{name} {phase.epochs}' for name, phase in phases)}",
+        ]
+    )
+
+
+def _latency_table(comparison: LatencyComparison) -> RenderableType:
+    """One row a file; under it what the figures are worth."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    table.add_column("file", overflow="fold")
+    for column in ("median ms", "p10 to p90 ms", "speed-up", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for latency, speedup in zip(comparison.latencies, (None, *comparison.speedups), strict=True):
+        table.add_row(
+            Text(latency.path),
+            f"{latency.median_ms:.3f}",
+            f"{latency.p10_ms:.3f} to {latency.p90_ms:.3f}",
+            f"{speedup.value:.2f}" if speedup else "1",
+            f"{speedup.low:.2f} to {speedup.high:.2f}" if speedup else "",
+        )
+    null = comparison.null
+    lines = [
+        f"batch {comparison.batch}, threads {comparison.threads}, rounds {comparison.rounds}",
+        f"null (the first file against itself): {null.value:.3f}, {null.low:.3f} to {null.high:.3f}",
+    ]
+    if not comparison.trustworthy:
+        lines.append(f"not trustworthy: {comparison.reason}")
+    return Group(table, Text("\n".join(lines)))

@@ -1,0 +1,104 @@
+"""MACs and parameters: of a model as it is, and of what a set of keep-masks would leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekit.groups import ChannelGroups, LayerCost
+from sparsekit.modes import evaluating
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward pass on the example, divided by its batch size (FLOPs / 2).
+
+    Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
+    Runs in eval mode without gradients; the model keeps its training flags.
+    """
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*example_inputs)
+    return int(counter.get_total_flops() // 2 // example_inputs[0].shape[0])
+
+
+def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, ...]:
+    """Cost of every convolution and linear layer, observed in one forward pass at the example's shapes."""
+    positions: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(module, nn.Linear):
+            count = out.numel() // weight.shape[0]
+        else:
+            mapped = args[0] if isinstance(module, _TRANSPOSED) else out
+            count = prod(mapped.shape[2:]) * mapped.shape[0]
+        key = f"{name}.weight" if name else "weight"
+        positions[key] = positions.get(key, 0) + count // example_inputs[0].shape[0]
+        shapes[key] = tuple(weight.shape)
+
+    hooks = [
+        module.register_forward_hook(lambda m, args, out, name=name: record(name, m, args, out))
+        for name, module in model.named_modules()
+        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+    ]
+    try:
+        with evaluating(model):
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
+
+
+@dataclass(frozen=True)
+class CostShare:
+    """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels."""
+
+    macs: float
+    params: float
+    channels: float
+
+
+def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
+    """Share of MACs, parameters and free channels that the keep-masks (True = keep) would leave.
+
+    MACs are those of convolutions and linear layers: products between activations (attention scores) depend on
+    no weight and are left out.
+    """
+    kept_counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    removed: dict[tuple[str, int], int] = {}
+    for group in groups.free:
+        gone = group.n_channels - kept_counts.get(group.name, group.n_channels)
+        for member in group.members if gone else ():
+            key = (member.tensor, member.dim)
+            removed[key] = removed.get(key, 0) + gone * member.repeat
+
+    def left(tensor: str, shape: tuple[int, ...]) -> int:
+        return prod(size - removed.get((tensor, dim), 0) for dim, size in enumerate(shape))
+
+    dense_macs = sum(layer.macs for layer in groups.layers)
+    macs = sum(left(layer.weight, layer.shape) * layer.positions for layer in groups.layers)
+    dense_params = sum(prod(groups.tensor_shapes[name]) for name in groups.parameters)
+    params = sum(left(name, groups.tensor_shapes[name]) for name in groups.parameters)
+    channels = sum(group.n_channels for group in groups.free)
+    gone_channels = sum(
+        group.n_channels - kept_counts.get(group.name, group.n_channels) for group in groups.free
+    )
+    return CostShare(
+        macs=macs / dense_macs if dense_macs else 1.0,
+        params=params / dense_params if dense_params else 1.0,
+        channels=1 - gone_channels / channels if channels else 1.0,
+    )

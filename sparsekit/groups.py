@@ -1,0 +1,108 @@
+"""What can be cut: coupled channels as plain data, by tensor name and index, never by module object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["producer", "norm", "depthwise", "consumer"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a group and the positions along one of its dimensions that the group's channels own.
+
+    Channel `c` owns `positions[c * repeat : (c + 1) * repeat]` along dimension `dim` of the state-dict entry
+    `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer behind a flatten.
+
+    Roles: "producer" (output side: rows and bias), "norm" (scale, shift and running statistics), "depthwise"
+    (one filter a channel, passed through), "consumer" (input side of the next layer: columns).
+    `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
+    producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
+    """
+
+    tensor: str
+    dim: int
+    positions: tuple[int, ...]
+    repeat: int
+    role: Role
+    penalised: bool = False
+    norm: str | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels coupled across layers: removing one removes it from every member.
+
+    `n_channels` counts what can go on its own; where several indices of a layer can only go together (a chunk
+    multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed.
+    """
+
+    name: str
+    n_channels: int
+    members: tuple[Member, ...]
+    frozen: str = ""
+
+    def of_role(self, role: Role) -> tuple[Member, ...]:
+        """The members with this role, in model order."""
+        return tuple(member for member in self.members if member.role == role)
+
+    @property
+    def penalised(self) -> tuple[Member, ...]:
+        """The members a penalty shrinks. All of them zero makes the channel exactly zero for every consumer."""
+        return tuple(member for member in self.members if member.penalised)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """MACs of one layer: elements of its weight times the positions the weight is applied at (batch 1)."""
+
+    weight: str
+    shape: tuple[int, ...]
+    positions: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass at batch 1."""
+        n = self.positions
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """Everything `find_groups` learned about a model, as plain data. Iterates over its groups.
+
+    `input_shapes` are those of the example inputs; `layers` has a cost for every convolution and linear layer;
+    `tensor_shapes` has the shape of every state-dict entry, `parameters` the names of those that are trained.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    layers: tuple[LayerCost, ...] = ()
+    tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def free(self) -> tuple[ChannelGroup, ...]:
+        """The groups that may be cut."""
+        return tuple(group for group in self.groups if not group.frozen)
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)

@@ -1,0 +1,168 @@
+"""Which channels stay: keep-masks from exact zeros, from a threshold, from a gap, or from a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.complexity import kept_share
+from sparsekit.errors import InputError
+from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.scores import channel_scores, zero_channels
+
+Method = Literal["auto", "zeros", "threshold", "gap", "budget"]
+Quantity = Literal["macs", "params", "channels"]
+Masks = dict[str, Tensor]
+
+# A gap in the sorted log-norms counts as one when it spans half a decade and splits off a sensible share.
+_SMALLEST_GAP_DECADES = 0.5
+_GAP_REMOVES = (0.01, 0.95)
+
+
+def keep_masks(
+    model: nn.Module,
+    groups: ChannelGroups,
+    *,
+    method: Method = "auto",
+    threshold: float | None = None,
+    relative: bool = True,
+    target: Mapping[Quantity, float] | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+) -> Masks:
+    """Keep-mask (bool (n_channels,), True = keep) for every free group.
+
+    "zeros" removes channels whose penalised weights are all exactly 0. "threshold" removes those with a score
+    below `threshold` (times the group's largest score if `relative`). "gap" removes what lies below the largest
+    gap in the log-scores, if it spans half a decade. "budget" removes the lowest scores (each divided by its
+    group's mean) until at most the share `target`, for example {"macs": 0.5}, is left. "auto" takes exact zeros,
+    then lowers what is left to `target` if one is given; without zeros and target it takes the gap.
+
+    The number kept is rounded up to a multiple of `round_to`, the best of the removed coming back, and never
+    falls below `min_channels` (or the group's size). Raises InputError for a target out of reach.
+    """
+    scores = channel_scores(model, groups)
+    zeros = zero_channels(model, groups)
+    # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
+    ranks = {name: torch.where(zeros[name], -1.0, score) for name, score in scores.items()}
+
+    def finish(masks: Masks) -> Masks:
+        return {g.name: round_up(masks[g.name], ranks[g.name], round_to, min_channels) for g in groups.free}
+
+    without_zeros = finish({name: ~dead for name, dead in zeros.items()})
+    if method == "zeros":
+        return without_zeros
+    if method == "threshold":
+        if threshold is None:
+            raise InputError("the mask method 'threshold' needs a threshold >= 0, got none")
+        return finish(_above(ranks, threshold, relative))
+    if method == "gap":
+        return finish(_above_gap(ranks))
+    if method == "budget" and not target:
+        raise InputError("the mask method 'budget' needs a target such as {'macs': 0.5}, got none")
+    if target:
+        return _within_budget(groups, ranks, target, finish, without_zeros if method == "auto" else None)
+    return without_zeros if any(bool(dead.any()) for dead in zeros.values()) else finish(_above_gap(ranks))
+
+
+def round_up(mask: Tensor, ranks: Tensor, multiple: int, min_channels: int) -> Tensor:
+    """Keep as many more of the best-ranked channels as it takes to reach a multiple and the minimum.
+
+    Channels between two multiples cost nothing in ONNX Runtime, so they are given back rather than wasted.
+    """
+    n = mask.numel()
+    wanted = max(int(mask.sum()), min(min_channels, n), 1)
+    wanted = min(-(-wanted // multiple) * multiple, n)
+    order = torch.where(mask, torch.inf, ranks).argsort(descending=True, stable=True)
+    rounded = torch.zeros_like(mask)
+    rounded[order[:wanted]] = True
+    return rounded
+
+
+def _above(ranks: Masks, threshold: float, relative: bool) -> Masks:
+    return {
+        name: rank >= (threshold * float(rank.max().clamp_min(0)) if relative else threshold)
+        for name, rank in ranks.items()
+    }
+
+
+def _normalised(ranks: Masks) -> Masks:
+    """Scores divided by their group's mean over live channels, so that groups can be ranked together."""
+    return {
+        name: rank / rank[rank > 0].mean() if bool((rank > 0).any()) else rank for name, rank in ranks.items()
+    }
+
+
+def _above_gap(ranks: Masks) -> Masks:
+    """Everything above the widest gap in the sorted log10 scores; everything if there is no clear gap."""
+    normalised = _normalised(ranks)
+    keep_all = {name: torch.ones_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
+    if not ranks:
+        return keep_all
+    logs = torch.cat([rank.clamp_min(1e-12).log10() for rank in normalised.values()]).sort().values
+    n = len(logs)
+    first, last = max(int(_GAP_REMOVES[0] * n), 1), max(int(_GAP_REMOVES[1] * n), 1)
+    gaps = (logs[1:] - logs[:-1])[first - 1 : last]
+    if not len(gaps) or float(gaps.max()) < _SMALLEST_GAP_DECADES:
+        return keep_all
+    below = first - 1 + int(gaps.argmax())
+    cut = float(logs[below] + logs[below + 1]) / 2
+    return {name: rank.clamp_min(1e-12).log10() > cut for name, rank in normalised.items()}
+
+
+def _within_budget(
+    groups: ChannelGroups,
+    ranks: Masks,
+    target: Mapping[Quantity, float],
+    finish: Callable[[Masks], Masks],
+    start: Masks | None,
+) -> Masks:
+    """The masks of the smallest global threshold that meets the target, or `start` if that meets it already."""
+    ((quantity, wanted),) = target.items()
+    if start is not None and getattr(kept_share(groups, start), quantity) <= wanted:
+        return start
+    normalised = _normalised(ranks)
+    cut = budget_threshold(groups, normalised, target, finish)
+    return finish(_ranked_above(normalised, cut))
+
+
+def budget_threshold(
+    groups: ChannelGroups, ranks: Masks, target: Mapping[Quantity, float], finish: Callable[[Masks], Masks]
+) -> float:
+    """The smallest number such that keeping every channel ranked above it meets the target.
+
+    `ranks` are comparable across groups; `finish` rounds masks as the cut will. The cost falls as the threshold
+    rises, so bisection over the ranks finds it. Raises InputError if even the largest does not meet the target.
+    """
+    ((quantity, wanted),) = target.items()
+
+    def share_at(cut: float) -> float:
+        return float(getattr(kept_share(groups, finish(_ranked_above(ranks, cut))), quantity))
+
+    cuts = sorted({cut for rank in ranks.values() for cut in rank.tolist()})
+    least = share_at(cuts[-1]) if cuts else 1.0
+    if least > wanted:
+        raise InputError(
+            f"a target of {quantity} {wanted} is out of reach: keeping the fewest channels allowed leaves "
+            f"{least:.3f}. {_limits(groups.groups)} Raise the target, lower min_channels or round_to."
+        )
+    low, high = -1, len(cuts) - 1  # share_at(cuts[high]) meets the target throughout
+    while high - low > 1:
+        middle = (low + high) // 2
+        if share_at(cuts[middle]) <= wanted:
+            high = middle
+        else:
+            low = middle
+    return float(cuts[high])
+
+
+def _ranked_above(ranks: Masks, cut: float) -> Masks:
+    return {name: rank > cut for name, rank in ranks.items()}
+
+
+def _limits(groups: tuple[ChannelGroup, ...]) -> str:
+    frozen = [group for group in groups if group.frozen]
+    return f"{len(frozen)} of {len(groups)} groups are frozen." if frozen else ""

@@ -1,0 +1,50 @@
+"""Borrowing a model: eval mode inside, its own training flags and the random state back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` into eval mode without gradients; every submodule gets its own training flag back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        # Some timm models drop what they cached for evaluation in train(); setting the flags alone would not.
+        model.train(flags[0][1])
+        for module, training in flags:
+            module.training = training
+
+
+def flat_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors in a model's output, in order, whatever nesting of tuples, lists and dicts it returns."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if isinstance(outputs, (list, tuple)):
+        return [tensor for output in outputs for tensor in flat_tensors(output)]
+    return []
+
+
+def random_inputs(
+    shapes: tuple[tuple[int, ...], ...], seed: int, like: nn.Module, batch: int | None = None
+) -> tuple[Tensor, ...]:
+    """Standard normal inputs of these shapes (first dimension replaced by `batch`) on the model's device and dtype.
+
+    Drawn from a generator of their own: the caller's random state does not move.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next(like.parameters(), torch.zeros(()))
+    sized = [(batch or shape[0], *shape[1:]) for shape in shapes]
+    return tuple(
+        torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype) for shape in sized
+    )

@@ -1,0 +1,117 @@
+"""What will be cut, as plain data: keep-masks become a PrunePlan, which has a JSON form and touches no tensor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sparsekit.errors import FileError, InputError
+from sparsekit.groups import ChannelGroups, Role
+
+
+@dataclass(frozen=True)
+class TensorCut:
+    """Positions that stay (`keep`, ascending) and go (`drop`) along one dimension of one state-dict entry."""
+
+    tensor: str
+    dim: int
+    role: Role
+    keep: tuple[int, ...]
+    drop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """How many channels a group had and which of them stay (ascending)."""
+
+    name: str
+    n_channels: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples."""
+
+    cuts: tuple[TensorCut, ...]
+    groups: tuple[GroupCut, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists; `from_json` gives back an equal plan."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> PrunePlan:
+        """Inverse of `to_json`, also after a round trip through JSON text. Raises FileError on other data."""
+        try:
+            return PrunePlan(
+                cuts=tuple(
+                    TensorCut(c["tensor"], c["dim"], c["role"], tuple(c["keep"]), tuple(c["drop"]))
+                    for c in data["cuts"]
+                ),
+                groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
+                input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise FileError(
+                f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups "
+                "and input_shapes as PrunePlan.to_json writes them"
+            ) from error
+
+
+def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
+    """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
+
+    Groups without a mask stay whole. Raises InputError for a mask of an unknown or frozen group, of the wrong
+    length, or one that keeps nothing.
+    """
+    known = {group.name: group for group in groups}
+    dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
+    roles: dict[tuple[str, int], Role] = {}
+    decided: list[GroupCut] = []
+    for name, mask in masks.items():
+        if name not in known:
+            raise InputError(f"a mask names the group {name!r}, which the model does not have")
+        group, keep = known[name], [bool(bit) for bit in mask.tolist()]
+        if len(keep) != group.n_channels:
+            raise InputError(
+                f"the mask of {name} has {len(keep)} entries, its group {group.n_channels} channels"
+            )
+        if not any(keep):
+            raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
+        if group.frozen and not all(keep):
+            raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
+        decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
+        if all(keep):
+            continue
+        for member in group.members:
+            key = (member.tensor, member.dim)
+            roles[key] = member.role
+            for order, position in enumerate(member.positions):
+                if not keep[order // member.repeat]:
+                    dropped[key].add(position)
+    sizes = _tensor_sizes(groups)
+    cuts = tuple(
+        TensorCut(
+            tensor,
+            dim,
+            roles[tensor, dim],
+            keep=tuple(i for i in range(sizes[tensor, dim]) if i not in drop),
+            drop=tuple(sorted(drop)),
+        )
+        for (tensor, dim), drop in dropped.items()
+    )
+    return PrunePlan(cuts, tuple(decided), groups.input_shapes)
+
+
+def _tensor_sizes(groups: ChannelGroups) -> dict[tuple[str, int], int]:
+    sizes: dict[tuple[str, int], int] = {}
+    for name, shape in groups.tensor_shapes.items():
+        for dim, size in enumerate(shape):
+            sizes[name, dim] = size
+    return sizes

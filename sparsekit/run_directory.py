@@ -1,0 +1,163 @@
+"""A run directory on disk: its recipe, its journal of stages, its metrics and its log. Every file is atomic.
+
+recipe.yaml             the resolved recipe
+metrics.jsonl           one line an epoch and phase
+run.log                 what happened when
+checkpoints/            journal.json (stages, seconds, results), weights and training states
+dense.onnx pruned.onnx pruned/ report.json report.html
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import FileError
+from sparsekit.files import write_json, write_text
+
+
+@dataclass
+class StageRecord:
+    """One stage: "running" or "done", seconds over all attempts, what it found, and the settings it depends on."""
+
+    name: str
+    status: str
+    seconds: float
+    settings: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class RunDirectory:
+    """Reads and writes one run's files. In a run of several processes only the main one writes (`writes`)."""
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path = path
+        self.writes = writes
+        self.stages: dict[str, StageRecord] = {}
+        self._metrics: list[dict[str, Any]] = []
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of weights and training states."""
+        return self.path / "checkpoints"
+
+    @property
+    def _journal(self) -> Path:
+        return self.checkpoints / "journal.json"
+
+    def open(self, *, resume: bool) -> None:
+        """Create the directory, or read the journal of the run it holds.
+
+        Raises FileError if it holds anything and `resume` is not asked for, holds no run although it is, or
+        cannot be written.
+        """
+        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if occupied and not self.path.is_dir():
+            raise FileError(f"the output {self.path} is a file; name a folder with --output")
+        if occupied and not resume:
+            what = "already holds a run" if self._journal.exists() else "is not empty"
+            raise FileError(
+                f"the output {self.path} {what}; go on with --resume, or name another with --output"
+            )
+        if resume and not self._journal.exists():
+            raise FileError(f"there is no run to resume in {self.path}; start it without --resume")
+        if resume:
+            self._read_journal()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if self.writes:
+                self._write_journal()
+        except OSError as error:
+            raise FileError(
+                f"the output {self.path} cannot be written ({error.strerror or error}); name another with --output"
+            ) from error
+
+    def _read_journal(self) -> None:
+        try:
+            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
+            self.stages = {row["name"]: StageRecord(**row) for row in rows}
+            lines = (
+                (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+                if self._has_metrics
+                else []
+            )
+            self._metrics = [json.loads(line) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileError(
+                f"{self._journal} is damaged ({error}); the run cannot be resumed, start it in another --output"
+            ) from error
+
+    @property
+    def _has_metrics(self) -> bool:
+        return (self.path / "metrics.jsonl").exists()
+
+    def _write_journal(self) -> None:
+        if self.writes:
+            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
+
+    def begin(self, name: str, settings: Mapping[str, Any]) -> StageRecord:
+        """Note that a stage has begun, or goes on after an interruption; its seconds go on counting.
+
+        Raises FileError if the stage was begun with other settings.
+        """
+        found = self.stages.get(name)
+        if found is None:
+            self.stages[name] = StageRecord(name, "running", 0.0, dict(settings))
+        elif changed := _changed_keys(found.settings, settings):
+            raise FileError(
+                f"the stage {name} of the run in {self.path} was begun with another recipe (changed: "
+                f"{', '.join(changed)}); resume with the recipe it began with, or name another --output"
+            )
+        self._write_journal()
+        return self.stages[name]
+
+    def advance(self, stage: StageRecord, seconds: float) -> None:
+        """Set a running stage's seconds."""
+        stage.seconds = seconds
+        self._write_journal()
+
+    def finish(self, stage: StageRecord, result: Mapping[str, Any]) -> None:
+        """Note that a stage is done and what it found."""
+        stage.status, stage.result = "done", dict(result)
+        self._write_journal()
+
+    def result(self, name: str) -> dict[str, Any]:
+        """What a finished stage found."""
+        return self.stages[name].result
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one epoch; a row of the same phase and epoch is replaced."""
+        key = (row["phase"], row["epoch"])
+        self._metrics = [old for old in self._metrics if (old["phase"], old["epoch"]) != key]
+        self._metrics.append(dict(row))
+        if self.writes:
+            write_text(self.path / "metrics.jsonl", "".join(json.dumps(one) + "\n" for one in self._metrics))
+
+    @property
+    def metrics(self) -> tuple[dict[str, Any], ...]:
+        """Every epoch so far, in order."""
+        return tuple(self._metrics)
+
+    def log(self, message: str) -> None:
+        """Add a line with the time of day (UTC) to run.log."""
+        if self.writes:
+            now = datetime.fromtimestamp(time.time(), tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+            with (self.path / "run.log").open("a", encoding="utf-8") as file:
+                file.write(f"{now} {message}\n")
+
+
+def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two nested mappings differ."""
+    changed = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += _changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key}")
+    return changed

@@ -1,0 +1,232 @@
+"""The hook for anyone's training loop: a proximal step after each optimizer step, so that zeros are exact zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.complexity import kept_share
+from sparsekit.controller import shrink_budget_strength
+from sparsekit.errors import InputError
+from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
+from sparsekit.penalties import Penalty, channel_norms, channel_sizes, scale_channels_, shrink_
+from sparsekit.schedules import PhaseShares
+from sparsekit.scores import channel_scores
+
+# How often an automatic strength is planned anew in the penalised part of a phase.
+_PLANS = 100
+# The plan aims to be done a little before the penalised part ends: what gradients held up dies in the rest.
+_PLANNED_SHARE = 0.9
+
+
+class Sparsifier:
+    """Shrinks whole coupled channels (or single weights) to exact zeros while a model trains.
+
+    Call `step(optimizer)` after every `optimizer.step()`. The threshold of channel g is
+
+        t_g = rate x strength x factor(progress) x sqrt(p_g) x w_g
+
+    with p_g its number of penalised weights, `rate` the optimizer's current learning rate of those weights,
+    divided by (1 - momentum) for SGD with momentum (torch does not dampen it, so a steady step is that much
+    longer); for Adam and its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay:
+    a fixed point has mean gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
+
+    `strength` is the coefficient, or "auto": the channels nearest to zero whose removal meets `target`
+    ({"macs": 0.5}: half of them left, after rounding up to `round_to`) are to die by the end of the penalised
+    part; the strength is what that takes of the furthest of them, planned anew a hundred times. Once the target
+    is met the strength is 0 and the zeros are held. "auto" needs `total_steps` and `target`. With `total_steps`
+    the phase has the parts of `shares`; without, the strength is constant.
+
+    Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
+    cleared, so neither momentum nor gradient brings them back. Weights that are zero before any penalty acted
+    (timm initialises some BatchNorm scales so) are not held. `adaptive` > 0 multiplies thresholds by
+    w_g = clamp((mean score / score_g) ^ adaptive, 0.05, 20), with scores at the start and the mean over the group
+    (adaptive lasso, Zou 2006), and takes the group's mean norm in place of sqrt(p_g): weak channels fall early
+    and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace.
+
+    Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach, or
+    groups with nothing free.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        *,
+        penalty: Penalty = "group_lasso",
+        strength: float | Literal["auto"] = 1e-3,
+        total_steps: int | None = None,
+        shares: PhaseShares | None = None,
+        target: Mapping[Quantity, float] | None = None,
+        round_to: int = 1,
+        min_channels: int = 1,
+        adaptive: float = 0.0,
+    ) -> None:
+        if strength == "auto" and (total_steps is None or not target):
+            raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
+        if strength != "auto" and not strength >= 0:
+            raise InputError(f"strength must be a number >= 0 or 'auto', got {strength!r}")
+        if penalty not in ("group_lasso", "l1"):
+            raise InputError(f"penalty must be 'group_lasso' or 'l1', got {penalty!r}")
+        self._tensors = dict(model.named_parameters())
+        self._groups = groups
+        self._active = tuple(group for group in groups.free if group.penalised)
+        if not self._active:
+            raise InputError(
+                "no channel group of the model is free to be sparsified; see `sparsekit inspect`"
+            )
+        self._penalty: Penalty = penalty
+        self._total_steps = total_steps
+        self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
+        self._target = dict(target) if target else None
+        self._round_to, self._min_channels = round_to, min_channels
+        self._auto = strength == "auto"
+        self._strength: float | None = None if strength == "auto" else float(strength)
+        self._steps = 0
+        self._done = False
+        self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
+        self._weights = self._channel_weights(model, adaptive)
+        if self._auto:
+            self._distance_to_target()
+
+    def _device(self, group: ChannelGroup) -> torch.device:
+        return self._tensors[group.penalised[0].tensor].device
+
+    @torch.no_grad()
+    def _channel_weights(self, model: nn.Module, adaptive: float) -> dict[str, Tensor]:
+        scores = channel_scores(model, self._groups) if adaptive > 0 else {}
+        weights = {}
+        for group in self._active:
+            norms = channel_norms(self._tensors, group)
+            if adaptive > 0:
+                score = scores[group.name].to(norms)
+                relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
+                weights[group.name] = norms.mean() * relative
+            else:
+                root_size = (
+                    channel_sizes(self._tensors, group) ** 0.5 if self._penalty == "group_lasso" else 1.0
+                )
+                weights[group.name] = torch.full_like(norms, root_size)
+        return weights
+
+    @property
+    def strength(self) -> float:
+        """The strength that the last step used, schedule included; 0 before the first."""
+        return self._current_strength(max(self._steps - 1, 0))
+
+    def _current_strength(self, step: int) -> float:
+        if self._done or self._strength is None:
+            return 0.0
+        return self._strength * (self._shares.factor(step / self._total_steps) if self._total_steps else 1.0)
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shrink once. Call right after `optimizer.step()` (after unscaling and clipping, once per update)."""
+        rates = _effective_rates(optimizer)
+        if self._auto and not self._done:
+            self._plan_strength(rates)
+        strength = self._current_strength(self._steps)
+        for group in self._active:
+            alive = self._alive[group.name]
+            if strength > 0:
+                rate = sum(rates.get(id(self._tensors[m.tensor]), 0.0) for m in group.penalised)
+                rate /= len(group.penalised)
+                shrink_(self._tensors, group, self._penalty, self._weights[group.name] * (strength * rate))
+                alive.mul_((channel_norms(self._tensors, group) > 0).to(alive.dtype))
+            scale_channels_(self._tensors, group.penalised, alive)
+            _scale_momenta_(optimizer, self._tensors, group, alive)
+        self._steps += 1
+
+    def _plan_strength(self, rates: Mapping[int, float]) -> None:
+        """Set the strength to what the steps left require; turn the penalty off for good once the target is met."""
+        assert self._total_steps is not None
+        assert self._target is not None
+        first = self._total_steps * self._shares.warmup
+        length = self._total_steps * (1 - self._shares.debias) - first
+        interval = max(int(length / _PLANS), 1)
+        if self._steps < first or self._steps >= first + length or self._steps % interval:
+            return
+        ((quantity, target),) = self._target.items()
+        alive = {name: (alive > 0).cpu() for name, alive in self._alive.items()}
+        if getattr(kept_share(self._groups, self._rounded(alive)), quantity) <= target:
+            self._done = True
+            return
+        penalised = [rates[id(self._tensors[m.tensor])] for g in self._active for m in g.penalised]
+        steps_left = max(first + _PLANNED_SHARE * length - self._steps, interval)
+        rate = sum(penalised) / len(penalised)
+        self._strength = shrink_budget_strength(self._distance_to_target(), steps_left, rate)
+
+    @torch.no_grad()
+    def _distance_to_target(self) -> float:
+        """How far from zero, in units of its weight, the furthest channel is that has to die for the target."""
+        assert self._target is not None
+        distances = {
+            g.name: (channel_norms(self._tensors, g) / self._weights[g.name]).cpu() for g in self._active
+        }
+        return budget_threshold(self._groups, distances, self._target, lambda masks: self._rounded(masks))
+
+    def _rounded(self, masks: Masks) -> Masks:
+        """The masks as the cut will round them; which channels come back does not matter to the cost."""
+        return {
+            name: round_up(mask, mask.double(), self._round_to, self._min_channels)
+            for name, mask in masks.items()
+        }
+
+    @torch.no_grad()
+    def project_(self, model: nn.Module) -> None:
+        """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
+        tensors = dict(model.named_parameters())
+        for group in self._active:
+            scale_channels_(tensors, group.penalised, self._alive[group.name])
+
+    def progress(self) -> dict[str, float]:
+        """`zero_share`: fraction of penalised channels that are exactly zero; `strength`: as used last.
+
+        Waits for the device, so not for every step.
+        """
+        alive = torch.cat([alive.cpu() for alive in self._alive.values()])
+        return {"zero_share": float((alive == 0).float().mean()), "strength": self.strength}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to be the same run, as plain numbers and tensors."""
+        return {
+            "steps": self._steps,
+            "strength": self._strength,
+            "done": self._done,
+            "alive": dict(self._alive),
+            "weights": dict(self._weights),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`. Raises InputError if it was taken from a model with other groups."""
+        if set(state["alive"]) != set(self._alive):
+            raise InputError("the sparsifier's state belongs to a model with other channel groups")
+        self._steps, self._strength, self._done = state["steps"], state["strength"], state["done"]
+        for name in self._alive:
+            self._alive[name].copy_(state["alive"][name])
+            self._weights[name].copy_(state["weights"][name])
+
+
+def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """Learning rate by parameter identity, divided by (1 - momentum) where momentum is not dampened (SGD)."""
+    rates = {}
+    for param_group in optimizer.param_groups:
+        momentum = param_group.get("momentum", 0.0) if param_group.get("dampening", 1) == 0 else 0.0
+        for parameter in param_group["params"]:
+            rates[id(parameter)] = float(param_group["lr"]) / (1 - momentum)
+    return rates
+
+
+def _scale_momenta_(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], group: ChannelGroup, alive: Tensor
+) -> None:
+    """Clear the optimizer's running averages of channels that are held at zero."""
+    for member in group.penalised:
+        state = optimizer.state.get(tensors[member.tensor], {})
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == tensors[member.tensor].shape:
+                scale_channels_({member.tensor: value}, [member], alive)

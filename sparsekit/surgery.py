@@ -1,0 +1,139 @@
+"""The cut itself: a plan and a model give a new, smaller module; and the proof that both agree."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import ModelError, VerificationError
+from sparsekit.fold import fold_constants_
+from sparsekit.modes import evaluating, flat_tensors, random_inputs
+from sparsekit.plan import PrunePlan, TensorCut
+
+
+def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce."""
+    masked = copy.deepcopy(model)
+    fold_constants_(masked, plan)
+    return masked
+
+
+def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
+
+    Constants of dead channels are folded where that is exact. Training flags, devices, dtypes and requires_grad
+    carry over. Raises ModelError if the plan names a tensor the model does not have or of another size.
+    """
+    _check_fits(model, plan)
+    pruned = mask_model(model, plan)
+    for cut in plan.cuts:
+        _slice_(pruned, cut)
+    for name in {cut.tensor.rpartition(".")[0] for cut in plan.cuts}:
+        refit_attributes_(pruned.get_submodule(name))
+    return pruned
+
+
+def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
+    state = model.state_dict()
+    for cut in plan.cuts:
+        size = len(cut.keep) + len(cut.drop)
+        found = f"{tuple(state[cut.tensor].shape)}" if cut.tensor in state else "nothing"
+        if cut.tensor not in state or state[cut.tensor].shape[cut.dim] != size:
+            raise ModelError(
+                f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
+                f"found {found}; apply a plan to the model whose groups it was made from"
+            )
+
+
+def _slice_(model: nn.Module, cut: TensorCut) -> None:
+    owner_name, _, name = cut.tensor.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    old = getattr(owner, name)
+    keep = torch.tensor(cut.keep, device=old.device)
+    with torch.no_grad():
+        new = old.index_select(cut.dim, keep).contiguous()
+    setattr(
+        owner,
+        name,
+        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
+    )
+
+
+def refit_attributes_(module: nn.Module) -> None:
+    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        assert isinstance(weight, Tensor)
+        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        assert isinstance(weight, Tensor)
+        if module.groups > 1:  # only depthwise convolutions are cut among the grouped ones
+            module.groups = weight.shape[0] // (module.out_channels // module.groups)
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        assert isinstance(weight, Tensor)
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = len(sized)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Largest absolute difference of two models' outputs, and the largest absolute output it is measured against."""
+
+    max_abs: float
+    scale: float
+
+    @property
+    def max_rel(self) -> float:
+        """`max_abs` relative to the largest output; 0 for two models that both put out nothing but zeros."""
+        return self.max_abs / self.scale if self.scale > 0 else self.max_abs
+
+
+def compare_outputs(
+    first: nn.Module,
+    second: nn.Module,
+    input_shapes: tuple[tuple[int, ...], ...],
+    *,
+    batches: tuple[int, ...] = (1, 3),
+    seed: int = 0,
+) -> Agreement:
+    """Largest difference of two models on random inputs of several batch sizes, in eval mode.
+
+    Raises VerificationError if the outputs differ in number, in shape or in being finite.
+    """
+    max_abs = scale = 0.0
+    for batch in batches:
+        inputs = random_inputs(input_shapes, seed + batch, first, batch)
+        with evaluating(first), evaluating(second):
+            ours, theirs = flat_tensors(first(*inputs)), flat_tensors(second(*inputs))
+        shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
+        if shapes[0] != shapes[1]:
+            raise VerificationError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
+        for mine, other in zip(ours, theirs, strict=True):
+            if not mine.numel():
+                continue
+            difference = float((mine - other).abs().max())
+            if difference != difference:
+                raise VerificationError("an output is not a number")
+            max_abs, scale = max(max_abs, difference), max(scale, float(mine.abs().max()))
+    return Agreement(max_abs, scale)
+
+
+def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
+    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
+
+    Raises VerificationError if they do not.
+    """
+    agreement = compare_outputs(mask_model(model, plan), pruned, plan.input_shapes)
+    if not agreement.max_rel <= tolerance:
+        raise VerificationError(
+            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
+            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
+        )
+    return agreement
