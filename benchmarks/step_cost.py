@@ -105,6 +105,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
         "bare again": lambda: bare_epoch(model, training),
         "fit": lambda: fit_epoch(model, training, validation, accelerator),
     }
+    start = {name: value.clone() for name, value in model.state_dict().items()}
     for epoch in contestants.values():
         epoch()
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -112,6 +113,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     for _ in range(arguments.rounds):
         rng.shuffle(order)
         for name in order:
+            # All start from the same weights, so all do the same arithmetic.
+            model.load_state_dict(start)
             times[name].append(contestants[name]())
     return times
 

@@ -168,9 +168,9 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from sparsekit.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from sparsekit import pipeline
+    from sparsekit.inputs import check_inputs
 
-    problems = pipeline.check_inputs(loaded)
+    problems = check_inputs(loaded)
     if problems:
         raise InputError("\n".join(problems))
     typer.echo(_summary(recipe, loaded))

@@ -100,19 +100,23 @@ class RunDirectory:
         if self.writes:
             write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
 
+    def check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Raise FileError if the stage was begun with other settings, naming the keys that changed."""
+        changed = _changed_keys(self.stages[name].settings, settings) if name in self.stages else []
+        if changed:
+            raise FileError(
+                f"the stage {name} of the run in {self.path} was begun with another recipe (changed: "
+                f"{', '.join(changed)}); resume with the recipe it began with, or name another --output"
+            )
+
     def begin(self, name: str, settings: Mapping[str, Any]) -> StageRecord:
         """Note that a stage has begun, or goes on after an interruption; its seconds go on counting.
 
         Raises FileError if the stage was begun with other settings.
         """
-        found = self.stages.get(name)
-        if found is None:
+        self.check_settings(name, settings)
+        if name not in self.stages:
             self.stages[name] = StageRecord(name, "running", 0.0, dict(settings))
-        elif changed := _changed_keys(found.settings, settings):
-            raise FileError(
-                f"the stage {name} of the run in {self.path} was begun with another recipe (changed: "
-                f"{', '.join(changed)}); resume with the recipe it began with, or name another --output"
-            )
         self._write_journal()
         return self.stages[name]
 

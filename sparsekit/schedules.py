@@ -10,6 +10,7 @@ class PhaseShares:
     """A sparsifying phase in four parts: warm-up (strength 0), ramp (0 to full), hold, debias (0, zeros held).
 
     `warmup`, `ramp` and `debias` are fractions of the phase in [0, 1] with a sum of at most 1; hold is the rest.
+    Raises ValueError for others.
     """
 
     warmup: float = 0.1
@@ -32,10 +33,3 @@ class PhaseShares:
         if self.ramp == 0 or progress >= self.warmup + self.ramp:
             return 1.0
         return round((progress - self.warmup) / self.ramp, 12)
-
-    def penalised_progress(self, progress: float) -> float:
-        """How far the penalised part (ramp and hold) has come, in [0, 1]."""
-        length = 1 - self.debias - self.warmup
-        if length <= 0:
-            return 1.0
-        return min(max((progress - self.warmup) / length, 0.0), 1.0)

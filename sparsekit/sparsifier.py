@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,16 @@ from sparsekit.controller import shrink_budget_strength
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
-from sparsekit.penalties import Penalty, channel_norms, channel_sizes, scale_channels_, shrink_
+from sparsekit.penalties import (
+    Penalty,
+    Slots,
+    channel_norms,
+    channel_sizes,
+    distances_to_zero,
+    penalised_slots,
+    scale_channels_,
+    shrink_,
+)
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
@@ -30,10 +39,11 @@ class Sparsifier:
 
         t_g = rate x strength x factor(progress) x sqrt(p_g) x w_g
 
-    with p_g its number of penalised weights, `rate` the optimizer's current learning rate of those weights,
-    divided by (1 - momentum) for SGD with momentum (torch does not dampen it, so a steady step is that much
-    longer); for Adam and its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay:
-    a fixed point has mean gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
+    with p_g its number of penalised weights (1 in its place for "l1") and `rate` the optimizer's current learning
+    rate of those weights (the mean over their tensors), times (1 - dampening) / (1 - momentum) for SGD: torch
+    does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and its kin the rate
+    is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean gradient =
+    -strength x (root mean square of the gradient), coordinate by coordinate.
 
     `strength` is the coefficient, or "auto": the channels nearest to zero whose removal meets `target`
     ({"macs": 0.5}: half of them left, after rounding up to `round_to`) are to die by the end of the penalised
@@ -43,13 +53,14 @@ class Sparsifier:
 
     Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
     cleared, so neither momentum nor gradient brings them back. Weights that are zero before any penalty acted
-    (timm initialises some BatchNorm scales so) are not held. `adaptive` > 0 multiplies thresholds by
+    (timm initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
+    gradients, and are all in the optimizer, are penalised. `adaptive` > 0 multiplies thresholds by
     w_g = clamp((mean score / score_g) ^ adaptive, 0.05, 20), with scores at the start and the mean over the group
     (adaptive lasso, Zou 2006), and takes the group's mean norm in place of sqrt(p_g): weak channels fall early
     and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace.
 
-    Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach, or
-    groups with nothing free.
+    Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach,
+    groups of another model, or groups with nothing free.
     """
 
     def __init__(
@@ -66,19 +77,10 @@ class Sparsifier:
         min_channels: int = 1,
         adaptive: float = 0.0,
     ) -> None:
-        if strength == "auto" and (total_steps is None or not target):
-            raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
-        if strength != "auto" and not strength >= 0:
-            raise InputError(f"strength must be a number >= 0 or 'auto', got {strength!r}")
-        if penalty not in ("group_lasso", "l1"):
-            raise InputError(f"penalty must be 'group_lasso' or 'l1', got {penalty!r}")
+        _check_arguments(penalty, strength, total_steps, target, round_to)
         self._tensors = dict(model.named_parameters())
         self._groups = groups
-        self._active = tuple(group for group in groups.free if group.penalised)
-        if not self._active:
-            raise InputError(
-                "no channel group of the model is free to be sparsified; see `sparsekit inspect`"
-            )
+        self._active = _trainable(groups, self._tensors)
         self._penalty: Penalty = penalty
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
@@ -88,10 +90,11 @@ class Sparsifier:
         self._strength: float | None = None if strength == "auto" else float(strength)
         self._steps = 0
         self._done = False
+        self._slots = {g.name: penalised_slots(self._tensors, g) for g in self._active}
         self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
         self._weights = self._channel_weights(model, adaptive)
         if self._auto:
-            self._distance_to_target()
+            self._distance_to_target(self._active)  # raises if it is out of reach
 
     def _device(self, group: ChannelGroup) -> torch.device:
         return self._tensors[group.penalised[0].tensor].device
@@ -101,22 +104,21 @@ class Sparsifier:
         scores = channel_scores(model, self._groups) if adaptive > 0 else {}
         weights = {}
         for group in self._active:
-            norms = channel_norms(self._tensors, group)
+            slots = self._slots[group.name]
+            norms = channel_norms(self._tensors, slots)
             if adaptive > 0:
                 score = scores[group.name].to(norms)
                 relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
                 weights[group.name] = norms.mean() * relative
             else:
-                root_size = (
-                    channel_sizes(self._tensors, group) ** 0.5 if self._penalty == "group_lasso" else 1.0
-                )
-                weights[group.name] = torch.full_like(norms, root_size)
+                size = channel_sizes(self._tensors, slots) if self._penalty == "group_lasso" else 1
+                weights[group.name] = torch.full_like(norms, size**0.5)
         return weights
 
     @property
     def strength(self) -> float:
         """The strength that the last step used, schedule included; 0 before the first."""
-        return self._current_strength(max(self._steps - 1, 0))
+        return self._current_strength(self._steps - 1) if self._steps else 0.0
 
     def _current_strength(self, step: int) -> float:
         if self._done or self._strength is None:
@@ -125,23 +127,40 @@ class Sparsifier:
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shrink once. Call right after `optimizer.step()` (after unscaling and clipping, once per update)."""
-        rates = _effective_rates(optimizer)
+        """Shrink once. Call right after `optimizer.step()` (after unscaling and clipping, once per update).
+
+        Raises InputError if the optimizer has none of the penalised weights.
+        """
+        rates = self._group_rates(optimizer)
         if self._auto and not self._done:
             self._plan_strength(rates)
         strength = self._current_strength(self._steps)
         for group in self._active:
-            alive = self._alive[group.name]
-            if strength > 0:
-                rate = sum(rates.get(id(self._tensors[m.tensor]), 0.0) for m in group.penalised)
-                rate /= len(group.penalised)
-                shrink_(self._tensors, group, self._penalty, self._weights[group.name] * (strength * rate))
-                alive.mul_((channel_norms(self._tensors, group) > 0).to(alive.dtype))
-            scale_channels_(self._tensors, group.penalised, alive)
-            _scale_momenta_(optimizer, self._tensors, group, alive)
+            slots, alive = self._slots[group.name], self._alive[group.name]
+            step_length = strength * rates.get(group.name, 0.0)
+            if step_length > 0:
+                shrink_(self._tensors, slots, self._penalty, self._weights[group.name] * step_length)
+                alive.mul_(channel_norms(self._tensors, slots) > 0)
+            scale_channels_(self._tensors, slots, alive)
+            _clear_momenta_(optimizer, self._tensors, slots, alive)
         self._steps += 1
 
-    def _plan_strength(self, rates: Mapping[int, float]) -> None:
+    def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """Mean rate of the penalised weights of each group that the optimizer has all of."""
+        rates = _effective_rates(optimizer)
+        group_rates = {}
+        for group in self._active:
+            ids = [id(self._tensors[slot.parameter]) for slot in self._slots[group.name]]
+            if all(one in rates for one in ids):
+                group_rates[group.name] = sum(rates[one] for one in ids) / len(ids)
+        if not group_rates:
+            raise InputError(
+                "the optimizer has none of the penalised weights; build it from the parameters of the model "
+                "that was given to the Sparsifier"
+            )
+        return group_rates
+
+    def _plan_strength(self, rates: Mapping[str, float]) -> None:
         """Set the strength to what the steps left require; turn the penalty off for good once the target is met."""
         assert self._total_steps is not None
         assert self._target is not None
@@ -155,19 +174,20 @@ class Sparsifier:
         if getattr(kept_share(self._groups, self._rounded(alive)), quantity) <= target:
             self._done = True
             return
-        penalised = [rates[id(self._tensors[m.tensor])] for g in self._active for m in g.penalised]
+        trained = [group for group in self._active if group.name in rates]
         steps_left = max(first + _PLANNED_SHARE * length - self._steps, interval)
-        rate = sum(penalised) / len(penalised)
-        self._strength = shrink_budget_strength(self._distance_to_target(), steps_left, rate)
+        rate = sum(rates.values()) / len(rates)
+        self._strength = shrink_budget_strength(self._distance_to_target(trained), steps_left, rate)
 
     @torch.no_grad()
-    def _distance_to_target(self) -> float:
+    def _distance_to_target(self, trained: Sequence[ChannelGroup]) -> float:
         """How far from zero, in units of its weight, the furthest channel is that has to die for the target."""
         assert self._target is not None
-        distances = {
-            g.name: (channel_norms(self._tensors, g) / self._weights[g.name]).cpu() for g in self._active
-        }
-        return budget_threshold(self._groups, distances, self._target, lambda masks: self._rounded(masks))
+        distances = {}
+        for group in trained:
+            reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
+            distances[group.name] = (reach / self._weights[group.name]).cpu()
+        return budget_threshold(self._groups, distances, self._target, self._rounded)
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
@@ -181,7 +201,7 @@ class Sparsifier:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
         tensors = dict(model.named_parameters())
         for group in self._active:
-            scale_channels_(tensors, group.penalised, self._alive[group.name])
+            scale_channels_(tensors, self._slots[group.name], self._alive[group.name])
 
     def progress(self) -> dict[str, float]:
         """`zero_share`: fraction of penalised channels that are exactly zero; `strength`: as used last.
@@ -203,7 +223,8 @@ class Sparsifier:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`. Raises InputError if it was taken from a model with other groups."""
-        if set(state["alive"]) != set(self._alive):
+        sizes = {name: len(alive) for name, alive in self._alive.items()}
+        if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
             raise InputError("the sparsifier's state belongs to a model with other channel groups")
         self._steps, self._strength, self._done = state["steps"], state["strength"], state["done"]
         for name in self._alive:
@@ -211,22 +232,66 @@ class Sparsifier:
             self._weights[name].copy_(state["weights"][name])
 
 
+def _check_arguments(
+    penalty: str,
+    strength: float | str,
+    total_steps: int | None,
+    target: Mapping[Quantity, float] | None,
+    round_to: int,
+) -> None:
+    if penalty not in get_args(Penalty):
+        raise InputError(f"penalty must be 'group_lasso' or 'l1', got {penalty!r}")
+    if strength == "auto" and (total_steps is None or not target):
+        raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
+    if strength != "auto" and not (isinstance(strength, (int, float)) and strength >= 0):
+        raise InputError(f"strength must be a number >= 0 or 'auto', got {strength!r}")
+    if total_steps is not None and total_steps < 1:
+        raise InputError(f"total_steps must be at least 1, got {total_steps}")
+    if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
+        raise InputError(
+            f"target must be one of macs, params and channels with its share, got {dict(target)}"
+        )
+    if round_to < 1:
+        raise InputError(f"round_to must be at least 1, got {round_to}")
+
+
+def _trainable(groups: ChannelGroups, tensors: Mapping[str, Tensor]) -> tuple[ChannelGroup, ...]:
+    """The free groups whose penalised weights all require gradients."""
+    active = []
+    for group in groups.free:
+        missing = [member.tensor for member in group.penalised if member.tensor not in tensors]
+        if missing:
+            raise InputError(
+                f"the model has no parameter {missing[0]}, which its channel groups name; give the model that "
+                "find_groups was given, not a wrapper around it"
+            )
+        if group.penalised and all(tensors[member.tensor].requires_grad for member in group.penalised):
+            active.append(group)
+    if not active:
+        raise InputError(
+            "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
+        )
+    return tuple(active)
+
+
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """Learning rate by parameter identity, divided by (1 - momentum) where momentum is not dampened (SGD)."""
-    rates = {}
+    """Learning rate by parameter identity, times the length of a steady step with SGD's momentum."""
+    rates: dict[int, float] = {}
     for param_group in optimizer.param_groups:
-        momentum = param_group.get("momentum", 0.0) if param_group.get("dampening", 1) == 0 else 0.0
-        for parameter in param_group["params"]:
-            rates[id(parameter)] = float(param_group["lr"]) / (1 - momentum)
+        rate = float(param_group["lr"])
+        if "dampening" in param_group:
+            momentum = param_group["momentum"]
+            rate *= (1 - param_group["dampening"]) / (1 - momentum) if momentum else 1.0
+        rates.update((id(parameter), rate) for parameter in param_group["params"])
     return rates
 
 
-def _scale_momenta_(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], group: ChannelGroup, alive: Tensor
+def _clear_momenta_(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], slots: Sequence[Slots], alive: Tensor
 ) -> None:
     """Clear the optimizer's running averages of channels that are held at zero."""
-    for member in group.penalised:
-        state = optimizer.state.get(tensors[member.tensor], {})
-        for value in state.values():
-            if isinstance(value, Tensor) and value.shape == tensors[member.tensor].shape:
-                scale_channels_({member.tensor: value}, [member], alive)
+    for slot in slots:
+        parameter = tensors[slot.parameter]
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                scale_channels_({slot.parameter: value}, [slot], alive)

@@ -437,8 +437,9 @@ def _run_epoch(parts: _Parts, display: _Display, phase: str, epoch: int) -> Epoc
     loss, train_accuracy, lr = _train_epoch(parts, display, phase, epoch)
     if parts.accelerator.num_processes > 1:
         # BatchNorm statistics differ between processes; the first one's are stored, so all use them.
-        for buffer in parts.model.buffers():
-            buffer.copy_(broadcast(buffer))
+        for module in (parts.model, *([] if parts.ema is None else [parts.ema.module])):
+            for buffer in module.buffers():
+                buffer.copy_(broadcast(buffer))
     validated = parts.model
     if parts.ema is not None:
         validated = parts.ema.module

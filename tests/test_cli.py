@@ -39,8 +39,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def call(*args: str | Path, **pipeline: Any) -> tuple[int, str, str]:
         stand_in = SimpleNamespace(**pipeline)
-        monkeypatch.setitem(sys.modules, "sparsekit.pipeline", stand_in)
-        monkeypatch.setattr(sparsekit, "pipeline", stand_in, raising=False)
+        for name in ("pipeline", "inputs"):
+            monkeypatch.setitem(sys.modules, f"sparsekit.{name}", stand_in)
+            monkeypatch.setattr(sparsekit, name, stand_in, raising=False)
         monkeypatch.setattr(sys, "argv", ["sparsekit", *map(str, args)])
         monkeypatch.setenv("COLUMNS", "120")
         with pytest.raises(SystemExit) as caught:

@@ -1,0 +1,185 @@
+"""What a recipe names, opened and checked: images, model, device; and its sections as plain arguments."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from sparsekit.data import Augment, ImageData, open_data
+from sparsekit.errors import InputError, ModelError
+from sparsekit.machine import channel_multiple, check_threads
+from sparsekit.masks import Quantity
+from sparsekit.models import InputConfig, build_arguments, create_model, input_config, load_weights_
+from sparsekit.recipe import DenseSpec, FinetuneSpec, Recipe, SparsifySpec
+from sparsekit.train import TrainOptions, seed_everything
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, opened: images, how they become tensors, and the arguments timm builds the model with."""
+
+    data: ImageData
+    config: InputConfig
+    model_args: dict[str, Any]
+    groups_ignored: tuple[str, ...]
+
+
+def check_inputs(recipe: Recipe) -> list[str]:
+    """Problems of a valid recipe with the world: model name, data, checkpoint, device, threads. Trains nothing."""
+    try:
+        open_inputs(recipe)
+    except InputError as error:
+        return str(error).splitlines()
+    return []
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open data and model. Raises InputError with one line for each problem, all at once."""
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except InputError as error:
+            problems.extend(str(error).splitlines())
+            return None
+
+    attempt(lambda: _check_device(recipe))
+    attempt(lambda: check_threads(recipe.benchmark.threads))
+    data = attempt(lambda: _open_images(recipe))
+    # Without data any class count shows whether the model can be built.
+    probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))
+    config = attempt(lambda: _input_config(recipe, probe)) if probe is not None else None
+    if probe is not None:
+        attempt(lambda: _check_patterns(recipe, probe))
+    if data and probe is not None and recipe.model.checkpoint is not None:
+        attempt(
+            lambda: load_weights_(
+                probe, Path(str(recipe.model.checkpoint)), num_classes=len(data.class_names)
+            )
+        )
+    if problems or data is None or config is None:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    model_args = build_arguments(
+        recipe.model.name,
+        num_classes=len(data.class_names),
+        in_chans=recipe.data.in_chans,
+        image_size=recipe.data.image_size,
+        args=recipe.model.args,
+    )
+    return Inputs(data, config, model_args, recipe.cut.ignore)
+
+
+def _check_device(recipe: Recipe) -> None:
+    device, available = recipe.device, {"cpu", "auto"}
+    if torch.cuda.is_available():
+        available |= {"cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if torch.backends.mps.is_available():
+        available |= {"mps"}
+    if device not in available:
+        raise InputError(
+            f"device must be one of {', '.join(sorted(available))} on this machine, got {device!r}"
+        )
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("precision fp16 needs a CUDA device, and this machine has none; use bf16 or no")
+
+
+def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in recipe.cut.ignore:
+        if not fnmatch.filter(names, pattern):
+            raise ModelError(f"cut.ignore: the pattern {pattern!r} matches no module of {recipe.model.name}")
+
+
+def _open_images(recipe: Recipe) -> ImageData:
+    spec = recipe.data
+    return open_data(
+        spec.name,
+        root=spec.root,
+        train=spec.train,
+        validation=spec.validation,
+        test=spec.test,
+        validation_share=spec.validation_share,
+        test_share=spec.test_share,
+        limits=(spec.train_limit, spec.validation_limit, spec.test_limit),
+        seed=recipe.seed,
+    )
+
+
+def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module:
+    """The recipe's model, with the weights it names or random ones drawn from the recipe's seed."""
+    seed_everything(recipe.seed, "model", 0)
+    return create_model(
+        recipe.model.name,
+        num_classes=num_classes,
+        in_chans=recipe.data.in_chans,
+        pretrained=recipe.model.pretrained and weights,
+        checkpoint=recipe.model.checkpoint if weights else None,
+        image_size=recipe.data.image_size,
+        args=recipe.model.args,
+    )
+
+
+def _input_config(recipe: Recipe, model: nn.Module) -> InputConfig:
+    spec = recipe.data
+    return input_config(
+        model,
+        image_size=spec.image_size,
+        in_chans=spec.in_chans,
+        mean=spec.mean,
+        std=spec.std,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+    )
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.device.startswith("cuda:"):
+        torch.cuda.set_device(recipe.device)
+    return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+
+
+def wants_baseline(recipe: Recipe) -> bool:
+    """Whether the dense model is trained on for as long as the pruned one: by default if it starts from scratch."""
+    if recipe.dense.baseline is not None:
+        return recipe.dense.baseline
+    return not recipe.model.pretrained and recipe.model.checkpoint is None
+
+
+PhaseSpec = DenseSpec | SparsifySpec | FinetuneSpec
+
+
+def train_options(recipe: Recipe, phase: PhaseSpec) -> TrainOptions:
+    """The training section, with what the phase overrides."""
+    shared = recipe.training.model_dump()
+    own = {
+        key: getattr(phase, key)
+        for key in ("lr", "warmup_epochs", "schedule")
+        if getattr(phase, key) is not None
+    }
+    return TrainOptions(epochs=phase.epochs, **{**shared, **own})
+
+
+def augmentation(recipe: Recipe) -> Augment | None:
+    spec = recipe.data.augment
+    if spec is None:
+        return None
+    return Augment(**{**spec.model_dump(), "color_jitter": spec.color_jitter or 0.0})
+
+
+def cut_target(recipe: Recipe) -> dict[Quantity, float] | None:
+    if recipe.cut.target is None:
+        return None
+    quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
+    return {q: value for q in quantities if (value := getattr(recipe.cut.target, q)) is not None}
+
+
+def channel_rounding(recipe: Recipe) -> int:
+    return channel_multiple() if recipe.cut.round_to == "auto" else recipe.cut.round_to

@@ -1,0 +1,113 @@
+"""The report of a finished run, put together from its directory: journal, metrics and recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsekit.errors import FileError
+from sparsekit.recipe import Recipe, load_recipe
+from sparsekit.report import RunReport, write_html, write_json
+from sparsekit.run_directory import RunDirectory
+
+
+def final_accuracies(files: RunDirectory) -> dict[str, float]:
+    dense = "baseline" if "baseline" in files.stages else "dense"
+    return {"dense": files.result(dense)["accuracy"], "pruned": files.result("finetune")["accuracy"]}
+
+
+def build_report(directory: Path) -> RunReport:
+    """The report of the finished run in `directory`, from its journal, metrics and recipe.
+
+    Raises FileError if it holds no run or one whose stages up to the benchmark are not all done.
+    """
+    files = RunDirectory(directory, writes=False)
+    files.open(resume=True)
+    recipe = load_recipe(directory / "recipe.yaml")
+    needed = ("dense", "sparsify", "cut", "finetune", "export", "benchmark")
+    open_stages = [name for name in needed if name not in files.stages or files.stages[name].status != "done"]
+    if open_stages:
+        raise FileError(
+            f"the run in {directory} is not finished (open: {', '.join(open_stages)}); go on with --resume"
+        )
+    dense, cut, finetune = files.result("dense"), files.result("cut"), files.result("finetune")
+    exported, bench = files.result("export"), files.result("benchmark")
+    latency = bench["latency"]
+    with_baseline = "baseline" in files.stages
+    dense_figures = files.result("baseline") if with_baseline else dense
+    config = dense["config"]
+    return RunReport.model_validate(
+        {
+            "recipe": directory.name if recipe.output is None else recipe.output.name,
+            "model": {"name": recipe.model.name, "args": dict(recipe.model.args)},
+            "data": dense["data"],
+            "input_shape": config["input_size"],
+            **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")},
+            "dense": _figures(dense_figures, exported["dense"], latency["latencies"][0]),
+            "pruned": _figures(finetune, exported["pruned"], latency["latencies"][1]),
+            "sparse": {
+                key: cut[key]
+                for key in (
+                    *("accuracy_before_cut", "accuracy_after_cut", "max_abs_logit_change", "max_abs_logit"),
+                    *("near_zero_channels", "channels"),
+                )
+            },
+            "speedup": latency["speedups"][0],
+            "null": latency["null"],
+            "parity": exported["pruned"]["parity"],
+            "dense_parity": exported["dense"]["parity"],
+            "benchmark": {
+                key: latency[key] for key in ("batch", "threads", "rounds", "trustworthy", "reason")
+            },
+            "round_trip_max_abs": finetune["round_trip_max_abs"],
+            "machine": bench["machine"],
+            "seed": recipe.seed,
+            "versions": bench["versions"],
+            "epochs": {
+                "dense": recipe.dense.epochs,
+                "baseline": recipe.sparsify.epochs + recipe.finetune.epochs if with_baseline else 0,
+                "sparsify": recipe.sparsify.epochs,
+                "finetune": recipe.finetune.epochs,
+            },
+            "stages": [
+                {"name": stage.name, "seconds": stage.seconds, "status": stage.status}
+                for stage in files.stages.values()
+                if stage.name != "report"
+            ],
+            "layers": cut["layers"],
+            "curves": files.metrics,
+            "warnings": _warnings(recipe, files),
+        }
+    )
+
+
+def _figures(
+    trained: Mapping[str, Any], exported: Mapping[str, Any], latency: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        **{key: trained[key] for key in ("accuracy", "params", "macs")},
+        **{key: exported[key] for key in ("onnx_bytes", "accuracy_onnx")},
+        "latency_ms": {"median": latency["median_ms"], "p10": latency["p10_ms"], "p90": latency["p90_ms"]},
+    }
+
+
+def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    found = []
+    cut = files.result("cut")
+    if cut["removed_live"]:
+        found.append(
+            f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."
+        )
+    if files.result("dense")["data"]["test"] < 1000:
+        n = files.result("dense")["data"]["test"]
+        found.append(f"The test set has {n} images: one image is {1 / n:.4f} of accuracy.")
+    return found
+
+
+def write_report(directory: Path) -> RunReport:
+    report = build_report(directory)
+    write_json(report, directory / "report.json")
+    write_html(report, directory / "report.html")
+    return report

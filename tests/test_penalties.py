@@ -1,0 +1,119 @@
+"""Penalties act on exactly the positions a group owns, against loops over channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsekit.groups import ChannelGroup, Member
+from sparsekit.penalties import (
+    channel_norms,
+    channel_sizes,
+    distances_to_zero,
+    penalised_slots,
+    scale_channels_,
+    shrink_,
+)
+
+# Four channels: in order along rows; out of order along columns, among positions that are nobody's; two
+# positions a channel; and a consumer, which no penalty touches.
+GROUP = ChannelGroup(
+    "group",
+    4,
+    (
+        Member("rows", 0, (0, 1, 2, 3), 1, "producer", penalised=True),
+        Member("columns", 1, (5, 0, 2, 3), 1, "producer", penalised=True),
+        Member("pairs", 0, (0, 1, 2, 3, 4, 5, 6, 7), 2, "norm", penalised=True),
+        Member("scattered_pairs", 0, (8, 0, 1, 2, 6, 5, 3, 4), 2, "norm", penalised=True),
+        Member("consumer", 1, (0, 1, 2, 3), 1, "consumer"),
+    ),
+)
+
+
+def _tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "rows": (4, 3, 2),
+        "columns": (2, 7),
+        "pairs": (8,),
+        "scattered_pairs": (10, 2),
+        "consumer": (3, 4),
+    }
+    return {name: torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+
+
+def _owned(tensors: dict[str, Tensor], channel: int) -> list[tuple[Tensor, tuple[slice | int, ...]]]:
+    """Every (tensor, index) of a channel, straight from the definition of `Member`."""
+    places = []
+    for member in GROUP.penalised:
+        for position in member.positions[channel * member.repeat : (channel + 1) * member.repeat]:
+            places.append((tensors[member.tensor], (*[slice(None)] * member.dim, position)))
+    return places
+
+
+def _channel_vector(tensors: dict[str, Tensor], channel: int) -> Tensor:
+    return torch.cat([tensor[index].reshape(-1) for tensor, index in _owned(tensors, channel)])
+
+
+def test_norms_sizes_and_distances_are_those_of_each_channel_as_one_vector() -> None:
+    tensors = _tensors()
+    slots = penalised_slots(tensors, GROUP)
+    vectors = [_channel_vector(tensors, channel) for channel in range(4)]
+    assert torch.allclose(channel_norms(tensors, slots), torch.stack([v.norm() for v in vectors]))
+    assert torch.equal(distances_to_zero(tensors, slots, "l1"), torch.stack([v.abs().max() for v in vectors]))
+    assert torch.equal(distances_to_zero(tensors, slots, "group_lasso"), channel_norms(tensors, slots))
+    assert channel_sizes(tensors, slots) == len(vectors[0]) == 6 + 2 + 2 + 4
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+def test_a_step_shrinks_each_channel_by_its_own_threshold_and_nothing_else(penalty: str) -> None:
+    tensors, expected = _tensors(), _tensors()
+    thresholds = torch.tensor([0.0, 0.3, 1.1, 100.0]).double()
+    for channel, t in enumerate(thresholds.tolist()):
+        norm = float(_channel_vector(expected, channel).norm())
+        for tensor, index in _owned(expected, channel):
+            old = tensor[index].clone()
+            tensor[index] = (
+                old * max(1 - t / norm, 0)
+                if penalty == "group_lasso"
+                else old.sign() * (old.abs() - t).relu()
+            )
+    shrink_(tensors, penalised_slots(tensors, GROUP), penalty, thresholds)
+    for name in tensors:
+        assert torch.allclose(tensors[name], expected[name], atol=1e-14), name
+    assert bool((_channel_vector(tensors, 3) == 0).all())
+    untouched = _tensors()
+    assert torch.equal(tensors["consumer"], untouched["consumer"])
+    assert torch.equal(_channel_vector(tensors, 0), _channel_vector(untouched, 0))
+    assert torch.equal(tensors["columns"][:, [1, 4, 6]], untouched["columns"][:, [1, 4, 6]])
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+def test_the_distance_to_zero_is_the_smallest_threshold_that_kills(penalty: str) -> None:
+    for factor, dies in ((1 - 1e-9, False), (1 + 1e-9, True)):
+        tensors = _tensors()
+        slots = penalised_slots(tensors, GROUP)
+        thresholds = distances_to_zero(tensors, slots, penalty) * factor
+        shrink_(tensors, slots, penalty, thresholds)
+        assert bool(((channel_norms(tensors, slots) == 0) == dies).all())
+
+
+def test_scaling_multiplies_each_channel_and_leaves_other_positions() -> None:
+    tensors, before = _tensors(), _tensors()
+    factors = torch.tensor([1.0, 0.0, 2.0, -1.0])  # float32 on float64 tensors
+    scale_channels_(tensors, penalised_slots(tensors, GROUP), factors)
+    for channel, factor in enumerate(factors.tolist()):
+        assert torch.equal(_channel_vector(tensors, channel), _channel_vector(before, channel) * factor)
+    assert torch.equal(tensors["columns"][:, [1, 4, 6]], before["columns"][:, [1, 4, 6]])
+    assert torch.equal(tensors["scattered_pairs"][[7, 9]], before["scattered_pairs"][[7, 9]])
+
+
+def test_low_precision_weights_keep_their_type() -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in _tensors().items()}
+    slots = penalised_slots(tensors, GROUP)
+    for penalty in ("group_lasso", "l1"):
+        shrink_(tensors, slots, penalty, torch.full((4,), 0.1))
+    scale_channels_(tensors, slots, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert torch.equal(channel_norms(tensors, slots) == 0, torch.tensor([False, True, False, False]))

@@ -1,0 +1,314 @@
+"""Whole runs, as a person starts them: the command line as a process, on the embedded digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import sparsekit as sk
+from sparsekit.report import read_report
+
+TINY = """
+model: {name: test_resnet}
+data:
+  name: digits
+  image_size: 32
+  batch_size: 32
+  train_limit: 256
+  validation_limit: 64
+  test_limit: 96
+  augment: null
+training: {lr: 0.05}
+dense: {epochs: 1}
+sparsify: {epochs: 3, warmup: 0.0}
+cut: {target: {macs: 0.5}, round_to: 4, min_channels: 4}
+finetune: {epochs: 2, distill: {weight: 0.5, temperature: 2.0}}
+benchmark: {rounds: 20, warmup: 2}
+"""
+
+
+def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparsekit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        timeout=240,
+    )
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sparsekit", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Until the file exists: the run has come that far."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} never appeared"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> Path:
+    """A finished run that nothing interrupted."""
+    directory = recipe.parent / "run"
+    done = sparsekit("prune", recipe, "--output", directory)
+    assert done.returncode == 0, done.stderr
+    assert "speed-up" in done.stdout
+    return directory
+
+
+def weights_hash(run: Path) -> str:
+    return hashlib.sha256((run / "pruned" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_every_file_it_promises_and_no_pickle(run: Path) -> None:
+    for name in (
+        *(
+            "recipe.yaml",
+            "report.json",
+            "report.html",
+            "dense.onnx",
+            "pruned.onnx",
+            "metrics.jsonl",
+            "run.log",
+        ),
+        *("pruned/model.safetensors", "pruned/structure.json", "checkpoints/journal.json"),
+    ):
+        assert (run / name).stat().st_size > 0, name
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert suffixes == {".yaml", ".json", ".jsonl", ".html", ".onnx", ".safetensors", ".log"}
+    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.state.safetensors"))
+
+
+def test_the_report_agrees_with_the_files_it_describes(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    pruned = sk.load(run / "pruned")
+    assert report["pruned"]["params"] == sum(p.numel() for p in pruned.parameters())
+    assert report["pruned"]["onnx_bytes"] == (run / "pruned.onnx").stat().st_size
+    assert report["macs_ratio"] == pytest.approx(report["dense"]["macs"] / report["pruned"]["macs"])
+    assert report["macs_ratio"] >= 2.0
+    assert report["speed_efficiency"] == pytest.approx(report["speedup"]["value"] / report["macs_ratio"])
+    names = [stage["name"] for stage in report["stages"]]
+    assert names == ["dense", "sparsify", "cut", "finetune", "baseline", "export", "benchmark"]
+    assert {stage["status"] for stage in report["stages"]} == {"done"}
+    for key in ("parity", "machine", "seed", "versions", "sparse", "speedup"):
+        assert key in report
+
+
+def test_the_cut_loses_nothing_because_the_zeros_are_exact(run: Path) -> None:
+    sparse = json.loads((run / "report.json").read_text())["sparse"]
+    assert sparse["max_abs_logit_change"] <= 1e-4
+    assert sparse["accuracy_after_cut"] == sparse["accuracy_before_cut"]
+    assert sparse["near_zero_channels"] > 0
+
+
+def test_the_onnx_file_says_what_it_needs_and_gives_the_artifact_s_logits(run: Path) -> None:
+    model = onnx.load(run / "pruned.onnx")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["class_names"]) == [str(digit) for digit in range(10)]
+    assert json.loads(metadata["input_size"]) == [3, 32, 32]
+    assert "test_resnet" in metadata["recipe"]
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(run / "pruned.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = sk.load(run / "pruned")(images)
+    assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_metrics_have_one_line_an_epoch_and_phase(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs = [(row["phase"], row["epoch"]) for row in rows]
+    expected = {"dense": 1, "sparsify": 3, "finetune": 2, "baseline": 5}
+    assert sorted(epochs) == sorted((phase, e) for phase, n in expected.items() for e in range(1, n + 1))
+
+
+def test_a_finished_run_is_not_overwritten_and_can_be_resumed_at_no_cost(run: Path, recipe: Path) -> None:
+    before = weights_hash(run)
+    refused = sparsekit("prune", recipe, "--output", run)
+    assert refused.returncode == 2
+    assert "already holds a run" in refused.stderr
+    again = sparsekit("prune", recipe, "--output", run, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "dense: done before" in again.stderr
+    assert weights_hash(run) == before
+
+
+def test_resuming_with_another_recipe_is_refused_and_names_the_key(run: Path, recipe: Path) -> None:
+    refused = sparsekit("prune", recipe, "--output", run, "--resume", "--set", "training.lr=0.01")
+    assert refused.returncode == 2
+    assert "training.lr" in refused.stderr
+    assert "lr: 0.05" in (run / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("phase", ["dense", "sparsify", "baseline-finetune"])
+def test_a_killed_run_resumes_to_the_same_weights(
+    phase: str, run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    process = start("prune", recipe, "--output", tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "checkpoints" / f"{phase}.state.safetensors", process)
+    process.kill()
+    process.communicate()
+    resumed = sparsekit("prune", recipe, "--output", tmp_path / "killed", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights_hash(tmp_path / "killed") == weights_hash(run)
+    ours, theirs = read_report(tmp_path / "killed" / "report.json"), read_report(run / "report.json")
+    assert ours.dense.accuracy == theirs.dense.accuracy
+    assert ours.sparse == theirs.sparse
+    without_time = [point.model_copy(update={"seconds": 0.0}) for point in ours.curves]
+    assert without_time == [point.model_copy(update={"seconds": 0.0}) for point in theirs.curves]
+
+
+def test_ctrl_c_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
+    process = start("prune", recipe, "--output", tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "sparsify.state.safetensors", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_message(recipe: Path, tmp_path: Path) -> None:
+    failed = sparsekit("prune", recipe, "--output", tmp_path / "run", "--set", "training.lr=1e12")
+    assert failed.returncode == 1
+    assert "not finite" in failed.stderr or "NaN" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_bench_export_and_report_work_on_a_run(run: Path, tmp_path: Path) -> None:
+    timed = sparsekit("bench", run / "dense.onnx", run / "pruned.onnx", "--rounds", 20, "--json")
+    assert timed.returncode == 0, timed.stderr
+    assert len(json.loads(timed.stdout)["speedups"]) == 1
+    exported = sparsekit("export", run, "--output", tmp_path / "again.onnx", "--dynamic-batch")
+    assert exported.returncode == 0, exported.stderr
+    session = onnxruntime.InferenceSession(tmp_path / "again.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: np.zeros((3, 3, 32, 32), np.float32)})
+    assert logits.shape == (3, 10)
+    before = (run / "report.json").read_text()
+    (run / "report.html").unlink()
+    reported = sparsekit("report", run)
+    assert reported.returncode == 0, reported.stderr
+    assert (run / "report.html").exists()
+    assert (run / "report.json").read_text() == before
+
+
+def test_inspect_shows_groups_and_reasons() -> None:
+    shown = sparsekit("inspect", "test_resnet", "--image-size", 64, "--json")
+    assert shown.returncode == 0, shown.stderr
+    groups = json.loads(shown.stdout)["groups"]
+    assert any("output" in group["frozen"] for group in groups)
+    assert any(group["frozen"] == "" and group["macs_share"] > 0 for group in groups)
+
+
+def folder_recipe(tmp_path: Path, classes: tuple[str, ...], images: int) -> Path:
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for number, name in enumerate(classes):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                pixels = generator.integers(0, 100, (40, 40, 3), dtype=np.uint8) + np.uint8(100 * number)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    path = tmp_path / "folder.yaml"
+    path.write_text(
+        TINY.replace(
+            "name: digits", f"name: folder\n  root: {tmp_path / 'images'}\n  train: train\n  test: test"
+        )
+        .replace("batch_size: 32", "batch_size: 8")
+        .replace(
+            "  train_limit: 256\n  validation_limit: 64\n  test_limit: 96\n", "  validation_share: 0.2\n"
+        )
+    )
+    return path
+
+
+def test_a_folder_of_a_person_s_own_images_runs(tmp_path: Path) -> None:
+    recipe = folder_recipe(tmp_path, ("dark", "light"), 20)
+    done = sparsekit("prune", recipe, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "run" / "report.json").data.class_names == ("dark", "light")
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "message"), [(("only",), 4, "class"), (("one", "two"), 0, "image")]
+)
+def test_a_folder_that_cannot_be_learned_from_is_refused(
+    classes: tuple[str, ...], images: int, message: str, tmp_path: Path
+) -> None:
+    refused = sparsekit("prune", folder_recipe(tmp_path, classes, images), "--output", tmp_path / "run")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert str(tmp_path / "images") in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corrupt_image_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    recipe = folder_recipe(tmp_path, ("dark", "light"), 8)
+    (tmp_path / "images" / "train" / "dark" / "3.png").write_bytes(b"no image")
+    failed = sparsekit("prune", recipe, "--output", tmp_path / "run", "--set", "data.validation_share=0.01")
+    assert failed.returncode == 2
+    assert "3.png" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_all_problems_with_the_world_are_told_at_once_and_nothing_is_written(
+    recipe: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "none.safetensors"
+    refused = sparsekit(
+        *("prune", recipe, "--output", tmp_path / "run", "--set", "model.name=resnet81"),
+        *(
+            "--set",
+            f"model.checkpoint={checkpoint}",
+            "--set",
+            "benchmark.threads=4096",
+            "--set",
+            "device=cuda:99",
+        ),
+    )
+    assert refused.returncode == 2
+    lines = refused.stderr.strip().splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert any("resnet81" in line and "resnet18" in line for line in lines)
+    assert any("4096" in line for line in lines)
+    assert any("cuda:99" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_training(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused = sparsekit("prune", recipe, "--output", tmp_path / "file" / "run")
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
