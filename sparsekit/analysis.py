@@ -76,7 +76,7 @@ def _shared_tensors(model: nn.Module) -> set[str]:
 def _form_group(
     model: nn.Module, coupling: Coupling, ignore: Sequence[str], shared: set[str]
 ) -> ChannelGroup:
-    modules = dict(model.named_modules())
+    modules, stored = dict(model.named_modules()), model.state_dict().keys()
     units = _units(coupling)
     n_channels = len(set(units.values()))
     members: list[Member] = []
@@ -93,6 +93,8 @@ def _form_group(
         reason = "it reaches the model's output"
     elif tied := [member.tensor for member in members if member.tensor in shared]:
         reason = reason or f"{tied[0]} is shared between modules"
+    elif computed := [member.tensor for member in members if member.tensor not in stored]:
+        reason = reason or f"{computed[0]} is computed from other tensors (a parametrisation)"
     elif n_channels < 2:
         reason = reason or "its channels can only go together"
     return ChannelGroup(coupling.root, n_channels, tuple(members), reason)

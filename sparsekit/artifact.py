@@ -37,6 +37,16 @@ from sparsekit.plan import PrunePlan
 
 FORMAT = "sparsekit/1"
 Factory = Callable[[], nn.Module]
+# What building and filling a model raises when the structure, the weights and the model are not of one kind.
+_MISFITS = (
+    InputError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    safetensors.SafetensorError,
+)
 
 
 def save(
@@ -55,7 +65,7 @@ def save(
     (image size, custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module
     needs `factory`, a function without arguments that builds the dense model; `load` is then given the same one.
     The dense model is built once to check that the artifact can be loaded. Raises InputError if it cannot be
-    built or its tensors have other names than the model's.
+    built, its tensors have other names than the model's, or `info` is not plain JSON.
     """
     path = Path(path)
     state = _unshared(model.state_dict())
@@ -71,6 +81,7 @@ def save(
         "versions": {name: version(name) for name in ("sparsekit", "torch", "timm")},
     }
     _shape_like_(fresh, structure)  # raises if the dense model cannot take the tensors
+    _check_json(structure)  # before anything is written: the folder may hold an artifact already
     if path.exists() and not path.is_dir():
         raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
     with atomic_path(path / "model.safetensors") as temporary:
@@ -108,7 +119,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     try:
         _shape_like_(model, structure)
         model.load_state_dict(safetensors.torch.load_file(weights), strict=True)
-    except (InputError, RuntimeError, safetensors.SafetensorError) as error:
+    except _MISFITS as error:
         raise FileError(f"{path} does not fit {source}: {error}") from error
     return model.eval()
 
@@ -122,13 +133,15 @@ def read_structure(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{path} is no sparsekit artifact: it has no structure.json") from None
     except (OSError, ValueError) as error:
         raise FileError(f"{file} cannot be read: {error}") from error
+    if not isinstance(structure, dict):
+        raise FileError(f"{file} is no artifact's structure: expected a JSON object, got {structure!r:.40}")
     missing = [key for key in ("format", "source", "attributes", "tensors", "sha256") if key not in structure]
     if structure.get("format") != FORMAT or missing:
         raise FileError(
             f"{file} has format {structure.get('format')!r} and lacks {missing or 'nothing'}; this version of "
             f"sparsekit reads {FORMAT!r}"
         )
-    return dict(structure)
+    return structure
 
 
 def check_round_trip(
@@ -152,6 +165,16 @@ def check_round_trip(
             f"the artifact {path} gives other logits than the model: off by {difference:.3g}"
         )
     return difference
+
+
+def _check_json(structure: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(structure, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the artifact cannot be described in JSON: {error}; give `info` and `model_args` as finite numbers, "
+            "strings, lists and dictionaries"
+        ) from error
 
 
 def _source(

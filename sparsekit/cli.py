@@ -155,7 +155,8 @@ def prune(
     from sparsekit.report import terminal_table
 
     report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
-    _console().print(terminal_table(report, directory))
+    if os.environ.get("RANK", "0") == "0":  # once, where several processes train together
+        _console().print(terminal_table(report, directory))
 
 
 @_app.command()

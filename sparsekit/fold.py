@@ -58,10 +58,11 @@ def _observe_constants(model: nn.Module, plan: PrunePlan, consumers: list[Tensor
     highest: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def watch(cut: TensorCut) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def watch(cut: TensorCut) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             channel_dim = -1 if isinstance(module, nn.Linear) else 1
-            values = args[0].movedim(channel_dim, 0).flatten(1)[list(cut.drop)]
+            read = args[0] if args else keywords["input"]
+            values = read.movedim(channel_dim, 0).flatten(1)[list(cut.drop)]
             low, high = values.amin(1), values.amax(1)
             key = cut.tensor
             lowest[key] = torch.minimum(lowest[key], low) if key in lowest else low
@@ -70,7 +71,8 @@ def _observe_constants(model: nn.Module, plan: PrunePlan, consumers: list[Tensor
         return record
 
     hooks = [
-        modules[cut.tensor.rpartition(".")[0]].register_forward_pre_hook(watch(cut)) for cut in consumers
+        modules[cut.tensor.rpartition(".")[0]].register_forward_pre_hook(watch(cut), with_kwargs=True)
+        for cut in consumers
     ]
     try:
         with evaluating(model):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,11 @@ def keep_masks(
     then lowers what is left to `target` if one is given; without zeros and target it takes the gap.
 
     The number kept is rounded up to a multiple of `round_to`, the best of the removed coming back, and never
-    falls below `min_channels` (or the group's size). Raises InputError for a target out of reach.
+    falls below `min_channels` (or the group's size). Raises InputError for a method without what it needs, an
+    unknown quantity, or a target out of reach.
     """
+    if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
+        raise InputError(f"target must name one of macs, params and channels, got {dict(target)}")
     scores = channel_scores(model, groups)
     zeros = zero_channels(model, groups)
     # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
@@ -142,8 +146,9 @@ def budget_threshold(
     def share_at(cut: float) -> float:
         return float(getattr(kept_share(groups, finish(_ranked_above(ranks, cut))), quantity))
 
-    cuts = sorted({cut for rank in ranks.values() for cut in rank.tolist()})
-    least = share_at(cuts[-1]) if cuts else 1.0
+    # Below the lowest rank nothing goes: a target that the whole model meets costs no channel.
+    cuts: list[float] = [-math.inf, *sorted({cut for rank in ranks.values() for cut in rank.tolist()})]
+    least = share_at(cuts[-1])
     if least > wanted:
         raise InputError(
             f"a target of {quantity} {wanted} is out of reach: keeping the fewest channels allowed leaves "
@@ -156,7 +161,7 @@ def budget_threshold(
             high = middle
         else:
             low = middle
-    return float(cuts[high])
+    return cuts[high]
 
 
 def _ranked_above(ranks: Masks, cut: float) -> Masks:

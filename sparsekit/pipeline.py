@@ -112,7 +112,8 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     inputs = open_inputs(recipe)
     accelerator = make_accelerator(recipe)
     files = RunDirectory(output, writes=accelerator.is_main_process)
-    files.open(resume=resume)
+    with accelerator.main_process_first():  # the others find the directory that the main process opened
+        files.open(resume=resume or not files.writes)
     run = _Run(recipe, inputs, files, accelerator, console)
     story = [
         _Stage("dense", _train_dense, ("model", "data", "training", "dense")),
@@ -170,6 +171,7 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
     if run.files.writes:
         for state in run.files.checkpoints.glob(f"{name}*.state.safetensors"):
             state.unlink()  # only an unfinished stage needs it
+    run.accelerator.wait_for_everyone()
     run.say(f"{name}: {record.seconds:.1f} s{_told(name, result)}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsekit.errors import FileError, InputError
@@ -49,7 +50,7 @@ class PrunePlan:
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
         """Inverse of `to_json`, also after a round trip through JSON text. Raises FileError on other data."""
         try:
-            return PrunePlan(
+            plan = PrunePlan(
                 cuts=tuple(
                     TensorCut(c["tensor"], c["dim"], c["role"], tuple(c["keep"]), tuple(c["drop"]))
                     for c in data["cuts"]
@@ -57,7 +58,11 @@ class PrunePlan:
                 groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
                 input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
             )
-        except (KeyError, TypeError) as error:
+            for cut in plan.cuts:
+                if sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
+                    raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+            return plan
+        except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups "
                 "and input_shapes as PrunePlan.to_json writes them"
@@ -68,7 +73,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
 
     Groups without a mask stay whole. Raises InputError for a mask of an unknown or frozen group, of the wrong
-    length, or one that keeps nothing.
+    length or dtype, or one that keeps nothing.
     """
     known = {group.name: group for group in groups}
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
@@ -77,11 +82,13 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     for name, mask in masks.items():
         if name not in known:
             raise InputError(f"a mask names the group {name!r}, which the model does not have")
-        group, keep = known[name], [bool(bit) for bit in mask.tolist()]
-        if len(keep) != group.n_channels:
+        group = known[name]
+        if mask.dtype != torch.bool or mask.shape != (group.n_channels,):
             raise InputError(
-                f"the mask of {name} has {len(keep)} entries, its group {group.n_channels} channels"
+                f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
+                f"got {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
             )
+        keep: list[bool] = mask.tolist()
         if not any(keep):
             raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
         if group.frozen and not all(keep):

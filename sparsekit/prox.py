@@ -21,5 +21,4 @@ def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
     norm is at most `t` gets exactly 0; a zero group stays zero, and `t` = 0 gives exactly 1 (never NaN).
     """
     t = torch.as_tensor(t, dtype=norms.dtype, device=norms.device)
-    shrunk = torch.clamp(1 - t / norms.clamp_min(torch.finfo(norms.dtype).tiny), min=0)
-    return torch.where(t > 0, shrunk, torch.ones_like(norms))
+    return torch.clamp(1 - t / norms.clamp_min(torch.finfo(norms.dtype).tiny), min=0)

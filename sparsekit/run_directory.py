@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,23 +79,13 @@ class RunDirectory:
             ) from error
 
     def _read_journal(self) -> None:
-        try:
+        with _refusing_damage(self._journal):
             rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
             self.stages = {row["name"]: StageRecord(**row) for row in rows}
-            lines = (
-                (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-                if self._has_metrics
-                else []
-            )
+        metrics = self.path / "metrics.jsonl"
+        with _refusing_damage(metrics):
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
             self._metrics = [json.loads(line) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileError(
-                f"{self._journal} is damaged ({error}); the run cannot be resumed, start it in another --output"
-            ) from error
-
-    @property
-    def _has_metrics(self) -> bool:
-        return (self.path / "metrics.jsonl").exists()
 
     def _write_journal(self) -> None:
         if self.writes:
@@ -153,6 +144,16 @@ class RunDirectory:
             now = datetime.fromtimestamp(time.time(), tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
             with (self.path / "run.log").open("a", encoding="utf-8") as file:
                 file.write(f"{now} {message}\n")
+
+
+@contextmanager
+def _refusing_damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{file} is damaged ({error}); the run cannot be resumed, start it in another --output"
+        ) from error
 
 
 def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -30,6 +30,6 @@ class PhaseShares:
         """
         if progress < self.warmup or progress >= 1 - self.debias:
             return 0.0
-        if self.ramp == 0 or progress >= self.warmup + self.ramp:
+        if progress >= self.warmup + self.ramp:
             return 1.0
-        return round((progress - self.warmup) / self.ramp, 12)
+        return (progress - self.warmup) / self.ramp

@@ -36,24 +36,21 @@ def _group_score(group: ChannelGroup, state: dict[str, Tensor], modules: dict[st
         weighs = member.norm is not None or member.penalised
         if not member.tensor.endswith(".weight") or not weighs:
             continue
-        squares = rows(state[member.tensor].double(), member).square().sum(1).cpu()
+        squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
         if member.norm is not None:
-            squares = squares * _folded_scale(group, member.norm, state, modules).square()
-        total += squares
+            squares = squares * _folded_scale(modules[member.norm]).square()
+        total += squares[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
     return total.sqrt()
 
 
-def _folded_scale(
-    group: ChannelGroup, norm: str, state: dict[str, Tensor], modules: dict[str, nn.Module]
-) -> Tensor:
-    """gamma / sqrt(var + eps) for each channel of the group; gamma alone where no statistics are kept."""
-    entries = {m.tensor.rpartition(".")[2]: m for m in group.of_role("norm") if m.module == norm}
-    scale = torch.ones(group.n_channels, dtype=torch.float64)
-    if "weight" in entries:
-        scale = rows(state[f"{norm}.weight"].double(), entries["weight"]).mean(1).cpu()
-    if "running_var" in entries:
-        variance = rows(state[f"{norm}.running_var"].double(), entries["running_var"]).mean(1).cpu()
-        scale = scale / (variance + float(str(modules[norm].eps))).sqrt()
+def _folded_scale(norm: nn.Module) -> Tensor:
+    """gamma / sqrt(var + eps) of a BatchNorm, without what it does not have; float64, on the CPU."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    scale = torch.ones(norm.num_features, dtype=torch.float64)
+    if norm.affine:
+        scale = norm.weight.detach().double().cpu()
+    if norm.running_var is not None:
+        scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
     return scale
 
 

@@ -40,11 +40,11 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     state = model.state_dict()
     for cut in plan.cuts:
         size = len(cut.keep) + len(cut.drop)
-        found = f"{tuple(state[cut.tensor].shape)}" if cut.tensor in state else "nothing"
-        if cut.tensor not in state or state[cut.tensor].shape[cut.dim] != size:
+        found = tuple(state[cut.tensor].shape) if cut.tensor in state else ()
+        if found[cut.dim : cut.dim + 1] != (size,):
             raise ModelError(
                 f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
-                f"found {found}; apply a plan to the model whose groups it was made from"
+                f"found {found or 'nothing'}; apply a plan to the model whose groups it was made from"
             )
 
 

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import timm
+import torch
+from models_by_hand import BY_HAND, Residual, build
+from torch import Tensor, nn
+
+from sparsekit.analysis import find_groups
+from sparsekit.errors import InputError, ModelError
+from sparsekit.groups import Member
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def members_of(name: str, group: str) -> dict[tuple[str, int], Member]:
+    model, inputs = build(name)
+    return {(m.tensor, m.dim): m for m in find_groups(model, inputs)[group].members}
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [
+        # The stream and the inside of the branch; the head's outputs are the model's.
+        ("Residual", {"outer": 8, "inner": 6}),
+        ("Concatenation", {"left": 4, "right": 6, "reader": 5}),
+        # Halves that multiply each other go together: 12 outputs are 6 channels.
+        ("ChunkGate", {"up": 6}),
+        ("SplitGate", {"up": 6}),
+        ("FlattenBeforeLinear", {"conv": 6}),
+        ("Transposed", {"down": 6, "up": 8, "further": 4}),
+        ("UsedTwice", {"shared": 6, "head": 2}),
+        ("TiedWeights", {"head": 5}),
+        ("TwoInTwoOut", {"images": 6}),
+        ("Depthwise", {"depthwise": 8}),
+        ("SqueezeExcite", {"excite": 8, "squeeze": 4}),
+        ("LayerNormMlp", {"up": 10}),
+        ("GroupedConv", {"after": 6}),
+        ("Attention", {"up": 10}),
+    ],
+)
+def test_the_free_groups_and_their_sizes_are_those_counted_by_hand(name: str, free: dict[str, int]) -> None:
+    model, inputs = build(name)
+    groups = find_groups(model, inputs)
+    found = {frozenset(m.module for m in g.members if m.role in ("producer", "depthwise")): g for g in groups.free}
+    for module, n_channels in free.items():
+        (group,) = [g for modules, g in found.items() if module in modules]
+        assert group.n_channels == n_channels
+    assert len(groups.free) == len(free)
+
+
+def test_every_model_by_hand_has_its_free_groups_counted() -> None:
+    (mark,) = test_the_free_groups_and_their_sizes_are_those_counted_by_hand.pytestmark
+    assert {name for name, _ in mark.args[1]} == set(BY_HAND)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "reason"),
+    [
+        ("Attention", "qkv", "attention"),
+        ("LayerNormMlp", "embed", "norm mixes channels"),
+        ("LayerNormMlp", "down", "norm mixes channels"),
+        ("GroupedConv", "before", "grouped is a grouped convolution (2 groups)"),
+        ("GroupedConv", "grouped", "grouped is a grouped convolution (2 groups)"),
+        ("TiedWeights", "first", "is shared between modules"),
+        ("TiedWeights", "second", "is shared between modules"),
+        ("Residual", "head", "reaches the model's output"),
+        ("TwoInTwoOut", "classes", "reaches the model's output"),
+        ("TwoInTwoOut", "boxes", "reaches the model's output"),
+        ("Attention", "head", "reaches the model's output"),
+    ],
+)
+def test_what_cannot_be_cut_says_why(name: str, module: str, reason: str) -> None:
+    model, inputs = build(name)
+    holders = [
+        g for g in find_groups(model, inputs) if any(m.module == module for m in g.of_role("producer"))
+    ]
+    assert holders
+    assert all(reason in group.frozen for group in holders)
+
+
+def test_the_group_of_a_residual_stream_holds_every_tensor_that_touches_it_and_nothing_else() -> None:
+    model, inputs = build("Residual")
+    (group,) = [g for g in find_groups(model, inputs) if "stem" in {m.module for m in g.members}]
+    roles = {(m.tensor, m.dim): m.role for m in group.members}
+    norms = ("weight", "bias", "running_mean", "running_var")
+    assert roles == {
+        ("stem.weight", 0): "producer",
+        ("outer.weight", 0): "producer",
+        **{(f"stem_norm.{key}", 0): "norm" for key in norms},
+        **{(f"outer_norm.{key}", 0): "norm" for key in norms},
+        ("inner.weight", 1): "consumer",
+        ("head.weight", 1): "consumer",
+    }
+    assert all(m.positions == tuple(range(8)) and m.repeat == 1 for m in group.members)
+    # Before a BatchNorm the scale and shift say whether a channel lives, not the rows.
+    assert {m.tensor for m in group.penalised} == {
+        f"{n}.{k}" for n in ("stem_norm", "outer_norm") for k in ("weight", "bias")
+    }
+    assert {m.tensor: m.norm for m in group.of_role("producer")} == {
+        "stem.weight": "stem_norm",
+        "outer.weight": "outer_norm",
+    }
+
+
+def test_positions_behind_a_concatenation_start_after_the_first_branch() -> None:
+    assert members_of("Concatenation", "left")["reader.weight", 1].positions == (0, 1, 2, 3)
+    right = members_of("Concatenation", "right")
+    assert right["reader.weight", 1].positions == (4, 5, 6, 7, 8, 9)
+    assert right["right.weight", 0].positions == right["right.bias", 0].positions == (0, 1, 2, 3, 4, 5)
+    assert right["right.weight", 0].penalised
+    assert right["right.bias", 0].penalised
+
+
+def test_a_gated_unit_owns_its_row_in_both_halves_and_one_column() -> None:
+    members = members_of("ChunkGate", "up")
+    assert members["up.weight", 0].repeat == 2
+    assert members["up.weight", 0].positions == (0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11)
+    assert members["down.weight", 1].positions == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_channel_owns_height_times_width_columns_behind_a_flatten() -> None:
+    head = members_of("FlattenBeforeLinear", "conv")["head.weight", 1]
+    assert head.repeat == 16
+    assert head.positions == tuple(range(96))
+
+
+def test_transposed_convolutions_have_their_outputs_in_dimension_one() -> None:
+    up = members_of("Transposed", "up")
+    assert ("up.weight", 1) in up
+    assert up["up.weight", 1].role == "producer"
+    assert up["further.weight", 0].role == "consumer"
+    assert members_of("Transposed", "down")["up.weight", 0].role == "consumer"
+
+
+def test_a_gate_is_not_penalised_but_what_it_multiplies_is() -> None:
+    model, inputs = build("SqueezeExcite")
+    (group,) = [g for g in find_groups(model, inputs) if "conv" in {m.module for m in g.members}]
+    assert {m.tensor for m in group.penalised} == {"norm.weight", "norm.bias"}
+    assert {m.module for m in group.of_role("producer")} == {"conv", "excite"}
+
+
+def test_a_depthwise_filter_belongs_to_its_channel() -> None:
+    model, inputs = build("Depthwise")
+    (group,) = [g for g in find_groups(model, inputs) if g.of_role("depthwise")]
+    assert {m.tensor for m in group.of_role("depthwise")} == {"depthwise.weight", "depthwise.bias"}
+    assert {m.module for m in group.of_role("consumer")} == {"project"}
+
+
+@pytest.mark.parametrize("pattern", ["inner", "inn*", "*_norm"])
+def test_an_ignored_module_keeps_its_group_whole(pattern: str) -> None:
+    model, inputs = build("Residual")
+    groups = find_groups(model, inputs, ignore=[pattern])
+    (inner,) = [g for g in groups if "inner_norm" in {m.module for m in g.members}]
+    assert "on the ignore list" in inner.frozen
+    # A module on the reading side does not freeze what it reads.
+    streams = [g for g in groups if "stem" in {m.module for m in g.members}]
+    assert [bool(g.frozen) for g in streams] == [pattern == "*_norm"]
+
+
+def test_ignoring_a_module_ignores_what_it_holds() -> None:
+    model = timm.create_model("resnet18", num_classes=3)
+    groups = find_groups(model, torch.randn(1, 3, 32, 32), ignore=["layer2"])
+    ignored = {g.name for g in groups if "ignore list" in g.frozen}
+    touching = {g.name for g in groups if any(m.module.startswith("layer2") for m in g.of_role("producer"))}
+    assert ignored == touching
+    assert len(ignored) == 3
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'stemm' matches no module of Residual"):
+        find_groups(Residual(), torch.randn(1, 3, 8, 8), ignore=["stem", "stemm"])
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(1, 4, 8, 8), (torch.randn(1, 3, 8, 8), torch.randn(1))])
+def test_a_model_that_does_not_run_on_the_example_is_refused(inputs: Tensor | tuple[Tensor, ...]) -> None:
+    with pytest.raises(ModelError, match=r"Residual does not run on the example input of shape \[\(1, "):
+        find_groups(Residual(), inputs)
+
+
+@pytest.mark.parametrize("name", ["Residual", "Attention", "resnet18", "test_vit"])
+def test_the_model_and_the_random_state_are_left_as_they_were(name: str) -> None:
+    model, inputs = build(name)
+    for order, module in enumerate(model.modules()):
+        module.training = order % 3 == 0
+    for order, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(order % 2 == 0)
+    modules, flags = list(model.modules()), [m.training for m in model.modules()]
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    addresses = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    wanted = [p.requires_grad for p in model.parameters()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+    random_state = torch.get_rng_state()
+
+    find_groups(model, inputs)
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert list(model.modules()) == modules
+    assert [m.training for m in modules] == flags
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == hooks
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == addresses
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+
+
+def test_the_groups_do_not_depend_on_training_mode_or_frozen_parameters() -> None:
+    model, inputs = build("Residual")
+    plain = find_groups(model, inputs)
+    model.train().requires_grad_(False)
+    assert find_groups(model, inputs) == plain
+
+
+def test_no_position_belongs_to_two_free_groups() -> None:
+    for name in (*BY_HAND, "resnet18", "mobilenetv3_small_050"):
+        model, inputs = build(name)
+        claims = [
+            (m.tensor, m.dim, position)
+            for group in find_groups(model, inputs).free
+            for m in group.members
+            for position in m.positions
+        ]
+        assert len(claims) == len(set(claims)), name
+
+
+class HiddenReader(nn.Module):
+    """The output has one channel for each of the hidden ones, which no layer with weights shows."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.conv, self.head, self.reads = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1), reads
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden = self.conv(images)
+        if self.reads == "softmax":
+            return self.head(hidden.softmax(1))
+        if self.reads == "mean":
+            return self.head(hidden - hidden.mean(1, keepdim=True))
+        if self.reads == "output":
+            return self.head(hidden), hidden
+        return self.head(hidden[:, torch.tensor([3, 1, 0, 5, 4, 2])])
+
+
+@pytest.mark.parametrize("reads", ["softmax", "mean", "output", "permutation"])
+def test_channels_that_something_without_weights_reads_are_kept(reads: str) -> None:
+    groups = find_groups(HiddenReader(reads).eval(), torch.randn(2, 3, 6, 6))
+    assert not groups.free
+    assert all(group.frozen for group in groups)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_layer_whose_weight_is_computed_is_kept_and_says_so(wrap: object, place: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert callable(wrap)
+    wrap(model[place])
+    groups = find_groups(model, torch.randn(1, 3, 8, 8))
+    (touched,) = [g for g in groups if g.name == str(place)]
+    assert f"{place}.weight is computed from other tensors" in touched.frozen
+    assert [g.name for g in groups.free] == (["2"] if place == 0 else [])
+
+
+def test_a_layer_that_is_called_with_keywords_can_be_cut() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(input=self.conv(input=images).relu())
+
+    assert [g.name for g in find_groups(Keywords(), torch.randn(1, 3, 8, 8)).free] == ["conv"]
+
+
+def test_a_group_is_found_by_its_name() -> None:
+    model, inputs = build("Concatenation")
+    groups = find_groups(model, inputs)
+    assert groups["left"].name == "left"
+    assert len(groups) == len(list(groups)) == 4
+    with pytest.raises(KeyError):
+        groups["nowhere"]

@@ -1,0 +1,35 @@
+"""The examples run as a reader would run them: as programs, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_the_training_loop_prunes_saves_exports_and_measures(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "own_training_loop.py", "--output", tmp_path, "--steps", "30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr
+    rows = dict(re.findall(r"^(dense|pruned) +0\.\d{3} +([\d,]+) +\d+\.\d+$", finished.stdout, re.MULTILINE))
+    dense, pruned = (int(rows[name].replace(",", "")) for name in ("dense", "pruned"))
+    assert pruned < 0.6 * dense
+    assert re.search(r"^speed-up \d+\.\d\d in ONNX Runtime", finished.stdout, re.MULTILINE)
+    assert float(finished.stdout.rpartition(" ")[2]) < 1e-4
+    for name in ("dense", "pruned"):
+        onnx.checker.check_model(onnx.load(tmp_path / f"{name}.onnx"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.onnx", "pruned", "pruned.onnx"]
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'"{path.name}"' in tests for path in EXAMPLES.glob("*.py"))

@@ -1,0 +1,76 @@
+"""The public names are few, documented and guarded; importing them costs nothing until they are used."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import sparsekit
+
+
+def test_the_public_names_are_these() -> None:
+    """Changing this list changes what people's programs may rely on."""
+    assert sparsekit.__all__ == [
+        "PrunePlan",
+        "Sparsifier",
+        "apply_plan",
+        "compare_latency",
+        "export_onnx",
+        "find_groups",
+        "keep_masks",
+        "load",
+        "make_plan",
+        "save",
+        "verify_cut",
+    ]
+
+
+def test_the_lazy_loader_knows_exactly_the_public_names() -> None:
+    assert sorted(sparsekit.__all__) == sparsekit.__all__ == sorted(sparsekit._HOMES)
+
+
+@pytest.mark.parametrize("name", sparsekit.__all__)
+def test_every_public_name_comes_from_its_home_and_is_documented(name: str) -> None:
+    found = getattr(sparsekit, name)
+    assert found.__name__ == name
+    assert found.__module__ == f"sparsekit.{sparsekit._HOMES[name]}"
+    assert len(inspect.getdoc(found) or "") > 60
+    members = vars(found).items() if inspect.isclass(found) else ()
+    undocumented = [
+        member
+        for member, value in members
+        if not member.startswith("_")
+        and callable(getattr(value, "fget", None) or getattr(value, "__func__", value))
+        and not inspect.getdoc(value)
+    ]
+    assert undocumented == []
+
+
+def test_dir_lists_the_public_names_and_the_version() -> None:
+    assert dir(sparsekit) == sorted([*sparsekit.__all__, "__version__"])
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'sparsekit' has no attribute 'pruner'"):
+        _ = sparsekit.pruner
+
+
+@pytest.mark.parametrize("module", ["sparsekit", "sparsekit.cli", "sparsekit.recipe", "sparsekit.errors"])
+def test_imports_that_should_be_quick_leave_the_heavy_libraries_alone(module: str) -> None:
+    heavy = [
+        "torch",
+        "timm",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "matplotlib",
+        "sklearn",
+        "accelerate",
+        "torch_pruning",
+    ]
+    program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
