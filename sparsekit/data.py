@@ -161,8 +161,12 @@ def open_data(
         validation=limited[1],
         test=limited[2],
         class_names=class_names,
-        description=f"{name}: {len(class_names)} classes; {counts}",
+        description=f"{_named(name, root)}, {len(class_names)} classes: {counts} images",
     )
+
+
+def _named(name: str, root: Path | None) -> str:
+    return f"{name} {root}" if root is not None else name
 
 
 def _common_classes(splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

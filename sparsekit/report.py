@@ -464,7 +464,7 @@ def terminal_table(report: RunReport, directory: Path | None = None) -> Renderab
 def _title(report: RunReport) -> str:
     channels, height, width = report.input_shape
     size = f"{channels}×{height}×{width}"
-    return f"{report.model.name}, {size}, recipe {report.recipe}, {_plural(report.data.test, 'test image')}"
+    return f"{report.model.name}, {size}, run {report.recipe}, {_plural(report.data.test, 'test image')}"
 
 
 # -------------------------------------------------------------------------------------------------- HTML page

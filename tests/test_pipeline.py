@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import sparsekit as sk
+from sparsekit.models import create_model, save_weights
 from sparsekit.report import read_report
 
 TINY = """
@@ -205,6 +206,35 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_message(recipe: Path, t
     assert failed.returncode == 1
     assert "not finite" in failed.stderr or "NaN" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_finished_checkpoint_is_only_evaluated_and_compared_without_a_baseline(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    checkpoint = run / "checkpoints" / "baseline.safetensors"
+    done = sparsekit(
+        *("prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"),
+        *("--set", "dense.epochs=0", "--set", "training.optimizer=adamw", "--set", "training.lr=0.003"),
+        *("--set", "export.dynamic_batch=true", "--set", "training.ema=0.9"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "run" / "report.json")
+    assert report.dense.accuracy == read_report(run / "report.json").dense.accuracy
+    assert (report.epochs.dense, report.epochs.baseline) == (0, 0)
+    assert report.sparse.max_abs_logit_change <= 1e-4
+    assert (tmp_path / "run" / "pruned.dynamic.onnx").exists()
+
+
+def test_a_checkpoint_with_another_number_of_classes_is_refused(recipe: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "seven.safetensors"
+    save_weights(create_model("test_resnet", num_classes=7), checkpoint)
+    refused = sparsekit(
+        "prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"
+    )
+    assert refused.returncode == 2
+    assert "7 classes" in refused.stderr
+    assert "10" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_bench_export_and_report_work_on_a_run(run: Path, tmp_path: Path) -> None:

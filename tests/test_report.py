@@ -377,7 +377,7 @@ def test_a_worse_model_is_not_praised() -> None:
 def test_table_takes_brackets_literally() -> None:
     report = make_report(recipe="[red]", warnings=["[/] is not [bold]markup"])
     text = table_text(report, 100)
-    assert "recipe [red]" in text
+    assert "run [red]" in text
     assert "[/] is not [bold]markup" in text
 
 
