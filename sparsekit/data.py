@@ -141,7 +141,7 @@ def open_data(
         if root is None:
             raise DataError(f"data {name!r} needs root, the folder it lies in.")
         opened = [_open_folder(root, s) if name == "folder" else _open_timm(name, root, s) for s in named]
-    class_names = _common_classes(named, [names for _, names in opened])
+    class_names = _common_classes(_named(name, root), named, [names for _, names in opened])
     _refuse_same(named, [images for images, _ in opened])
     parts = dict(zip(named, (images for images, _ in opened), strict=True))
     rng = np.random.default_rng(seed)
@@ -169,10 +169,10 @@ def _named(name: str, root: Path | None) -> str:
     return f"{name} {root}" if root is not None else name
 
 
-def _common_classes(splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     if len(names[0]) < 2:
         raise DataError(
-            f"split {splits[0]!r} has one class only ({names[0][0]!r}). "
+            f"data {data}: split {splits[0]!r} has one class only ({names[0][0]!r}). "
             "Put the images of each class in a folder of its own: root/train/cat/1.jpg, root/train/dog/2.jpg."
         )
     for split, other in zip(splits[1:], names[1:], strict=True):
@@ -180,7 +180,7 @@ def _common_classes(splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> 
             lacks = sorted(set(names[0]) - set(other))[:5]
             more = sorted(set(other) - set(names[0]))[:5]
             raise DataError(
-                f"split {split!r} must have the same classes as {splits[0]!r}; "
+                f"data {data}: split {split!r} must have the same classes as {splits[0]!r}; "
                 f"it lacks {lacks or 'none'} and has besides {more or 'none'}."
             )
     return names[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -70,7 +70,7 @@ def trace_couplings(model: nn.Module, example_inputs: tuple[torch.Tensor, ...]) 
         with torch.enable_grad():
             try:
                 graph.build_dependency(traced, example_inputs=example_inputs)
-                return [_read_group(graph, group, names) for group in _all_groups(graph)]
+                return [_read_whole_group(graph, group, names) for group in _all_groups(graph)]
             except Exception as error:
                 raise ModelError(
                     f"the dependency graph of {type(model).__name__} could not be built on an input of shape "
@@ -80,6 +80,32 @@ def trace_couplings(model: nn.Module, example_inputs: tuple[torch.Tensor, ...]) 
 
 def _all_groups(graph: Any) -> Iterator[Any]:
     return iter(graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, nn.Linear]))
+
+
+def _read_whole_group(graph: Any, group: Any, names: dict[int, str]) -> Coupling:
+    """The coupling, with what torch-pruning loses: where parts of a layer meet, it reports the first to come.
+
+    It remembers which positions of a layer it has seen, but not whose they are. So the channels that seem to
+    reach no other layer are asked for by themselves.
+    """
+    coupling = _read_group(graph, group, names)
+    root = group[0].dep
+    lost = set(group[0].root_idxs) - _read_channels(coupling)
+    while lost and not coupling.obstacles:
+        rest = _read_group(
+            graph, graph.get_pruning_group(root.target.module, root.handler, sorted(lost)), names
+        )
+        found = lost & _read_channels(rest)
+        if not found:
+            break
+        coupling = replace(coupling, touches=_merged([*coupling.touches, *rest.touches]))
+        lost -= found
+    return coupling
+
+
+def _read_channels(coupling: Coupling) -> set[int]:
+    """The root's channels that some layer reads."""
+    return {channel for touch in coupling.touches if touch.side == "in" for channel, _ in touch.pairs}
 
 
 def _read_group(graph: Any, group: Any, names: dict[int, str]) -> Coupling:

@@ -215,13 +215,13 @@ def _sparsify(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     model = _with_weights(run, "dense")
     groups = _groups(run, model)
     if spec.epochs:
-        options = train_options(run.recipe, spec)
+        options, loader = train_options(run.recipe, spec), _loader(run, run.inputs.data.train, True)
         sparsifier = Sparsifier(
             model,
             groups,
             penalty=spec.penalty,
             strength=spec.strength,
-            total_steps=spec.epochs * steps_per_epoch(_loader(run, run.inputs.data.train, True), options),
+            total_steps=spec.epochs * steps_per_epoch(loader, options, run.accelerator),
             shares=PhaseShares(spec.warmup, spec.ramp, spec.debias),
             target=cut_target(run.recipe),
             round_to=channel_rounding(run.recipe),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,12 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """
     _check_fits(model, plan)
     pruned = mask_model(model, plan)
+    new = pruned.state_dict().keys() - model.state_dict().keys()  # biases made for folded constants
     for cut in plan.cuts:
         _slice_(pruned, cut)
+        bias = f"{cut.tensor.removesuffix('weight')}bias"
+        if cut.role == "producer" and bias in new:
+            _slice_(pruned, replace(cut, tensor=bias))
     for name in {cut.tensor.rpartition(".")[0] for cut in plan.cuts}:
         refit_attributes_(pruned.get_submodule(name))
     return pruned

@@ -197,9 +197,13 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Eval
     return _evaluate(model, _prepared(loader, accelerator), accelerator)
 
 
-def steps_per_epoch(loader: Loader, options: TrainOptions) -> int:
-    """Updates in an epoch; the last may have fewer than `accumulate` batches."""
-    return math.ceil(len(loader) / options.accumulate)
+def steps_per_epoch(loader: Loader, options: TrainOptions, accelerator: Accelerator | None = None) -> int:
+    """Updates in an epoch; the last may have fewer than `accumulate` batches.
+
+    With `accelerator`, of a loader that is not prepared yet: its processes share the batches.
+    """
+    shared = loader if accelerator is None else _prepared(loader, accelerator)
+    return math.ceil(len(shared) / options.accumulate)
 
 
 def distillation_loss(

@@ -65,7 +65,8 @@ class SplitGate(nn.Module):
         self.up, self.norm, self.down = nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.Conv2d(6, 3, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        value, gate = self.norm(self.up(images)).split([6, 6], 1)
+        both = self.norm(self.up(images))
+        value, gate = both.split(both.shape[1] // 2, 1)
         return self.down(value * gate.sigmoid())
 
 
@@ -101,7 +102,11 @@ class UsedTwice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.shared, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.stem, self.shared, self.head = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 2, 1),
+        )
         self.last = nn.Conv2d(2, 2, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ class TwoInTwoOut(nn.Module):
         self.classes, self.boxes = nn.Linear(6, 3), nn.Linear(6, 4)
 
     def forward(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        mixed = F.relu(self.images(images).mean((2, 3)) + self.numbers(numbers))
+        mixed = F.gelu(self.images(images).mean((2, 3)) + self.numbers(numbers))
         return self.classes(mixed), self.boxes(mixed)
 
 
@@ -183,7 +188,11 @@ class GroupedConv(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.grouped, self.after = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 6, 1)
+        self.before, self.grouped, self.after = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 3, groups=2),
+            nn.Conv2d(8, 6, 1),
+        )
         self.head = nn.Linear(6, 2)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -246,6 +255,9 @@ def build(name: str, seed: int = 0) -> Example:
                 nn.init.uniform_(module.bias, -0.3, 0.3)
                 nn.init.uniform_(module.running_mean, -0.3, 0.3)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):  # a layer scale of 1e-6 hides its whole branch
+                nn.init.uniform_(parameter, 0.5, 1.5)
         return model, tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
 
 

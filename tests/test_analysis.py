@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
@@ -11,14 +9,6 @@ from torch import Tensor, nn
 from sparsekit.analysis import find_groups
 from sparsekit.errors import InputError, ModelError
 from sparsekit.groups import Member
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def members_of(name: str, group: str) -> dict[tuple[str, int], Member]:
@@ -44,13 +34,15 @@ def members_of(name: str, group: str) -> dict[tuple[str, int], Member]:
         ("SqueezeExcite", {"excite": 8, "squeeze": 4}),
         ("LayerNormMlp", {"up": 10}),
         ("GroupedConv", {"after": 6}),
-        ("Attention", {"up": 10}),
+        ("Attention", {"proj": 8, "up": 10}),
     ],
 )
 def test_the_free_groups_and_their_sizes_are_those_counted_by_hand(name: str, free: dict[str, int]) -> None:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
-    found = {frozenset(m.module for m in g.members if m.role in ("producer", "depthwise")): g for g in groups.free}
+    found = {
+        frozenset(m.module for m in g.members if m.role in ("producer", "depthwise")): g for g in groups.free
+    }
     for module, n_channels in free.items():
         (group,) = [g for modules, g in found.items() if module in modules]
         assert group.n_channels == n_channels
@@ -125,6 +117,38 @@ def test_a_gated_unit_owns_its_row_in_both_halves_and_one_column() -> None:
     assert members["up.weight", 0].repeat == 2
     assert members["up.weight", 0].positions == (0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11)
     assert members["down.weight", 1].positions == (0, 1, 2, 3, 4, 5)
+
+
+def test_three_parts_that_multiply_each_other_go_together() -> None:
+    class Thirds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(5, 12), nn.Linear(4, 3)
+
+        def forward(self, features: Tensor) -> Tensor:
+            first, second, third = self.up(features).chunk(3, -1)
+            return self.down(first * second.sigmoid() * third)
+
+    (group,) = find_groups(Thirds(), torch.randn(2, 5)).free
+    assert {m.tensor: (m.repeat, m.positions[:3]) for m in group.members} == {
+        "up.weight": (3, (0, 4, 8)),
+        "up.bias": (3, (0, 4, 8)),
+        "down.weight": (1, (0, 1, 2)),
+    }
+
+
+def test_a_split_into_sizes_written_in_the_code_is_kept() -> None:
+    class FixedSplit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Conv2d(3, 12, 1), nn.Conv2d(6, 3, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            value, gate = self.up(images).split([6, 6], 1)
+            return self.down(value * gate.sigmoid())
+
+    groups = find_groups(FixedSplit(), torch.randn(1, 3, 8, 8))
+    assert "a trial cut failed: RuntimeError: split_with_sizes" in groups["up"].frozen
 
 
 def test_a_channel_owns_height_times_width_columns_behind_a_flatten() -> None:
@@ -256,7 +280,9 @@ def test_channels_that_something_without_weights_reads_are_kept(reads: str) -> N
     assert all(group.frozen for group in groups)
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_layer_whose_weight_is_computed_is_kept_and_says_so(wrap: object, place: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
