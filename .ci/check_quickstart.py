@@ -1,6 +1,6 @@
 """Hold the quick start's report against what it promises; exit 1 and say what falls short.
 
-    python .ci/check_quickstart.py runs/quickstart
+python .ci/check_quickstart.py runs/quickstart
 """
 
 from __future__ import annotations

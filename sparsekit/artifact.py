@@ -87,7 +87,7 @@ def save(
     with atomic_path(path / "model.safetensors") as temporary:
         safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
         structure["sha256"] = _sha256(temporary)
-    write_json(path / "structure.json", structure)
+    write_json(path / "structure.json", structure, indent=None)  # a plan has thousands of indices
     return path
 
 
@@ -261,8 +261,10 @@ def _shape_like_(model: nn.Module, structure: Mapping[str, Any]) -> None:
         if old is not None and list(old.shape) == shape and old.dtype == dtype:
             continue
         empty = torch.empty(shape, dtype=dtype)
-        is_parameter = old is None or isinstance(old, nn.Parameter)
-        setattr(owner, key, nn.Parameter(empty) if is_parameter else empty)
+        if isinstance(old, nn.Parameter):
+            old.data = empty  # in place: tied parameters stay tied
+        else:
+            setattr(owner, key, nn.Parameter(empty) if old is None else empty)
     for name, attributes in structure["attributes"].items():
         module = model.get_submodule(name)
         for key, value in attributes.items():

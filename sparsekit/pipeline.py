@@ -164,7 +164,11 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
         run.files.advance(record, time.monotonic() - started)
 
     run.say(f"{name} ...")
-    result = stage.body(run, tick)
+    try:
+        result = stage.body(run, tick)
+    except BaseException as error:
+        run.files.log(f"{name}: stopped by {type(error).__name__}: {error}")
+        raise
     run.accelerator.wait_for_everyone()
     tick()
     run.files.finish(record, result)

@@ -52,7 +52,9 @@ class Sparsifier:
     the phase has the parts of `shares`; without, the strength is constant.
 
     Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
-    cleared, so neither momentum nor gradient brings them back. Weights that are zero before any penalty acted
+    cleared, so neither momentum nor gradient brings them back. The `min_channels` channels of each group that are
+    furthest from zero lose at most half of what is left of them in a step: no layer dies out
+    (0 for the bare penalty). Weights that are zero before any penalty acted
     (timm initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
     gradients, and are all in the optimizer, are penalised. `adaptive` > 0 multiplies thresholds by
     w_g = clamp((mean score / score_g) ^ adaptive, 0.05, 20), with scores at the start and the mean over the group
@@ -139,11 +141,18 @@ class Sparsifier:
             slots, alive = self._slots[group.name], self._alive[group.name]
             step_length = strength * rates.get(group.name, 0.0)
             if step_length > 0:
-                shrink_(self._tensors, slots, self._penalty, self._weights[group.name] * step_length)
+                shrink_(self._tensors, slots, self._penalty, self._thresholds(group, step_length))
                 alive.mul_(channel_norms(self._tensors, slots) > 0)
             scale_channels_(self._tensors, slots, alive)
             _clear_momenta_(optimizer, self._tensors, slots, alive)
         self._steps += 1
+
+    def _thresholds(self, group: ChannelGroup, step_length: float) -> Tensor:
+        """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
+        thresholds = self._weights[group.name] * step_length
+        reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
+        best = reach.topk(min(self._min_channels, group.n_channels)).indices
+        return thresholds.index_copy(0, best, torch.minimum(thresholds[best], reach[best] / 2))
 
     def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Mean rate of the penalised weights of each group that the optimizer has all of."""

@@ -165,7 +165,7 @@ def test_sgd_converges_to_the_minimum_of_loss_plus_penalty(kind: str) -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     near = sk.Sparsifier(model, _groups(("x",), n=1), strength=0.3)
-    far = sk.Sparsifier(model, _groups(("y",), n=1), strength=1.2)
+    far = sk.Sparsifier(model, _groups(("y",), n=1), strength=1.2, min_channels=0)
     for _ in range(1500):
         model.x.grad, model.y.grad = model.x.detach() - 1, model.y.detach() - 1
         optimizer.step()
@@ -173,6 +173,18 @@ def test_sgd_converges_to_the_minimum_of_loss_plus_penalty(kind: str) -> None:
         far.step(optimizer)
     assert model.x.item() == pytest.approx(0.7, abs=5e-3)
     assert model.y.item() == 0.0
+
+
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_no_group_dies_out_however_strong_the_penalty(penalty: str, kept: int) -> None:
+    model = Points(x=torch.tensor([[1.0, -2.0], [8.0, 9.0], [-7.0, 8.0], [0.5, 0.5]]))
+    sparsifier = sk.Sparsifier(model, _groups(("x",), n=4), penalty=penalty, strength=1e3, min_channels=kept)
+    for _ in range(20):
+        sparsifier.step(SGD(model.parameters(), lr=0.1))
+    alive = model.x.detach().abs().sum(1) > 0
+    assert alive.sum() == kept
+    assert alive[1]  # the furthest from zero
 
 
 def test_adamw_balances_the_penalty_against_gradients_in_units_of_their_size() -> None:
