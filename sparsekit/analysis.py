@@ -80,7 +80,9 @@ def _form_group(
     units = _units(coupling)
     n_channels = len(set(units.values()))
     members: list[Member] = []
-    reason = "; ".join(coupling.obstacles)
+    reason = coupling.obstacles[0] if coupling.obstacles else ""
+    if len(coupling.obstacles) > 1:  # a transformer's residual stream has dozens, all alike
+        reason += f" (and {len(coupling.obstacles) - 1} more such places)"
     for touch in coupling.touches:
         try:
             members += _members(touch, modules[touch.module], units, n_channels)

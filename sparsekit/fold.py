@@ -42,10 +42,7 @@ def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
             constant = constants[cut.tensor].to(weight.dtype)
             live = constant != 0
             if _bias_is_exact(module) and bool(live.any()):
-                columns = (
-                    weight.index_select(cut.dim, dropped).flatten(2).sum(2) if weight.dim() > 2 else None
-                )
-                columns = weight.index_select(cut.dim, dropped) if columns is None else columns
+                columns = weight.index_select(cut.dim, dropped).reshape(len(weight), len(dropped), -1).sum(2)
                 _add_to_bias_(module, columns @ constant)
                 folded[name] = int(live.sum())
             weight.index_fill_(cut.dim, dropped, 0)

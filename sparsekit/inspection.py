@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -55,10 +56,10 @@ class Inspection:
 
     def table(self) -> RenderableType:
         """One row a group, and under it the totals."""
-        table = Table()
-        table.add_column("group", overflow="fold")
-        for column in ("channels", "layers", "MACs share", "params share"):
-            table.add_column(column, justify="right")
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("group", overflow="fold", min_width=20)
+        for column in ("channels", "layers", "MACs", "params"):
+            table.add_column(column, justify="right", no_wrap=True)
         table.add_column("frozen because", overflow="fold")
         for row in self.to_json()["groups"]:
             shares = (f"{row['macs_share']:.3f}", f"{row['params_share']:.3f}")
@@ -70,8 +71,9 @@ class Inspection:
             f"{self.model}, input {shape}: {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.2f} M parameters"
         )
         legend = (
-            "Layers: those that produce the group's channels together. Shares: of the layers that shrink with it,\n"
-            "so a layer between two groups counts in both."
+            "Layers: those that produce the\n"
+            "group's channels together. MACs, params: share of the layers that shrink with it; a\n"
+            "layer between two groups counts in both."
         )
         return Group(table, Text(f"{totals}\n{free} of {len(self.groups)} groups can be cut. {legend}"))
 

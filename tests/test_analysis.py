@@ -236,6 +236,16 @@ def test_the_model_and_the_random_state_are_left_as_they_were(name: str) -> None
     assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
 
 
+def test_a_model_that_draws_random_numbers_does_not_move_the_callers_random_state() -> None:
+    class Noisy(Residual):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + 0 * torch.rand_like(images))
+
+    model, state = Noisy().eval(), torch.get_rng_state()
+    find_groups(model, torch.zeros(1, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_groups_do_not_depend_on_training_mode_or_frozen_parameters() -> None:
     model, inputs = build("Residual")
     plain = find_groups(model, inputs)

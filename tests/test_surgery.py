@@ -221,6 +221,7 @@ POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
         (nn.Linear(6 * 16, 4), (nn.MaxPool2d(2), nn.Flatten())),
         (nn.Conv2d(6, 4, 1), ()),
         (nn.Conv2d(6, 4, 1, bias=False, stride=2), ()),
+        (Conv2dSame(6, 4, 1, stride=2), ()),  # pads on its own, but not for a kernel of one
         (nn.Conv2d(6, 4, 3), ()),
         (nn.Conv2d(6, 4, 3, bias=False, dilation=2), (nn.MaxPool2d(3, 1, 1),)),
         (nn.Conv2d(6, 4, (1, 3), padding="valid"), ()),
