@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,9 +105,8 @@ def test_a_wrong_option_is_a_usage_error() -> None:
 @pytest.mark.parametrize("command", ["prune", "validate"])
 def test_all_mistakes_of_a_recipe_one_line_each(command: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
-    bad.write_text(
-        QUICKSTART.read_text(encoding="utf-8").replace("  epochs: 10", "  epoch: ten"), encoding="utf-8"
-    )
+    good = QUICKSTART.read_text(encoding="utf-8")
+    bad.write_text(re.sub(r"dense:\n  epochs: \d+", "dense:\n  epoch: ten", good), encoding="utf-8")
     done = run(command, bad, "--set", "data.batch_size=many", "--set", "seed", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
