@@ -15,12 +15,13 @@ from sparsekit.complexity import layer_costs
 from sparsekit.errors import InputError, ModelError, VerificationError
 from sparsekit.graph import Coupling, Touch, is_depthwise, trace_couplings
 from sparsekit.groups import ChannelGroup, ChannelGroups, LayerCost, Member, Role
-from sparsekit.modes import evaluating
-from sparsekit.plan import make_plan
+from sparsekit.modes import evaluating, random_inputs
+from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.surgery import apply_plan, compare_outputs, mask_model
 
 # In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
 _PROOF_TOLERANCE = 1e-6
+_FLOAT32_TOLERANCE = 1e-4
 
 
 def find_groups(
@@ -180,7 +181,7 @@ def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Freeze every free group whose cut does not reproduce the masked model, found by bisection."""
     if not groups.free:
         return groups
-    trial = _randomised(model)
+    trial = _randomised(model, groups.input_shapes)
     failures: dict[str, str] = {}
 
     def search(names: list[str]) -> None:
@@ -191,19 +192,31 @@ def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
             search(names[: len(names) // 2])
             search(names[len(names) // 2 :])
 
-    search([group.name for group in groups.free])
+    names = [group.name for group in groups.free]
+    search(names)
+    passed = [name for name in names if name not in failures]
+    if failures and passed and (reason := _trial_cut(trial, groups, passed)):
+        failures |= dict.fromkeys(passed, f"a trial cut of several groups together failed: {reason}")
     proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
     return replace(groups, groups=tuple(proved))
 
 
-def _randomised(model: nn.Module) -> nn.Module:
-    """A float64 copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right."""
+def _randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
+    """A copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right.
+
+    In float64, where a wrong index cannot pass for rounding, if the model runs in it; else as it is.
+    """
     trial = copy.deepcopy(model).double()
+    try:
+        with evaluating(trial):
+            trial(*random_inputs(input_shapes, 0, trial))
+    except Exception:
+        trial = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in trial.state_dict().items():
             if tensor.dim() == 1 and tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
                 centred = name.endswith(("bias", "running_mean"))
                 tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
     return trial
@@ -220,13 +233,24 @@ def _trial_cut(trial: nn.Module, groups: ChannelGroups, names: list[str]) -> str
     plan = make_plan(groups, masks)
     try:
         with evaluating(trial):
-            agreement = compare_outputs(
-                mask_model(trial, plan), apply_plan(trial, plan), plan.input_shapes, batches=(2,)
-            )
+            cut = apply_plan(trial, plan)
+            agreement = compare_outputs(mask_model(trial, plan), cut, plan.input_shapes, batches=(2,))
+        if _trains(trial, plan):  # some models have branches that only training reaches
+            cut.train()(*random_inputs(plan.input_shapes, 0, cut, batch=2))
     except VerificationError as error:
         return str(error)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    if not agreement.max_rel <= _PROOF_TOLERANCE:
+    exact = next(trial.parameters()).dtype == torch.float64
+    if not agreement.max_rel <= (_PROOF_TOLERANCE if exact else _FLOAT32_TOLERANCE):
         return f"the cut model's outputs are off by {agreement.max_rel:.2g} of the largest"
     return ""
+
+
+def _trains(trial: nn.Module, plan: PrunePlan) -> bool:
+    """Whether the uncut model runs in training mode on two inputs (a BatchNorm over one value does not)."""
+    try:
+        copy.deepcopy(trial).train()(*random_inputs(plan.input_shapes, 0, trial, batch=2))
+    except Exception:
+        return False
+    return True

@@ -71,6 +71,7 @@ def save(
     state = _unshared(model.state_dict())
     source, build = _source(model, model_name, model_args, factory)
     fresh = _build(build)
+    _check_same_modules(fresh, model)
     structure = {
         "format": FORMAT,
         "source": source,
@@ -216,6 +217,18 @@ def _build(factory: Factory) -> nn.Module:
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors ready for safetensors: on the CPU, contiguous, no two of them in the same memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
+    """Raise InputError if the rebuilt model has other kinds of modules: equal weights would give other logits."""
+    built = {name: type(module) for name, module in fresh.named_modules()}
+    for name, module in model.named_modules():
+        if built.get(name) is not type(module):
+            found = built[name].__name__ if name in built else "nothing"
+            raise InputError(
+                f"the model that would be rebuilt differs: {name or 'the model'} is a {type(module).__name__}, rebuilt "
+                f"{found}; pass save(..., model_name=, model_args=) with the arguments it was created with, or factory="
+            )
 
 
 def _plain(value: Any) -> bool:

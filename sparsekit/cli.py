@@ -65,7 +65,7 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
         except SparsekitError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail(_how_to_go_on(command.__name__), 130, word="interrupted")
+            _fail("nothing was finished", 130, word="interrupted")
         except BrokenPipeError:
             _settle_stdout()  # the reader (`| head`) has what it wanted
             raise typer.Exit(1) from None
@@ -106,9 +106,10 @@ def _fail_as_bug(error: Exception) -> NoReturn:
     )
 
 
-def _how_to_go_on(command: str) -> str:
-    if command != "prune":
-        return "nothing was finished"
+def _how_to_go_on(directory: Path) -> str:
+    """How to resume the run in `directory`, if it had come so far that there is one."""
+    if not directory.exists():
+        return "nothing was begun"
     import shlex
 
     again = [argument for argument in sys.argv[1:] if argument != "--resume"]
@@ -154,7 +155,10 @@ def prune(
     from sparsekit import pipeline
     from sparsekit.report import terminal_table
 
-    report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
+    try:
+        report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
+    except KeyboardInterrupt:
+        _fail(_how_to_go_on(directory), 130, word="interrupted")
     if os.environ.get("RANK", "0") == "0":  # once, where several processes train together
         _console().print(terminal_table(report, directory))
 
@@ -231,7 +235,7 @@ def bench(
 def export(
     source: Annotated[Path, typer.Argument(metavar="DIR|RUN", help="An artifact or a run directory.")],
     output: Annotated[Path | None, typer.Option(help="The ONNX file to write.")] = None,
-    opset: Annotated[int | None, typer.Option(min=13, help="ONNX opset.")] = None,
+    opset: Annotated[int | None, typer.Option(min=17, help="ONNX opset.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Batch of the graph.")] = None,
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Leave the batch dimension open.")

@@ -6,6 +6,7 @@ an image they cannot read, and a silently different data set is worse than a sto
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -194,6 +195,22 @@ def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
                 f"the splits {name!r} and {other_name!r} hold the same images; "
                 "train, validation and test must differ. Leave one out to set a share of train aside."
             )
+        shared = {images.where(i) for i in images.indices} & {other.where(i) for i in other.indices}
+        if shared:
+            raise DataError(
+                f"the splits {name!r} and {other_name!r} share {len(shared)} images, among them {min(shared)}; "
+                "a split must not lie inside another. Name folders or tars beside each other."
+            )
+
+
+def fingerprint(data: ImageData) -> str:
+    """A hash of which images, by name and label, are in which split: it changes when the splits do."""
+    digest = hashlib.sha256()
+    for images in (data.train, data.validation, data.test):
+        for index, label in zip(images.indices, images.labels, strict=True):
+            digest.update(f"{images.where(index)}\0{label}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _set_aside(images: Images, share: float, total: int, rng: np.random.Generator) -> tuple[Images, Images]:

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from sparsekit.data import Augment, ImageData, open_data
+from sparsekit.analysis import find_groups
+from sparsekit.data import Augment, ImageData, fingerprint, make_loader, open_data
 from sparsekit.errors import InputError, ModelError
+from sparsekit.groups import ChannelGroups
 from sparsekit.machine import channel_multiple, check_threads
 from sparsekit.masks import Quantity
 from sparsekit.models import InputConfig, build_arguments, create_model, input_config, load_weights_
 from sparsekit.recipe import DenseSpec, FinetuneSpec, Recipe, SparsifySpec
-from sparsekit.train import TrainOptions, seed_everything
+from sparsekit.schedules import PhaseShares
+from sparsekit.sparsifier import Sparsifier
+from sparsekit.train import TrainOptions, make_optimizer, seed_everything
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Inputs:
     config: InputConfig
     model_args: dict[str, Any]
     groups_ignored: tuple[str, ...]
+    fingerprint: str
 
 
 def check_inputs(recipe: Recipe) -> list[str]:
@@ -65,6 +71,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
                 probe, Path(str(recipe.model.checkpoint)), num_classes=len(data.class_names)
             )
         )
+    if data is not None and config is not None and not problems:
+        attempt(lambda: _rehearse(recipe, data, config, probe))
     if problems or data is None or config is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
     model_args = build_arguments(
@@ -74,7 +82,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         image_size=recipe.data.image_size,
         args=recipe.model.args,
     )
-    return Inputs(data, config, model_args, recipe.cut.ignore)
+    return Inputs(data, config, model_args, recipe.cut.ignore, fingerprint(data))
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -89,6 +97,68 @@ def _check_device(recipe: Recipe) -> None:
         )
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision fp16 needs a CUDA device, and this machine has none; use bf16 or no")
+
+
+def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Module) -> None:
+    """Do once, on two images, what would otherwise fail in a later stage, after hours of training."""
+    if recipe.dense.epochs == 0 and recipe.model.pretrained:
+        trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        if trained is not None and trained != len(data.class_names):
+            raise ModelError(
+                f"dense.epochs is 0, but the pretrained {recipe.model.name} knows {trained} classes and the data has "
+                f"{len(data.class_names)}: its new classifier has to be trained; set dense.epochs"
+            )
+    for phase in (recipe.dense, recipe.sparsify, recipe.finetune):
+        make_optimizer(model, train_options(recipe, phase))
+    count = min(2, recipe.data.batch_size)
+    few = data.train.subset(np.arange(min(count, len(data.train))))
+    loader = make_loader(few, config, training=True, batch_size=count, augment=augmentation(recipe))
+    images, _ = next(iter(loader))
+    _check_forward(recipe, model, images, len(data.class_names))
+    groups = find_groups(model, images[:1], ignore=recipe.cut.ignore)
+    if recipe.sparsify.epochs:
+        make_sparsifier(recipe, model, groups, total_steps=1)
+    elif not groups.free:
+        raise ModelError(
+            f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
+        )
+
+
+def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: int) -> None:
+    size = "x".join(map(str, images.shape[1:]))
+    outputs = None
+    for training in (True, False):
+        try:
+            with torch.no_grad():
+                outputs = model.train(training)(images)
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            raise ModelError(
+                f"{recipe.model.name} does not run in {mode} on {len(images)} images of {size} "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); another data.image_size or data.batch_size "
+                "may mend it"
+            ) from error
+    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), n_classes):
+        raise ModelError(f"{recipe.model.name} does not give one number a class; check model.args")
+
+
+def make_sparsifier(
+    recipe: Recipe, model: nn.Module, groups: ChannelGroups, *, total_steps: int
+) -> Sparsifier:
+    """The hook of the sparsify phase. Raises InputError for a target out of reach or a model with nothing free."""
+    spec = recipe.sparsify
+    return Sparsifier(
+        model,
+        groups,
+        penalty=spec.penalty,
+        strength=spec.strength,
+        total_steps=total_steps,
+        shares=PhaseShares(spec.warmup, spec.ramp, spec.debias),
+        target=cut_target(recipe),
+        round_to=channel_rounding(recipe),
+        min_channels=recipe.cut.min_channels,
+        adaptive=spec.adaptive,
+    )
 
 
 def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
@@ -147,10 +217,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def wants_baseline(recipe: Recipe) -> bool:
-    """Whether the dense model is trained on for as long as the pruned one: by default if it starts from scratch."""
+    """Whether the dense model is trained on for as long as the pruned one: by default unless it is finished
+    from the start (no epochs of its own)."""
     if recipe.dense.baseline is not None:
         return recipe.dense.baseline
-    return not recipe.model.pretrained and recipe.model.checkpoint is None
+    return recipe.dense.epochs > 0
 
 
 PhaseSpec = DenseSpec | SparsifySpec | FinetuneSpec

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Put `model` into eval mode without gradients; every submodule gets its own training flag back after."""
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` into eval mode; every submodule gets its own training flag back after."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            yield model.eval()
+        # Some timm models keep what they computed for evaluation until train() is called.
+        yield model.train().eval()
     finally:
-        # Some timm models drop what they cached for evaluation in train(); setting the flags alone would not.
         model.train(flags[0][1])
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """`eval_mode`, and no gradients."""
+    with eval_mode(model), torch.no_grad():
+        yield model
 
 
 def flat_tensors(outputs: Any) -> list[Tensor]:

@@ -26,8 +26,8 @@ from sparsekit import artifact
 from sparsekit.analysis import find_groups
 from sparsekit.complexity import count_macs, count_params
 from sparsekit.data import Images, make_loader
-from sparsekit.errors import FileError, InputError
-from sparsekit.export import export_onnx, read_metadata
+from sparsekit.errors import FileError, InputError, VerificationError
+from sparsekit.export import export_onnx
 from sparsekit.files import write_text
 from sparsekit.groups import ChannelGroups
 from sparsekit.inputs import (
@@ -38,6 +38,7 @@ from sparsekit.inputs import (
     channel_rounding,
     cut_target,
     make_accelerator,
+    make_sparsifier,
     open_inputs,
     train_options,
     wants_baseline,
@@ -58,9 +59,7 @@ from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run_directory import RunDirectory
-from sparsekit.schedules import PhaseShares
 from sparsekit.scores import zero_channels
-from sparsekit.sparsifier import Sparsifier
 from sparsekit.summary import build_report, final_accuracies, write_report
 from sparsekit.surgery import apply_plan, verify_cut
 from sparsekit.train import (
@@ -75,6 +74,8 @@ from sparsekit.train import (
 
 # Parity is checked on this many validation images.
 _PARITY_IMAGES = 64
+# Float32 kernels that add in another order differ by 1e-6; ten times worse than any seen is a wrong graph.
+_PARITY_LIMIT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
         _Stage("report", _report, ()),
     ]
     for stage in story:  # all of them before anything is written: a refused resume leaves the run as it was
-        files.check_settings(stage.name, stage.settings(recipe))
+        files.check_settings(stage.name, stage.settings(run))
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
     for stage in story:
@@ -140,21 +141,22 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
 
 @dataclass(frozen=True)
 class _Stage:
-    """A named step. It resumes only with the settings it began with: the recipe's `sections`, seed and precision."""
+    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images."""
 
     name: str
     body: Callable[[_Run, Callable[[], None]], dict[str, Any]]
     sections: tuple[str, ...]
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
-        values = recipe.model_dump(mode="json")
-        return {key: values[key] for key in ("seed", "precision", *self.sections)}
+    def settings(self, run: _Run) -> dict[str, Any]:
+        values = run.recipe.model_dump(mode="json")
+        kept = {key: values[key] for key in ("seed", "precision", *self.sections)}
+        return {**kept, "images": run.inputs.fingerprint}
 
 
 def _run_stage(run: _Run, stage: _Stage) -> None:
     """Run one stage unless it is done; `tick` notes the seconds so far, over all attempts."""
     name = stage.name
-    record = run.files.begin(name, stage.settings(run.recipe))
+    record = run.files.begin(name, stage.settings(run))
     if record.status == "done":
         run.say(f"{name}: done before")
         return
@@ -173,7 +175,7 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
     tick()
     run.files.finish(record, result)
     if run.files.writes:
-        for state in run.files.checkpoints.glob(f"{name}*.state.safetensors"):
+        for state in run.files.training_states(name):
             state.unlink()  # only an unfinished stage needs it
     run.accelerator.wait_for_everyone()
     run.say(f"{name}: {record.seconds:.1f} s{_told(name, result)}")
@@ -220,18 +222,8 @@ def _sparsify(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     groups = _groups(run, model)
     if spec.epochs:
         options, loader = train_options(run.recipe, spec), _loader(run, run.inputs.data.train, True)
-        sparsifier = Sparsifier(
-            model,
-            groups,
-            penalty=spec.penalty,
-            strength=spec.strength,
-            total_steps=spec.epochs * steps_per_epoch(loader, options, run.accelerator),
-            shares=PhaseShares(spec.warmup, spec.ramp, spec.debias),
-            target=cut_target(run.recipe),
-            round_to=channel_rounding(run.recipe),
-            min_channels=run.recipe.cut.min_channels,
-            adaptive=spec.adaptive,
-        )
+        steps = spec.epochs * steps_per_epoch(loader, options, run.accelerator)
+        sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps)
         _train(run, model, spec, "sparsify", tick, hook=sparsifier)
     _keep_weights(run, model, "sparse")
     zeros = sum(int(dead.sum()) for dead in zero_channels(model, groups).values())
@@ -297,8 +289,7 @@ def _finetune(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     round_trip = 0.0
     if run.files.writes:
         plan = PrunePlan.from_json(artifact.read_structure(cut)["plan"])
-        info = {"test_accuracy": accuracy, "recipe": dump_recipe(run.recipe)}
-        _save_artifact(run, model, run.files.path / "pruned", plan, info)
+        _save_artifact(run, model, run.files.path / "pruned", plan, _description(run, accuracy))
         round_trip = artifact.check_round_trip(model, run.files.path / "pruned", _validation_images(run))
     return {
         "accuracy": accuracy,
@@ -331,11 +322,17 @@ def _export_one(run: _Run, name: str, model: nn.Module) -> dict[str, Any]:
     path = run.files.path / f"{name}.onnx"
     accuracy = final_accuracies(run.files)[name]
     example = torch.zeros(spec.batch_size, *run.inputs.config.input_size)
-    write = partial(export_onnx, model.cpu(), opset=spec.opset, metadata=_metadata(run, accuracy))
+    write = partial(
+        export_onnx, model.cpu(), opset=spec.opset, metadata=_metadata(_description(run, accuracy))
+    )
     write(path, example)
     if spec.dynamic_batch:
         write(run.files.path / f"{name}.dynamic.onnx", example, dynamic_batch=True)
     parity = check_parity(model, path, _validation_images(run).cpu())
+    if not parity.max_rel <= _PARITY_LIMIT:
+        raise VerificationError(
+            f"{path} gives other logits than torch: off by {parity.max_rel:.2g} of the largest"
+        )
     test = _loader(run, run.inputs.data.test, False)
     return {
         "parity": asdict(parity),
@@ -457,7 +454,7 @@ def _save_artifact(run: _Run, model: nn.Module, path: Path, plan: PrunePlan, inf
         model_name=run.recipe.model.name,
         model_args=run.inputs.model_args,
         plan=plan,
-        info={"class_names": list(run.inputs.data.class_names), **asdict(run.inputs.config), **info},
+        info=info,
     )
 
 
@@ -492,21 +489,21 @@ def _compare_on_test(run: _Run, sparse: nn.Module, pruned: nn.Module) -> dict[st
     }
 
 
-def _metadata(run: _Run, accuracy: float) -> dict[str, str]:
-    """What the ONNX file says about itself: enough to feed it and to know where it comes from."""
-    config = run.inputs.config
+def _description(run: _Run, accuracy: float) -> dict[str, Any]:
+    """What artifact and ONNX file say about themselves: enough to feed them and to know where they come from."""
     return {
         "model": run.recipe.model.name,
-        "class_names": json.dumps(list(run.inputs.data.class_names)),
-        "input_size": json.dumps(list(config.input_size)),
-        "mean": json.dumps(list(config.mean)),
-        "std": json.dumps(list(config.std)),
-        "interpolation": config.interpolation,
-        "crop_pct": str(config.crop_pct),
-        "test_accuracy": str(accuracy),
+        "class_names": list(run.inputs.data.class_names),
+        **asdict(run.inputs.config),
+        "test_accuracy": accuracy,
         "recipe": dump_recipe(run.recipe),
-        "versions": json.dumps(library_versions()),
+        "versions": library_versions(),
     }
+
+
+def _metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    """The same as texts, which is all that an ONNX file's metadata can hold."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
 
 
 # ----------------------------------------------------------------------------- the other commands of the line
@@ -518,14 +515,15 @@ def report_again(run: Path) -> RunReport:
 
 
 def inspect_model(name: str, *, image_size: int | None, recipe: Recipe | None) -> Inspection:
-    """Groups of a timm model, or of a recipe's model with its ignore patterns and input size."""
-    args = recipe.model.args if recipe else None
-    size = image_size or (recipe.data.image_size if recipe else None)
-    in_chans = recipe.data.in_chans if recipe else 3
-    model = create_model(name, num_classes=1000, in_chans=in_chans, image_size=size, args=args)
-    config = input_config(model, image_size=size, in_chans=in_chans)
-    ignore = recipe.cut.ignore if recipe else ()
-    return inspect_module(name, model, torch.zeros(1, *config.input_size), ignore)
+    """Groups of a timm model, or of a recipe's model as its data, arguments and ignore patterns make it."""
+    if recipe is not None:
+        inputs = open_inputs(recipe)
+        model = build_model(recipe, len(inputs.data.class_names), weights=False)
+        example = torch.zeros(1, *inputs.config.input_size)
+        return inspect_module(name, model, example, recipe.cut.ignore)
+    model = create_model(name, num_classes=1000, image_size=image_size)
+    config = input_config(model, image_size=image_size)
+    return inspect_module(name, model, torch.zeros(1, *config.input_size))
 
 
 def export_again(
@@ -533,7 +531,8 @@ def export_again(
 ) -> Path:
     """Export the artifact in `source`, or in the run directory `source`, as ONNX; returns the file.
 
-    Default file: pruned.onnx beside the artifact. The metadata of an existing pruned.onnx of the run carry over.
+    Without `output` the file is named after the artifact and what was asked for (pruned.b8.onnx) and lies beside
+    it. Raises FileError if that is there already: a run's files are what its report measured.
     """
     folder = source if (source / "structure.json").exists() else source / "pruned"
     if not (folder / "structure.json").exists():
@@ -545,13 +544,12 @@ def export_again(
         raise FileError(
             f"{folder}/structure.json does not say the input size; export with sparsekit.export_onnx"
         )
-    earlier = folder.parent / "pruned.onnx"
-    metadata = (
-        read_metadata(earlier)
-        if earlier.exists()
-        else {key: value if isinstance(value, str) else json.dumps(value) for key, value in info.items()}
-    )
-    target = output or folder.parent / "pruned.onnx"
+    asked = ("dynamic" if dynamic_batch else f"b{batch_size or 1}", *([f"opset{opset}"] if opset else []))
+    target = output or folder.parent / ".".join((folder.resolve().name, *asked, "onnx"))
+    if output is None and target.exists():
+        raise FileError(f"{target} is already there; name another file with --output")
     example = torch.zeros(batch_size or 1, *info["input_size"])
     model = artifact.load(folder)
-    return export_onnx(model, target, example, opset=opset, dynamic_batch=dynamic_batch, metadata=metadata)
+    return export_onnx(
+        model, target, example, opset=opset, dynamic_batch=dynamic_batch, metadata=_metadata(info)
+    )

@@ -150,7 +150,7 @@ class DataSpec(_Spec):
     image_size: int | None = Field(
         default=None, ge=1, description="height and width in pixels; null is the model's own"
     )
-    in_chans: int = Field(default=3, ge=1, description="colour channels of the model's input")
+    in_chans: Literal[1, 3] = Field(default=3, description="colour channels of the model's input")
     mean: tuple[float, ...] | None = Field(
         default=None, min_length=1, description="per channel; null is the model's own"
     )
@@ -218,7 +218,7 @@ class DenseSpec(_Phase):
     baseline: bool | None = Field(
         default=None,
         description="train the dense model on, without penalty, for the epochs of sparsify and finetune, so "
-        "that the comparison is fair; null does so when the model starts from scratch",
+        "that the comparison is fair; null does so unless dense.epochs is 0",
     )
 
 
@@ -298,7 +298,9 @@ class FinetuneSpec(_Phase):
 class ExportSpec(_Spec):
     """The ONNX files."""
 
-    opset: int | None = Field(default=None, ge=13, description="ONNX opset; null is the exporter's default")
+    opset: int | None = Field(
+        default=None, ge=17, le=25, description="ONNX opset; null is the exporter's default"
+    )
     batch_size: int = Field(default=1, ge=1, description="batch of the exported graph, and of the benchmark")
     dynamic_batch: bool = Field(default=False, description="leave the batch dimension open")
 

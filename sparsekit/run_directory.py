@@ -92,13 +92,24 @@ class RunDirectory:
             write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
 
     def check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Raise FileError if the stage was begun with other settings, naming the keys that changed."""
-        changed = _changed_keys(self.stages[name].settings, settings) if name in self.stages else []
+        """Raise FileError if the stage was begun with other settings, naming the keys that changed.
+
+        A stage that left nothing behind yet may begin again with other settings: that is how a mistake that only
+        showed there is mended without losing the stages before.
+        """
+        found = self.stages.get(name)
+        if found is None or (found.status == "running" and not self.training_states(name)):
+            return
+        changed = _changed_keys(found.settings, settings)
         if changed:
             raise FileError(
-                f"the stage {name} of the run in {self.path} was begun with another recipe (changed: "
-                f"{', '.join(changed)}); resume with the recipe it began with, or name another --output"
+                f"the stage {name} of the run in {self.path} was begun with other settings (changed: "
+                f"{', '.join(changed)}); resume with those it began with, or name another --output"
             )
+
+    def training_states(self, name: str) -> list[Path]:
+        """The state files of a training stage that is not finished."""
+        return list(self.checkpoints.glob(f"{name}*.state.safetensors"))
 
     def begin(self, name: str, settings: Mapping[str, Any]) -> StageRecord:
         """Note that a stage has begun, or goes on after an interruption; its seconds go on counting.
@@ -108,6 +119,7 @@ class RunDirectory:
         self.check_settings(name, settings)
         if name not in self.stages:
             self.stages[name] = StageRecord(name, "running", 0.0, dict(settings))
+        self.stages[name].settings = dict(settings)
         self._write_journal()
         return self.stages[name]
 

@@ -37,13 +37,13 @@ class Sparsifier:
 
     Call `step(optimizer)` after every `optimizer.step()`. The threshold of channel g is
 
-        t_g = rate x strength x factor(progress) x sqrt(p_g) x w_g
+        t_g = rate x strength x factor(progress) x w_g
 
-    with p_g its number of penalised weights (1 in its place for "l1") and `rate` the optimizer's current learning
-    rate of those weights (the mean over their tensors), times (1 - dampening) / (1 - momentum) for SGD: torch
-    does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and its kin the rate
-    is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean gradient =
-    -strength x (root mean square of the gradient), coordinate by coordinate.
+    with w_g = sqrt(p_g), p_g its number of penalised weights (w_g = 1 for "l1"), and `rate` the optimizer's
+    current learning rate of those weights (the mean over their tensors), times (1 - dampening) / (1 - momentum)
+    for SGD: torch does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and
+    its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean
+    gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
 
     `strength` is the coefficient, or "auto": the channels nearest to zero whose removal meets `target`
     ({"macs": 0.5}: half of them left, after rounding up to `round_to`) are to die by the end of the penalised
@@ -53,12 +53,14 @@ class Sparsifier:
 
     Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
     cleared, so neither momentum nor gradient brings them back. The `min_channels` channels of each group that are
-    furthest from zero lose at most half of what is left of them in a step: no layer dies out
-    (0 for the bare penalty). Weights that are zero before any penalty acted
+    furthest from zero lose at most half of what is left of them in a step: no layer dies out.
+    `min_channels` = 0 turns that off. Weights that are zero before any penalty acted
     (timm initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
-    gradients, and are all in the optimizer, are penalised. `adaptive` > 0 multiplies thresholds by
-    w_g = clamp((mean score / score_g) ^ adaptive, 0.05, 20), with scores at the start and the mean over the group
-    (adaptive lasso, Zou 2006), and takes the group's mean norm in place of sqrt(p_g): weak channels fall early
+    gradients, and are all in the optimizer, are penalised. With `adaptive` > 0 (adaptive lasso, Zou 2006)
+
+        w_g = mean norm x clamp((mean score / score_g) ^ adaptive, 0.05, 20)
+
+    takes that place, with norms and scores at the start and means over the channel's group: weak channels fall early
     and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace.
 
     Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach,

@@ -24,6 +24,10 @@ def build_report(directory: Path) -> RunReport:
     """
     files = RunDirectory(directory, writes=False)
     files.open(resume=True)
+    if not (directory / "recipe.yaml").exists():
+        raise FileError(
+            f"the run in {directory} is incomplete: it has no recipe.yaml; copy the whole directory"
+        )
     recipe = load_recipe(directory / "recipe.yaml")
     needed = ("dense", "sparsify", "cut", "finetune", "export", "benchmark")
     open_stages = [name for name in needed if name not in files.stages or files.stages[name].status != "done"]
@@ -31,6 +35,15 @@ def build_report(directory: Path) -> RunReport:
         raise FileError(
             f"the run in {directory} is not finished (open: {', '.join(open_stages)}); go on with --resume"
         )
+    try:
+        return _assemble(directory, files, recipe)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise FileError(
+            f"the journal or the metrics of the run in {directory} are damaged: {error}"
+        ) from error
+
+
+def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport:
     dense, cut, finetune = files.result("dense"), files.result("cut"), files.result("finetune")
     exported, bench = files.result("export"), files.result("benchmark")
     latency = bench["latency"]
@@ -99,6 +112,11 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     if cut["removed_live"]:
         found.append(
             f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."
+        )
+    elif cut["max_abs_logit_change"] > 1e-4 * cut["max_abs_logit"]:
+        found.append(
+            "The cut changed the logits although every channel removed was zero: an activation turns zero into a "
+            "constant, which a padded convolution does not read as one."
         )
     if files.result("dense")["data"]["test"] < 1000:
         n = files.result("dense")["data"]["test"]

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from sparsekit.checkpoint import load_state, save_state
 from sparsekit.errors import DataError, FileError, InputError, TrainingError
+from sparsekit.modes import eval_mode, evaluating
 
 Loader = DataLoader[Any]
 
@@ -292,7 +293,7 @@ def _assemble(
         model.to(memory_format=torch.channels_last)
     # The average is copied before accelerate puts its own forward, bound to the original, on the model.
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
-    optimizer = _make_optimizer(model, options)
+    optimizer = make_optimizer(model, options)
     training = _prepared(loaders[0], accelerator)
     accelerator.step = 0
     accelerator.gradient_accumulation_steps = options.accumulate
@@ -321,7 +322,8 @@ def _prepared(loader: Loader, accelerator: Accelerator) -> Loader:
     return prepared
 
 
-def _make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """timm's optimizer for these options. Raises InputError for an unknown name (nearest given) or arguments."""
     known = [str(name) for name in list_optimizers()]
     if options.optimizer.lower() not in known:
         near = difflib.get_close_matches(options.optimizer.lower(), known, n=3)
@@ -366,7 +368,7 @@ def _make_mixup(model: nn.Module, loader: Loader, options: TrainOptions) -> Mixu
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
         device = next(model.parameters()).device
-        with _in_eval_mode(model), torch.no_grad():
+        with evaluating(model):
             classes = model(next(iter(loader))[0][:1].to(device)).shape[1]
     return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=options.mixup,
@@ -564,7 +566,7 @@ def _not_finite(phase: str, where: str) -> TrainingError:
 def _evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Evaluation:
     model.to(accelerator.device)
     columns = []
-    with _in_eval_mode(model), torch.no_grad():
+    with evaluating(model):
         for images, labels in loader:
             with accelerator.autocast():
                 logits = model(images)
@@ -580,19 +582,8 @@ def _evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Eva
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def _teaching(teacher: Distillation | None, accelerator: Accelerator) -> Iterator[None]:
-    with nullcontext() if teacher is None else _in_eval_mode(teacher.model.to(accelerator.device)):
+    with nullcontext() if teacher is None else eval_mode(teacher.model.to(accelerator.device)):
         yield
 
 

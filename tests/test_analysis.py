@@ -323,3 +323,37 @@ def test_a_group_is_found_by_its_name() -> None:
     assert len(groups) == len(list(groups)) == 4
     with pytest.raises(KeyError):
         groups["nowhere"]
+
+
+class _HalfPrecise(nn.Module):
+    """Computes its head in float32 whatever it is given, so it does not run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).float().mean((2, 3)))
+
+
+class _TrainingHead(nn.Module):
+    """Has a second head that only training reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head, self.aux = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x).mean((2, 3))
+        return self.head(features) + self.aux(features) if self.training else self.head(features)
+
+
+def test_a_model_that_insists_on_float32_is_proved_in_float32() -> None:
+    groups = find_groups(_HalfPrecise(), torch.randn(1, 3, 16, 16))
+    assert len(groups.free) == 2
+
+
+def test_a_branch_that_only_training_reaches_freezes_its_group() -> None:
+    groups = find_groups(_TrainingHead(), torch.randn(1, 3, 16, 16))
+    assert not groups.free
+    assert "trial cut failed" in groups["conv"].frozen

@@ -383,3 +383,13 @@ def test_the_round_trip_is_checked_against_the_model_itself(artifact: Path, tmp_
         pruned.fc.bias += 1
     with pytest.raises(VerificationError, match="gives other logits than the model: off by"):
         check_round_trip(pruned, other, images)
+
+
+def test_a_model_built_with_other_modules_than_its_name_says_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=10, act_layer="silu")
+    with pytest.raises(InputError, match="model_args"):
+        save(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    save(model, tmp_path / "a", model_name="test_resnet", model_args={"num_classes": 10, "act_layer": "silu"})
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load(tmp_path / "a")(image), model.eval()(image))

@@ -265,13 +265,20 @@ def test_a_bug_says_so_with_its_traceback(call: Any) -> None:
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_an_interrupted_run_says_how_to_go_on(resume: list[str], call: Any) -> None:
-    args = ["prune", str(QUICKSTART), *resume, "--set", "cut.target={macs: 0.4}"]
+def test_an_interrupted_run_says_how_to_go_on(resume: list[str], call: Any, tmp_path: Path) -> None:
+    args = ["prune", str(QUICKSTART), "--output", str(tmp_path), *resume, "--set", "cut.target={macs: 0.4}"]
     code, out, err = call(*args, prune=raising(KeyboardInterrupt()))
     assert (code, out) == (130, "")
     assert err == (
-        f"interrupted: go on with: sparsekit prune {QUICKSTART} --set 'cut.target={{macs: 0.4}}' --resume\n"
+        f"interrupted: go on with: sparsekit prune {QUICKSTART} --output {tmp_path} "
+        "--set 'cut.target={macs: 0.4}' --resume\n"
     )
+
+
+def test_a_run_interrupted_before_it_began_has_nothing_to_resume(call: Any, tmp_path: Path) -> None:
+    args = ["prune", str(QUICKSTART), "--output", str(tmp_path / "none")]
+    code, _, err = call(*args, prune=raising(KeyboardInterrupt()))
+    assert (code, err) == (130, "interrupted: nothing was begun\n")
 
 
 def test_inspect_takes_a_model_or_a_recipe(call: Any) -> None:

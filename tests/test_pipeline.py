@@ -59,6 +59,8 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        # A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -246,6 +248,10 @@ def test_bench_export_and_report_work_on_a_run(run: Path, tmp_path: Path) -> Non
     session = onnxruntime.InferenceSession(tmp_path / "again.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: np.zeros((3, 3, 32, 32), np.float32)})
     assert logits.shape == (3, 10)
+    beside = sparsekit("export", run, "--batch-size", 8)
+    assert beside.returncode == 0, beside.stderr
+    assert (run / "pruned.b8.onnx").exists()
+    assert sparsekit("export", run, "--batch-size", 8).returncode == 2
     before = (run / "report.json").read_text()
     (run / "report.html").unlink()
     reported = sparsekit("report", run)
@@ -361,6 +367,51 @@ def test_all_problems_with_the_world_are_told_at_once_and_nothing_is_written(
     assert any("4096" in line for line in lines)
     assert any("cuda:99" in line for line in lines)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cut.target.macs=0.0001", "out of reach"),
+        ("training.optimizer=sgdd", "sgd"),
+        ("cut.ignore=['*']", "free"),
+        ("cut.ignore=[layer9]", "layer9"),
+        ("model.name=inception_v3", "image_size"),
+        ("data.batch_size=1", "batch_size"),
+        ("model.args={features_only: true}", "model"),
+        ("data.augment={auto_augment: nonsense}", "nonsense"),
+        ("export.opset=3", "opset"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before_it(
+    override: str, message: str, recipe: Path, tmp_path: Path
+) -> None:
+    refused = sparsekit("prune", recipe, "--output", tmp_path / "run", "--set", override)
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
+    recipe = folder_recipe(tmp_path, ("dark", "light"), 20)
+    process = start("prune", recipe, "--output", tmp_path / "run")
+    wait_for(tmp_path / "run" / "checkpoints" / "sparsify.state.safetensors", process)
+    process.kill()
+    process.communicate()
+    added = tmp_path / "images" / "train" / "dark" / "new.png"
+    added.write_bytes((added.parent / "0.png").read_bytes())
+    refused = sparsekit("prune", recipe, "--output", tmp_path / "run", "--resume")
+    assert refused.returncode == 2
+    assert "images" in refused.stderr
+
+
+def test_a_split_inside_another_is_refused(tmp_path: Path) -> None:
+    recipe = folder_recipe(tmp_path, ("dark", "light"), 4)
+    refused = sparsekit("validate", recipe, "--set", "data.train=''", "--set", "data.test=test")
+    assert refused.returncode == 2
+    assert "share" in refused.stderr
+    assert "test" in refused.stderr
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_training(recipe: Path, tmp_path: Path) -> None:

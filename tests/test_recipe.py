@@ -451,7 +451,7 @@ finetune:
         "sparsify.warmup, ramp and debias are shares of the phase and must sum to at most 1, got 1.5 "
         "(x.yaml, line 8)",
         "finetune.epochs is required: epochs of this phase (x.yaml, line 9)",
-        "data.in_chans must be an integer >= 1, got 0 (--set data.in_chans=0)",
+        "data.in_chans must be one of 1, 3, got 0 (--set data.in_chans=0)",
     ]
 
 

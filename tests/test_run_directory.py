@@ -104,7 +104,8 @@ def test_changed_settings_are_refused_by_their_dotted_names(tmp_path: Path) -> N
         "new": 2,
         "same": {"x": [1]},
     }
-    _opened(tmp_path).begin("dense", before)
+    begun = _opened(tmp_path)
+    begun.finish(begun.begin("dense", before), {})
     again = _opened(tmp_path, resume=True)
     with pytest.raises(FileError) as refused:
         again.begin("dense", after)
@@ -166,3 +167,12 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     other.log("hello")
     assert _files(tmp_path) == before
     assert other.result("dense") == {"accuracy": 1.0}
+
+
+def test_a_stage_that_left_nothing_behind_may_begin_again_with_other_settings(tmp_path: Path) -> None:
+    run = _opened(tmp_path)
+    run.begin("sparsify", {"target": 0.001})
+    assert run.begin("sparsify", {"target": 0.5}).settings == {"target": 0.5}
+    (run.checkpoints / "sparsify.state.safetensors").touch()
+    with pytest.raises(FileError, match="target"):
+        run.begin("sparsify", {"target": 0.7})
