@@ -192,7 +192,7 @@ def _is_gate(node: Any) -> bool:
     current = node
     while len(current.outputs) == 1:
         current = current.outputs[0]
-        if names_layer(current):
+        if _is_layer(current):
             return False
         if "igmoid" in current.name:
             squashed = True
@@ -203,6 +203,6 @@ def _is_gate(node: Any) -> bool:
     return False
 
 
-def names_layer(node: Any) -> bool:
+def _is_layer(node: Any) -> bool:
     """Whether a graph node is a layer with weights rather than an operator between layers."""
     return isinstance(node.module, _supported())

@@ -116,19 +116,19 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     with accelerator.main_process_first():  # the others find the directory that the main process opened
         files.open(resume=resume or not files.writes)
     run = _Run(recipe, inputs, files, accelerator, console)
+    weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
+    baseline = _Stage(
+        "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
+    )
     story = [
-        _Stage("dense", _train_dense, ("model", "data", "training", "dense")),
-        _Stage("sparsify", _sparsify, ("training", "sparsify", "cut")),
-        _Stage("cut", _cut, ("cut",)),
-        _Stage("finetune", _finetune, ("training", "finetune")),
-        *(
-            [_Stage("baseline", _train_baseline, ("training", "sparsify", "finetune"))]
-            if wants_baseline(recipe)
-            else []
-        ),
-        _Stage("export", _export, ("export",)),
+        _Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
+        _Stage("sparsify", _sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
+        _Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
+        _Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
+        *([baseline] if wants_baseline(recipe) else []),
+        _Stage("export", _export, ("export",), ("dense.onnx", "pruned.onnx")),
         _Stage("benchmark", _benchmark, ("benchmark",)),
-        _Stage("report", _report, ()),
+        _Stage("report", _report, (), ("report.json", "report.html")),
     ]
     for stage in story:  # all of them before anything is written: a refused resume leaves the run as it was
         files.check_settings(stage.name, stage.settings(run))
@@ -141,11 +141,15 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
 
 @dataclass(frozen=True)
 class _Stage:
-    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images."""
+    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images.
+
+    `leaves` are the files, below the run directory, that it is done with.
+    """
 
     name: str
     body: Callable[[_Run, Callable[[], None]], dict[str, Any]]
     sections: tuple[str, ...]
+    leaves: tuple[str, ...] = ()
 
     def settings(self, run: _Run) -> dict[str, Any]:
         values = run.recipe.model_dump(mode="json")
@@ -158,6 +162,12 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
     name = stage.name
     record = run.files.begin(name, stage.settings(run))
     if record.status == "done":
+        missing = [leaf for leaf in stage.leaves if not (run.files.path / leaf).exists()]
+        if missing:
+            raise FileError(
+                f"the stage {name} of the run in {run.files.path} is done, but {', '.join(missing)} is gone; put it "
+                "back, or start again in another --output"
+            )
         run.say(f"{name}: done before")
         return
     started = time.monotonic() - record.seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,14 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_at_no_cost(run: Pa
     assert again.returncode == 0, again.stderr
     assert "dense: done before" in again.stderr
     assert weights_hash(run) == before
+
+
+def test_a_done_stage_whose_files_are_gone_is_not_believed(run: Path, recipe: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "copy")
+    (tmp_path / "copy" / "pruned.onnx").unlink()
+    refused = sparsekit("prune", recipe, "--output", tmp_path / "copy", "--resume")
+    assert refused.returncode == 2
+    assert "pruned.onnx" in refused.stderr
 
 
 def test_resuming_with_another_recipe_is_refused_and_names_the_key(run: Path, recipe: Path) -> None:
