@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -512,9 +511,3 @@ def _evaluation_transform(config: InputConfig) -> Callable[[Picture], torch.Tens
         crop_pct=config.crop_pct,
     )
     return transform
-
-
-def class_counts(images: Images, class_names: Sequence[str]) -> dict[str, int]:
-    """Number of images of each class."""
-    counts = Counter(images.labels.tolist())
-    return {name: counts[index] for index, name in enumerate(class_names)}

@@ -33,7 +33,6 @@ class Inputs:
     data: ImageData
     config: InputConfig
     model_args: dict[str, Any]
-    groups_ignored: tuple[str, ...]
     fingerprint: str
 
 
@@ -82,7 +81,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         image_size=recipe.data.image_size,
         args=recipe.model.args,
     )
-    return Inputs(data, config, model_args, recipe.cut.ignore, fingerprint(data))
+    return Inputs(data, config, model_args, fingerprint(data))
 
 
 def _check_device(recipe: Recipe) -> None:

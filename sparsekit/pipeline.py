@@ -426,7 +426,7 @@ def _loader(run: _Run, images: Images, training: bool) -> Loader:
 
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:
-    return find_groups(model, run.example, ignore=run.inputs.groups_ignored)
+    return find_groups(model, run.example, ignore=run.recipe.cut.ignore)
 
 
 def _keep_weights(run: _Run, model: nn.Module, name: str) -> None:

@@ -102,23 +102,14 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
             for order, position in enumerate(member.positions):
                 if not keep[order // member.repeat]:
                     dropped[key].add(position)
-    sizes = _tensor_sizes(groups)
     cuts = tuple(
         TensorCut(
             tensor,
             dim,
             roles[tensor, dim],
-            keep=tuple(i for i in range(sizes[tensor, dim]) if i not in drop),
+            keep=tuple(i for i in range(groups.tensor_shapes[tensor][dim]) if i not in drop),
             drop=tuple(sorted(drop)),
         )
         for (tensor, dim), drop in dropped.items()
     )
     return PrunePlan(cuts, tuple(decided), groups.input_shapes)
-
-
-def _tensor_sizes(groups: ChannelGroups) -> dict[tuple[str, int], int]:
-    sizes: dict[tuple[str, int], int] = {}
-    for name, shape in groups.tensor_shapes.items():
-        for dim, size in enumerate(shape):
-            sizes[name, dim] = size
-    return sizes
