@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.sparsifier import Sparsifier
     from sparsekit.surgery import apply_plan, verify_cut
+    from sparsekit.transplant import rebind_scheduler, transplant, transplant_ema
 
 __version__ = version("sparsekit")
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "keep_masks",
     "load",
     "make_plan",
+    "rebind_scheduler",
     "save",
+    "transplant",
+    "transplant_ema",
     "verify_cut",
 ]
 
@@ -42,7 +46,10 @@ _HOMES = {
     "keep_masks": "masks",
     "load": "artifact",
     "make_plan": "plan",
+    "rebind_scheduler": "transplant",
     "save": "artifact",
+    "transplant": "transplant",
+    "transplant_ema": "transplant",
     "verify_cut": "surgery",
 }
 

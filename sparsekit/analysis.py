@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from sparsekit.complexity import layer_costs
+from sparsekit.complexity import attention_in_the_open, layer_costs
+from sparsekit.coupling import decide
 from sparsekit.errors import InputError, ModelError, VerificationError
-from sparsekit.graph import Coupling, Touch, is_depthwise, trace_couplings
-from sparsekit.groups import ChannelGroup, ChannelGroups, LayerCost, Member, Role
+from sparsekit.grouping import form_groups
+from sparsekit.groups import ChannelGroup, ChannelGroups, LayerCost
 from sparsekit.modes import evaluating, random_inputs
+from sparsekit.operators import apply_rule
 from sparsekit.plan import PrunePlan, make_plan
-from sparsekit.surgery import apply_plan, compare_outputs, mask_model
+from sparsekit.sizes import name_integers_, read_sizes
+from sparsekit.surgery import compare_outputs, cut_masked_, detached
+from sparsekit.tracing import watch
 
 # In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
 _PROOF_TOLERANCE = 1e-6
@@ -44,16 +49,18 @@ def find_groups(
                 raise InputError(
                     f"ignore: the pattern {pattern!r} matches no module of {type(model).__name__}"
                 )
-        shared = _shared_tensors(model)
-        formed = [_form_group(model, coupling, ignore, shared) for coupling in trace_couplings(model, inputs)]
+        formed = [_frozen_if_needed(model, group, ignore) for group in _trace(model, inputs)]
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        sized = {m.tensor for group in formed for m in group.members if m.role == "size"}
         groups = ChannelGroups(
             groups=tuple(formed),
             input_shapes=tuple(tuple(x.shape) for x in inputs),
             layers=costs,
-            tensor_shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+            tensor_shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             parameters=tuple(name for name, _ in model.named_parameters()),
+            attributes={path: read_sizes(model, path) for path in sorted(sized)},
         )
-        return _prove(model, _without_overlaps(groups))
+        return _prove(model, groups)
 
 
 def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
@@ -66,41 +73,40 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, 
         ) from error
 
 
-def _shared_tensors(model: nn.Module) -> set[str]:
-    """Names of parameters that also go by another name (tied weights)."""
-    by_identity: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_identity[id(parameter)].append(name)
-    return {name for names in by_identity.values() if len(names) > 1 for name in names}
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, ...]:
+    """The groups one forward pass of a copy shows."""
+    traced = copy.deepcopy(model)
+    parameters = {name for name, _ in traced.named_parameters()}
+    with evaluating(traced), attention_in_the_open():
+        name_integers_(traced)
+        facts = watch(traced, inputs, apply_rule).facts
+    return form_groups(facts, decide(facts), parameters)
 
 
-def _form_group(
-    model: nn.Module, coupling: Coupling, ignore: Sequence[str], shared: set[str]
-) -> ChannelGroup:
-    modules, stored = dict(model.named_modules()), model.state_dict().keys()
-    units = _units(coupling)
-    n_channels = len(set(units.values()))
-    members: list[Member] = []
-    reason = coupling.obstacles[0] if coupling.obstacles else ""
-    if len(coupling.obstacles) > 1:  # a transformer's residual stream has dozens, all alike
-        reason += f" (and {len(coupling.obstacles) - 1} more such places)"
-    for touch in coupling.touches:
-        try:
-            members += _members(touch, modules[touch.module], units, n_channels)
-        except ValueError as error:
-            reason = reason or f"{touch.module} {error}"
-    ignored = [t.module for t in coupling.touches if t.side == "out" and _matches(t.module, ignore)]
+def _frozen_if_needed(model: nn.Module, group: ChannelGroup, ignore: Sequence[str]) -> ChannelGroup:
+    """The group, frozen for what no operator shows: the caller's wish, tied weights, tensors that are not stored."""
+    made = [m.module for m in group.members if m.role in ("producer", "norm", "depthwise")]
+    ignored = [module for module in made if _matches(module, ignore)]
+    tensors = {m.tensor for m in group.members if m.role != "size"}
+    reason = group.frozen
+    parametrised = _parametrised(model)
     if ignored:
         reason = f"{ignored[0]} is on the ignore list"
-    elif not any(touch.side == "in" for touch in coupling.touches):
-        reason = "it reaches the model's output"
-    elif tied := [member.tensor for member in members if member.tensor in shared]:
-        reason = reason or f"{tied[0]} is shared between modules"
-    elif computed := [member.tensor for member in members if member.tensor not in stored]:
-        reason = reason or f"{computed[0]} is computed from other tensors (a parametrisation)"
-    elif n_channels < 2:
-        reason = reason or "its channels can only go together"
-    return ChannelGroup(coupling.root, n_channels, tuple(members), reason)
+    elif computed := sorted(m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised):
+        reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
+    elif not reason and (computed := sorted(tensors - model.state_dict().keys())):
+        reason = f"{computed[0]} is not stored with the model"
+    elif not reason and not group.of_role("consumer"):
+        reason = "no layer reads its channels one by one"
+    elif not reason and group.n_channels < 2:
+        reason = "its channels can only go together"
+    return replace(group, frozen=reason)
+
+
+def _parametrised(model: nn.Module) -> set[str]:
+    """Names of modules with a tensor that is computed from others, and of what holds those others."""
+    names = {name for name, module in model.named_modules() if hasattr(module, "parametrizations")}
+    return names | {name for name, _ in model.named_modules() if ".parametrizations" in name}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -110,95 +116,105 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
 
 
-def _units(coupling: Coupling) -> dict[int, int]:
-    """Number the things that can go on their own: root channels that meet in one position belong together."""
-    parent: dict[int, int] = {}
-
-    def find(channel: int) -> int:
-        parent.setdefault(channel, channel)
-        while parent[channel] != channel:
-            parent[channel] = parent[parent[channel]]
-            channel = parent[channel]
-        return channel
-
-    for touch in coupling.touches:
-        claimed: dict[int, int] = {}
-        for channel, position in touch.pairs:
-            other = claimed.setdefault(position, channel)
-            low, high = sorted((find(channel), find(other)))
-            parent[high] = low
-    roots = sorted({find(channel) for channel in list(parent)})
-    number = {root: unit for unit, root in enumerate(roots)}
-    return {channel: number[find(channel)] for channel in parent}
-
-
-def _members(touch: Touch, module: nn.Module, units: dict[int, int], n_channels: int) -> list[Member]:
-    """One member for each tensor of the touched side; ValueError if channels own unequal numbers of positions."""
-    owned: list[list[int]] = [[] for _ in range(n_channels)]
-    for unit, position in sorted({(units[channel], position) for channel, position in touch.pairs}):
-        owned[unit].append(position)
-    repeat = len(owned[0])
-    if repeat == 0 or any(len(positions) != repeat for positions in owned):
-        raise ValueError("gives its channels unequal shares")
-    positions = tuple(position for positions in owned for position in positions)
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    is_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    role: Role = "norm" if is_norm else "depthwise" if is_depthwise(module) else "producer"
-    if touch.side == "in" and not is_norm:
-        return [Member(f"{touch.module}.weight", 0 if transposed else 1, positions, repeat, "consumer")]
-    # Before a BatchNorm a row's size means nothing, and a gate need not be zero to let zeros pass.
-    penalised = is_norm or (touch.norm is None and not touch.gate)
-    return [
-        Member(
-            f"{touch.module}.{name}",
-            1 if transposed and role == "producer" and name == "weight" else 0,
-            positions,
-            repeat,
-            role,
-            penalised=penalised and name in ("weight", "bias"),
-            norm=touch.norm,
-        )
-        for name in ("weight", "bias", "running_mean", "running_var")
-        if isinstance(getattr(module, name, None), Tensor)
-    ]
-
-
-def _without_overlaps(groups: ChannelGroups) -> ChannelGroups:
-    """Freeze groups that claim a position another free group has already: they would be cut twice."""
-    taken: set[tuple[str, int, int]] = set()
-    checked = []
-    for group in groups:
-        claims = {(m.tensor, m.dim, position) for m in group.members for position in m.positions}
-        if not group.frozen and claims & taken:
-            group = replace(group, frozen="it overlaps with another group")
-        if not group.frozen:
-            taken |= claims
-        checked.append(group)
-    return replace(groups, groups=tuple(checked))
-
-
 def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    """Freeze every free group whose cut does not reproduce the masked model, found by bisection."""
+    """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
     if not groups.free:
         return groups
-    trial = _randomised(model, groups.input_shapes)
-    failures: dict[str, str] = {}
-
-    def search(names: list[str]) -> None:
-        reason = _trial_cut(trial, groups, names)
-        if reason and len(names) == 1:
-            failures[names[0]] = f"a trial cut failed: {reason}"
-        elif reason:
-            search(names[: len(names) // 2])
-            search(names[len(names) // 2 :])
-
-    names = [group.name for group in groups.free]
-    search(names)
-    passed = [name for name in names if name not in failures]
-    if failures and passed and (reason := _trial_cut(trial, groups, passed)):
-        failures |= dict.fromkeys(passed, f"a trial cut of several groups together failed: {reason}")
+    trial = _Trial(_randomised(model, groups.input_shapes), groups)
+    failures = trial.search(trial.cut)
+    passed = [group.name for group in groups.free if group.name not in failures]
+    if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
+        failures |= trial.search(trial.cut_and_train, passed)
     proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
     return replace(groups, groups=tuple(proved))
+
+
+class _Trial:
+    """Trial cuts of a copy of the model: half the channels of some groups at a time."""
+
+    def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
+        self.model, self.groups = model, groups
+        self._trains: bool | None = None
+
+    def search(
+        self, attempt: Callable[[list[str]], str], names: Sequence[str] | None = None
+    ) -> dict[str, str]:
+        """The groups that fail, with the reason, by bisection.
+
+        Groups of layers that differ in a number only (the blocks of a stage) are tried together; if their first and
+        their last fail, all of them are taken to fail for the same reason.
+        """
+        failures: dict[str, str] = {}
+        alike: dict[str, list[str]] = defaultdict(list)
+        for name in names if names is not None else [group.name for group in self.groups.free]:
+            alike[re.sub(r"\d+", "#", name)].append(name)
+
+        def bisect(classes: list[list[str]]) -> None:
+            names = [name for one in classes for name in one]
+            reason = attempt(names)
+            if not reason:
+                return
+            if len(names) == 1:
+                failures[names[0]] = f"a trial cut failed: {reason}"
+            elif len(classes) > 1:
+                bisect(classes[: len(classes) // 2])
+                bisect(classes[len(classes) // 2 :])
+            elif (first := attempt(names[:1])) and attempt(names[-1:]):
+                failures.update(dict.fromkeys(names, f"a trial cut failed: {first}"))
+            else:
+                middle = len(names) // 2
+                bisect([names[:middle]])
+                bisect([names[middle:]])
+
+        bisect(list(alike.values()))
+        passed = [name for one in alike.values() for name in one if name not in failures]
+        if failures and passed and (reason := attempt(passed)):
+            failures |= dict.fromkeys(passed, f"a trial cut of several groups together failed: {reason}")
+        return failures
+
+    def cut(self, names: list[str]) -> str:
+        """An empty string if the masked and the cut model agree, else what went wrong."""
+        plan = self._plan(names)
+        try:
+            masked = detached(self.model, plan)
+            agreement = compare_outputs(
+                masked, cut_masked_(copy.deepcopy(masked), plan), plan.input_shapes, batches=(1,)
+            )
+        except VerificationError as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        exact = next(self.model.parameters()).dtype == torch.float64
+        if not agreement.max_rel <= (_PROOF_TOLERANCE if exact else _FLOAT32_TOLERANCE):
+            return f"the cut model's outputs are off by {agreement.max_rel:.2g} of the largest"
+        return ""
+
+    def cut_and_train(self, names: list[str]) -> str:
+        """An empty string if the cut model runs in training mode on two inputs, as the uncut one does."""
+        if self._trains is None:
+            self._trains = not self._training_pass(copy.deepcopy(self.model))
+        if not self._trains:
+            return ""
+        plan = self._plan(names)
+        return self._training_pass(cut_masked_(detached(self.model, plan), plan))
+
+    def _training_pass(self, model: nn.Module) -> str:
+        model = model.float().train()
+        try:
+            with torch.no_grad():
+                model(*random_inputs(self.groups.input_shapes, 0, model, batch=2))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        return ""
+
+    def _plan(self, names: Sequence[str]) -> PrunePlan:
+        generator = torch.Generator().manual_seed(len(names))
+        masks = {}
+        for name in names:
+            n = self.groups[name].n_channels
+            masks[name] = torch.zeros(n, dtype=torch.bool)
+            masks[name][torch.randperm(n, generator=generator)[: n - n // 2]] = True
+        return make_plan(self.groups, masks)
 
 
 def _randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
@@ -220,37 +236,3 @@ def _randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> 
                 centred = name.endswith(("bias", "running_mean"))
                 tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
     return trial
-
-
-def _trial_cut(trial: nn.Module, groups: ChannelGroups, names: list[str]) -> str:
-    """Cut half of each named group; an empty string if masked and cut agree, else what went wrong."""
-    generator = torch.Generator().manual_seed(len(names))
-    masks = {}
-    for name in names:
-        n = groups[name].n_channels
-        masks[name] = torch.zeros(n, dtype=torch.bool)
-        masks[name][torch.randperm(n, generator=generator)[: n - n // 2]] = True
-    plan = make_plan(groups, masks)
-    try:
-        with evaluating(trial):
-            cut = apply_plan(trial, plan)
-            agreement = compare_outputs(mask_model(trial, plan), cut, plan.input_shapes, batches=(2,))
-        if _trains(trial, plan):  # some models have branches that only training reaches
-            cut.train()(*random_inputs(plan.input_shapes, 0, cut, batch=2))
-    except VerificationError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    exact = next(trial.parameters()).dtype == torch.float64
-    if not agreement.max_rel <= (_PROOF_TOLERANCE if exact else _FLOAT32_TOLERANCE):
-        return f"the cut model's outputs are off by {agreement.max_rel:.2g} of the largest"
-    return ""
-
-
-def _trains(trial: nn.Module, plan: PrunePlan) -> bool:
-    """Whether the uncut model runs in training mode on two inputs (a BatchNorm over one value does not)."""
-    try:
-        copy.deepcopy(trial).train()(*random_inputs(plan.input_shapes, 0, trial, batch=2))
-    except Exception:
-        return False
-    return True

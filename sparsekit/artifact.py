@@ -234,6 +234,8 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
 def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
 
 

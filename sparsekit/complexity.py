@@ -30,13 +30,13 @@ def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
     Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
     Runs in eval mode without gradients; the model keeps its training flags.
     """
-    with evaluating(model), _attention_in_the_open(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), attention_in_the_open(), FlopCounterMode(display=False) as counter:
         model(*example_inputs)
     return int(counter.get_total_flops() // 2 // example_inputs[0].shape[0])
 
 
 @contextmanager
-def _attention_in_the_open() -> Iterator[None]:
+def attention_in_the_open() -> Iterator[None]:
     """Compute attention as plain matrix products: the counter does not know what the fused kernels of a CPU do."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -29,24 +29,40 @@ def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
     zero-pad; elsewhere a constant other than 0 is dropped. Returns how many constants were folded, by module.
     """
     consumers = [cut for cut in plan.cuts if cut.role == "consumer" and cut.drop]
-    constants = _observe_constants(model, plan, consumers)
     modules = dict(model.named_modules())
+    layers = [cut for cut in consumers if _is_layer(modules[cut.tensor.rpartition(".")[0]])]
+    constants = _observe_constants(model, plan, layers)
     folded: dict[str, int] = {}
     with torch.no_grad():
         for cut in consumers:
             name = cut.tensor.rpartition(".")[0]
             module = modules[name]
-            weight = module.weight
+            weight = getattr(module, cut.tensor.rpartition(".")[2])
             assert isinstance(weight, Tensor)
             dropped = torch.tensor(cut.drop, device=weight.device)
-            constant = constants[cut.tensor].to(weight.dtype)
+            constant = constants.get(cut.tensor, torch.zeros(len(dropped))).to(weight)
             live = constant != 0
             if _bias_is_exact(module) and bool(live.any()):
                 columns = weight.index_select(cut.dim, dropped).reshape(len(weight), len(dropped), -1).sum(2)
                 _add_to_bias_(module, columns @ constant)
                 folded[name] = int(live.sum())
-            weight.index_fill_(cut.dim, dropped, 0)
+    blank_columns_(model, plan)
     return folded
+
+
+def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
+    """Set the columns that read dropped channels to zero, in place."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role == "consumer" and cut.drop:
+                tensor = tensors[cut.tensor]
+                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether the module's weight is a filter bank, so that what it reads is its own input."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
 def _observe_constants(model: nn.Module, plan: PrunePlan, consumers: list[TensorCut]) -> dict[str, Tensor]:

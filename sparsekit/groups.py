@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Role = Literal["producer", "norm", "depthwise", "consumer"]
+Role = Literal["producer", "norm", "depthwise", "consumer", "parameter", "size"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Member:
     `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer behind a flatten.
 
     Roles: "producer" (output side: rows and bias), "norm" (scale, shift and running statistics), "depthwise"
-    (one filter a channel, passed through), "consumer" (input side of the next layer: columns).
+    (one filter a channel or a block of them, passed through), "consumer" (input side of the next layer: columns),
+    "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "size" (`tensor` is an
+    integer attribute that gives the number of positions; `dim` is its place in a tuple of them).
     `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
     producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
     """
@@ -81,7 +83,8 @@ class ChannelGroups:
     """Everything `find_groups` learned about a model, as plain data. Iterates over its groups.
 
     `input_shapes` are those of the example inputs; `layers` has a cost for every convolution and linear layer;
-    `tensor_shapes` has the shape of every state-dict entry, `parameters` the names of those that are trained.
+    `tensor_shapes` has the shape of every parameter and buffer, `parameters` the names of those that are trained,
+    `attributes` the value or values of each integer attribute that some group sizes.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -89,6 +92,7 @@ class ChannelGroups:
     layers: tuple[LayerCost, ...] = ()
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)

@@ -16,7 +16,10 @@ from sparsekit.groups import ChannelGroups, Role
 
 @dataclass(frozen=True)
 class TensorCut:
-    """Positions that stay (`keep`, ascending) and go (`drop`) along one dimension of one state-dict entry."""
+    """Positions that stay (`keep`, ascending) and go (`drop`) along one dimension of one state-dict entry.
+
+    Of role "size": `tensor` is an integer attribute (entry `dim` of it, if it is a tuple) that becomes len(keep).
+    """
 
     tensor: str
     dim: int
@@ -102,12 +105,13 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
             for order, position in enumerate(member.positions):
                 if not keep[order // member.repeat]:
                     dropped[key].add(position)
+    sizes = {**groups.tensor_shapes, **groups.attributes}
     cuts = tuple(
         TensorCut(
             tensor,
             dim,
             roles[tensor, dim],
-            keep=tuple(i for i in range(groups.tensor_shapes[tensor][dim]) if i not in drop),
+            keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
             drop=tuple(sorted(drop)),
         )
         for (tensor, dim), drop in dropped.items()

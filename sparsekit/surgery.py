@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ModelError, VerificationError
-from sparsekit.fold import fold_constants_
+from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.modes import evaluating, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
+from sparsekit.sizes import Attribute, read_sizes, write_size_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -21,6 +22,13 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return masked
 
 
+def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """As `mask_model`, with constants of dead channels dropped instead of folded."""
+    copied = copy.deepcopy(model)
+    blank_columns_(copied, plan)
+    return copied
+
+
 def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
 
@@ -28,23 +36,33 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     carry over. Raises ModelError if the plan names a tensor the model does not have or of another size.
     """
     _check_fits(model, plan)
-    pruned = mask_model(model, plan)
-    new = pruned.state_dict().keys() - model.state_dict().keys()  # biases made for folded constants
+    return cut_masked_(mask_model(model, plan), plan)
+
+
+def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Take out of a masked model what nothing reads any more, in place."""
+    planned = {cut.tensor for cut in plan.cuts}
     for cut in plan.cuts:
-        _slice_(pruned, cut)
+        if cut.role == "size":
+            _resize_(masked, cut)
+            continue
+        _slice_(masked, cut)
         bias = f"{cut.tensor.removesuffix('weight')}bias"
-        if cut.role == "producer" and bias in new:
-            _slice_(pruned, replace(cut, tensor=bias))
-    for name in {cut.tensor.rpartition(".")[0] for cut in plan.cuts}:
-        refit_attributes_(pruned.get_submodule(name))
-    return pruned
+        if cut.role == "producer" and cut.tensor.endswith("weight") and bias not in planned:
+            module = masked.get_submodule(cut.tensor.rpartition(".")[0])
+            if isinstance(getattr(module, "bias", None), Tensor):  # made for a folded constant
+                _slice_(masked, replace(cut, tensor=bias, dim=0))
+    return masked
 
 
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
-    state = model.state_dict()
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for cut in plan.cuts:
         size = len(cut.keep) + len(cut.drop)
-        found = tuple(state[cut.tensor].shape) if cut.tensor in state else ()
+        if cut.role == "size":
+            found = read_sizes(model, cut.tensor)
+        else:
+            found = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else ()
         if found[cut.dim : cut.dim + 1] != (size,):
             raise ModelError(
                 f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
@@ -52,18 +70,27 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             )
 
 
+def _resize_(model: nn.Module, cut: TensorCut) -> None:
+    module, _, name = cut.tensor.rpartition(".")
+    item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
+    write_size_(model, Attribute(module, name, item), len(cut.keep))
+
+
 def _slice_(model: nn.Module, cut: TensorCut) -> None:
+    """Cut a tensor for every module that holds it: tied weights stay tied."""
     owner_name, _, name = cut.tensor.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    old = getattr(owner, name)
+    old = getattr(model.get_submodule(owner_name), name)
     keep = torch.tensor(cut.keep, device=old.device)
     with torch.no_grad():
         new = old.index_select(cut.dim, keep).contiguous()
-    setattr(
-        owner,
-        name,
-        nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new,
-    )
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if tensor is old:
+                    held[key] = new
+                    refit_attributes_(module)
 
 
 def refit_attributes_(module: nn.Module) -> None:

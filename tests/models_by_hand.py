@@ -276,5 +276,5 @@ def zero_dropped_(model: nn.Module, plan: PrunePlan) -> None:
     """Set everything that produces a dropped channel to zero, as a penalty would; the consumers are left alone."""
     state = model.state_dict()
     for cut in plan.cuts:
-        if cut.role != "consumer" and not cut.tensor.endswith(("running_mean", "running_var")):
+        if cut.role not in ("consumer", "size") and not cut.tensor.endswith(("running_mean", "running_var")):
             state[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.drop), 0)

@@ -1,0 +1,809 @@
+"""How far sparsekit gets through timm: the whole chain on one architecture of each model file, Torch-Pruning beside it.
+
+    python benchmarks/zoo.py                     the models of benchmarks/zoo.txt
+    python benchmarks/zoo.py --all               up to four of every timm model file
+    python benchmarks/zoo.py --models names.txt --output /tmp/zoo --docs /tmp/zoo/zoo.md
+
+Each model runs in a process of its own, within a time limit. The first stage that fails is its status:
+
+    build      a dense model with random weights, no scale and no branch left at zero
+    forward    a forward and a backward pass at batch 1, the fastest of three: the unit the analysis is timed in
+    analyse    find_groups
+    cut        half the units of every free group go, drawn at random with a fixed seed
+    prove      verify_cut: the cut model equals the masked one
+    api        what timm's own methods promise still holds (only where it held for the dense model)
+    train      an SGD step at batch 2; no parameter loses its gradient
+    cut_again  half of every group of the cut model
+    save, load an artifact, read by a fresh process that must give equal logits
+    export, parity   ONNX, and ONNX Runtime within 1e-3 of the largest logit
+
+Torch-Pruning cuts the same dense model (magnitude, half of every layer, the classifier left alone) with the attention
+patch of its authors' timm example; its stages are prune, forward, export and parity. Results are written after
+every model: `--resume` goes on after an interruption. Fractions lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress, track
+
+import sparsekit as sk  # torch comes with the first use of a function, which the parent never makes
+from sparsekit.files import write_json, write_text
+from sparsekit.machine import describe_machine, library_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsekit.groups import ChannelGroups
+    from sparsekit.plan import PrunePlan
+
+HERE = Path(__file__).parent
+NUM_CLASSES = 1000
+MAX_PARAMS = 60e6
+MODELS_A_FILE = 4
+CUT_TOLERANCE = 1e-4
+PARITY_LIMIT = 1e-3
+Record = dict[str, Any]
+
+# Runs in a process that has seen nothing of the model: artifact, input, output, threads.
+LOAD_PROGRAM = """
+import sys, torch, sparsekit as sk
+from safetensors.torch import load_file, save_file
+from sparsekit.modes import flat_tensors
+artifact, inputs, outputs, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+with torch.no_grad():
+    logits = flat_tensors(sk.load(artifact)(load_file(inputs)["input"]))[0]
+save_file({"logits": logits.contiguous()}, outputs)
+"""
+
+
+# ---- which models ----------------------------------------------------------------------------------------------------
+
+
+def read_names(file: Path) -> list[str]:
+    """Names, one a line; what follows a # is a comment."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def sub_family(name: str) -> str:
+    """The leading letters of a name: resnet for test_resnet and resnet50d, resnext for resnext50_32x4d."""
+    bare = re.sub(r"^(test|legacy|tf)_", "", name)
+    match = re.match(r"[a-z]+", bare)
+    return match[0] if match else bare
+
+
+def pick(n_params: Mapping[str, int], count: int = MODELS_A_FILE) -> list[str]:
+    """The smallest of each sub-family, smallest first; the next smallest where there are fewer than `count`."""
+    small = sorted((n, name) for name, n in n_params.items() if n < MAX_PARAMS)
+    smallest: dict[str, str] = {}
+    for _, name in small:
+        smallest.setdefault(sub_family(name), name)
+    chosen = list(smallest.values())[:count]
+    rest = [name for _, name in small if name not in chosen]
+    return chosen + rest[: count - len(chosen)]
+
+
+def names_of_every_file() -> list[str]:
+    """Up to four models of each timm model file. Builds all of timm without weights, which takes minutes."""
+    import timm
+
+    modules = {module: timm.list_models(module=module) for module in sorted(timm.list_modules())}
+    chosen = []
+    for names in track(modules.values(), description="counting parameters of every timm model"):
+        sizes = {name: _count_without_weights(name) for name in names}
+        chosen += pick({name: n for name, n in sizes.items() if n is not None})
+    return chosen
+
+
+def _count_without_weights(name: str) -> int | None:
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except Exception:  # whatever a model's constructor raises: it cannot be chosen by size
+        return None
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- the chain of one model ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """What the stages of one model hand to each other; `figures` end up in its record."""
+
+    name: str
+    folder: Path
+    threads: int
+    figures: Record = field(default_factory=dict)
+    model: Any = None
+    example: Any = None
+    groups: Any = None
+    plan: Any = None
+    pruned: Any = None
+
+
+Stage = Callable[[Chain], None]
+
+
+def build(chain: Chain) -> None:
+    """The dense model in eval mode and one example input."""
+    import timm
+    import torch
+    from timm.data.config import resolve_data_config
+
+    torch.manual_seed(0)
+    chain.model = timm.create_model(chain.name, num_classes=NUM_CLASSES, pretrained=False)
+    size = resolve_data_config({}, model=chain.model)["input_size"]  # type: ignore[no-untyped-call]
+    chain.example = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+    enliven_(chain.model, size)
+    chain.model.eval()
+
+
+def enliven_(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Bring a fresh model nearer to a trained one: behind a branch that starts at zero any cut would look right.
+
+    Parameters that are constant (norms, layer scales, zeros) get random values, BatchNorms the statistics of a
+    batch, so that activations keep their size.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.flatten()
+            if flat.numel() and bool((flat == flat[0]).all()):
+                noise = torch.rand(parameter.shape, generator=generator)
+                table = parameter.dim() > 1 and float(flat[0]) == 0
+                parameter.copy_(0.2 * (noise - 0.5) if table or name.endswith("bias") else 0.5 + noise)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        with contextlib.suppress(Exception):  # one that does not train keeps the statistics it has
+            model.train()(torch.randn(4, *input_size, generator=generator))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def forward(chain: Chain) -> None:
+    """Seconds of a forward and a backward pass, and the dense MACs."""
+    import torch
+
+    model = copy.deepcopy(chain.model).train()
+    for module in model.modules():  # at batch 1 a BatchNorm behind global pooling has nothing to normalise by
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        _backward(model(chain.example))
+        seconds.append(time.perf_counter() - started)
+    chain.figures["forward_backward_seconds"] = min(seconds)
+    chain.figures["macs"] = _macs(chain.model, chain.example)
+
+
+def _macs(model: nn.Module, example: Tensor) -> int:
+    """Of a copy without gradients: torch's counter stumbles over a parameter that is itself a module's input."""
+    from sparsekit.complexity import count_macs
+
+    return count_macs(copy.deepcopy(model).requires_grad_(False), example)
+
+
+def _backward(outputs: Any) -> None:
+    import torch
+
+    from sparsekit.modes import flat_tensors
+
+    loss = torch.stack([output.mean() for output in flat_tensors(outputs)]).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def analyse(chain: Chain) -> None:
+    """The groups, how long they took to find, and what stays whole."""
+    started = time.perf_counter()
+    chain.groups = sk.find_groups(chain.model, chain.example)
+    seconds = time.perf_counter() - started
+    limit = 3 * chain.figures["forward_backward_seconds"] + 5
+    chain.figures["analysis_ratio_ok"] = seconds <= limit
+    chain.figures |= frozen_share(chain.groups)
+
+
+def frozen_share(groups: ChannelGroups) -> Record:
+    """Share of the parameters in tensors that no free group touches, and why: groups by reason, the main reason."""
+    touched = {member.tensor for group in groups.free for member in group.members}
+    sizes = {name: math.prod(groups.tensor_shapes[name]) for name in groups.parameters}
+    whole = {name: size for name, size in sizes.items() if name not in touched}
+    by_reason: Counter[str] = Counter()
+    counted: set[str] = set()
+    frozen = [group for group in groups if group.frozen]
+    for group in frozen:
+        tensors = {member.tensor for member in group.members} & whole.keys() - counted
+        counted |= tensors
+        by_reason[_reason(group.frozen)] += sum(whole[tensor] for tensor in tensors)
+    by_reason["in no group"] = sum(size for name, size in whole.items() if name not in counted)
+    main, size = by_reason.most_common(1)[0]
+    return {
+        "frozen": sum(whole.values()) / max(1, sum(sizes.values())),
+        "frozen_reasons": dict(Counter(_reason(group.frozen) for group in frozen).most_common()),
+        "frozen_main_reason": main if size else None,
+    }
+
+
+def _reason(text: str) -> str:
+    return re.sub(r"\d+", "N", text)
+
+
+def cut(chain: Chain) -> None:
+    """Half the units of every free group removed, and what that saved."""
+    from sparsekit.complexity import count_params
+
+    chain.plan, chain.pruned = halve(chain.model, chain.groups, seed=0)
+    chain.figures["params_removed"] = 1 - count_params(chain.pruned) / count_params(chain.model)
+    macs = _macs(chain.pruned, chain.example)
+    chain.figures["macs_removed"] = 1 - macs / chain.figures["macs"] if chain.figures["macs"] else 0.0
+
+
+def halve(model: nn.Module, groups: ChannelGroups, seed: int) -> tuple[PrunePlan, nn.Module]:
+    """Remove n // 2 of the n units of every free group, drawn at random."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    masks = {}
+    for group in groups.free:
+        mask = torch.ones(group.n_channels, dtype=torch.bool)
+        mask[torch.randperm(group.n_channels, generator=generator)[: group.n_channels // 2]] = False
+        masks[group.name] = mask
+    plan = sk.make_plan(groups, masks)
+    return plan, sk.apply_plan(model, plan)
+
+
+def prove(chain: Chain) -> None:
+    """The figure is noted before it is judged."""
+    agreement = sk.verify_cut(chain.model, chain.pruned, chain.plan, tolerance=math.inf)
+    chain.figures["max_rel"] = agreement.max_rel
+    if not agreement.max_rel <= CUT_TOLERANCE:
+        raise ValueError(f"masked and cut model differ by {agreement.max_rel:.3g} of the largest output")
+
+
+def api(chain: Chain) -> None:
+    """True where timm's method works on the cut model, False where it did only on the dense one, else None."""
+    outcome: dict[str, bool | None] = {}
+    complaints = []
+    for name, check in API_CHECKS.items():
+        complaint = _complaint(check, chain.pruned, chain.example)
+        works_dense = not complaint or not _complaint(check, chain.model, chain.example)
+        outcome[name] = not complaint if works_dense else None
+        if complaint and works_dense:
+            complaints.append(f"{name}: {complaint}")
+    chain.figures["api"] = outcome
+    if complaints:
+        raise ValueError("; ".join(complaints))
+
+
+def _complaint(check: Callable[[Any, Tensor], object], model: nn.Module, example: Tensor) -> str:
+    try:
+        check(copy.deepcopy(model), example)
+    except Exception as error:  # a model's own code may raise anything
+        return first_line(error)
+    return ""
+
+
+def _runs_features(model: Any, example: Tensor) -> None:
+    import torch
+
+    with torch.no_grad():
+        model.forward_features(example)
+
+
+def _runs_head(model: Any, example: Tensor) -> None:
+    import torch
+
+    with torch.no_grad():
+        _expect(model.forward_head(model.forward_features(example)), (1, NUM_CLASSES))
+
+
+def _takes_new_classes(model: Any, example: Tensor) -> None:
+    import torch
+
+    model.reset_classifier(7)
+    with torch.no_grad():
+        _expect(model.eval()(example), (1, 7))
+
+
+def _runs_in_training(model: Any, example: Tensor) -> None:
+    import torch
+
+    model.train()(torch.cat([example, -example]))
+
+
+def _checkpoints_gradients(model: Any, example: Tensor) -> None:
+    import torch
+
+    model.set_grad_checkpointing(True)
+    _backward(model.train()(torch.cat([example, -example])))
+
+
+def _expect(logits: Any, shape: tuple[int, ...]) -> None:
+    found = tuple(logits.shape)
+    if found != shape:
+        raise ValueError(f"expected logits of shape {shape}, got {found}")
+
+
+API_CHECKS: dict[str, Callable[[Any, Tensor], object]] = {
+    "forward_features": _runs_features,
+    "forward_head": _runs_head,
+    "get_classifier": lambda model, example: model.get_classifier(),
+    "reset_classifier": _takes_new_classes,
+    "train": _runs_in_training,
+    "set_grad_checkpointing": _checkpoints_gradients,
+}
+
+
+def train(chain: Chain) -> None:
+    """One step of the cut model, where the dense one can be trained: a finite loss, and no gradient lost."""
+    try:
+        _, expected = _sgd_step(chain.model, chain.example)
+    except Exception as error:
+        chain.figures["dense_train_error"] = first_line(error)
+        return
+    loss, found = _sgd_step(chain.pruned, chain.example)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
+    if missing := sorted(expected - found):
+        raise ValueError(f"{len(missing)} parameters have lost their gradient: {', '.join(missing[:3])}")
+
+
+def _sgd_step(model: nn.Module, example: Tensor) -> tuple[float, set[str]]:
+    """Loss before a step on two inputs, and the names of the parameters that got a gradient; `model` stays."""
+    import torch
+    from torch.nn import functional as F
+
+    from sparsekit.modes import flat_tensors
+
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    torch.manual_seed(0)
+    logits = [x for x in flat_tensors(model(torch.cat([example, -example]))) if x.dim() == 2]
+    loss = torch.stack([F.cross_entropy(x, torch.tensor([0, 1])) for x in logits]).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return float(loss), {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+def cut_again(chain: Chain) -> None:
+    """A cut model is a model: analysed, cut and run once more."""
+    import torch
+
+    groups = sk.find_groups(chain.pruned, chain.example)
+    _, smaller = halve(chain.pruned, groups, seed=1)
+    with torch.no_grad():
+        smaller.eval()(chain.example)
+
+
+def save(chain: Chain) -> None:
+    """The once cut model, by nothing but its timm name."""
+    sk.save(chain.pruned, chain.folder / "artifact", plan=chain.plan)
+
+
+def load(chain: Chain) -> None:
+    """A fresh process reads the artifact and gives the same logits, bit by bit."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from sparsekit.modes import evaluating, flat_tensors
+
+    inputs, outputs = chain.folder / "input.safetensors", chain.folder / "logits.safetensors"
+    save_file({"input": chain.example}, inputs)
+    words = [str(word) for word in (chain.folder / "artifact", inputs, outputs, chain.threads)]
+    finished = subprocess.run([sys.executable, "-c", LOAD_PROGRAM, *words], capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError((finished.stderr.strip().splitlines() or ["the process died"])[-1])
+    with evaluating(chain.pruned):
+        expected = flat_tensors(chain.pruned(chain.example))[0]
+    found = load_file(outputs)["logits"]
+    if not torch.equal(expected, found):
+        raise ValueError(f"the loaded model's logits are off by {float((expected - found).abs().max()):.3g}")
+
+
+def export(chain: Chain) -> None:
+    """ONNX through sparsekit."""
+    sk.export_onnx(chain.pruned, chain.folder / "model.onnx", chain.example)
+
+
+def parity(chain: Chain) -> None:
+    """ONNX Runtime gives the logits of the cut model."""
+    from sparsekit.parity import check_parity
+
+    model = chain.model if chain.pruned is None else chain.pruned
+    found = check_parity(model, chain.folder / "model.onnx", chain.example).max_rel
+    chain.figures["parity_max_rel"] = found
+    if not found <= PARITY_LIMIT:
+        raise ValueError(f"ONNX Runtime's logits are off by {found:.3g} of the largest")
+
+
+# ---- the same with Torch-Pruning alone -------------------------------------------------------------------------------
+
+
+def peer_prune(chain: Chain) -> None:
+    """Half of every layer by magnitude, in place; the attention modules are told what is left of their heads."""
+    import torch_pruning as tp
+    from timm.layers.attention import Attention
+
+    from sparsekit.complexity import count_params
+
+    before = count_params(chain.model)
+    attentions = [module for module in chain.model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        attention.forward = _attention_of_any_width.__get__(attention)  # type: ignore[method-assign]
+    pruner = tp.pruner.MagnitudePruner(
+        chain.model,
+        chain.example,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=_classifier_layers(chain.model),
+        num_heads={attention.qkv: attention.num_heads for attention in attentions},
+        prune_num_heads=False,
+        prune_head_dims=True,
+    )
+    pruner.step()
+    for attention in attentions:
+        attention.num_heads = pruner.num_heads[attention.qkv]
+        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    chain.figures["params_removed"] = 1 - count_params(chain.model) / before
+
+
+def _attention_of_any_width(
+    self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """timm's attention, its sizes read off the qkv layer instead of remembered."""
+    from torch.nn import functional as F
+
+    batch, n_tokens, _ = x.shape
+    head_dim = self.qkv.out_features // (3 * self.num_heads)
+    qkv = self.qkv(x).reshape(batch, n_tokens, 3, self.num_heads, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(
+        self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
+    )
+    mixed = self.norm(mixed.transpose(1, 2).reshape(batch, n_tokens, -1))
+    if self.gate is not None:
+        mixed = mixed * self.gate(x).sigmoid()
+    return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
+
+
+def _classifier_layers(model: Any) -> list[nn.Module]:
+    """The last linear layer with one output a class, and what timm says classifies."""
+    from torch import nn
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == NUM_CLASSES][-1:]
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    several = found if isinstance(found, (tuple, list)) else [found]
+    return layers + [layer for layer in several if isinstance(layer, nn.Module)]
+
+
+def peer_forward(chain: Chain) -> None:
+    """The pruned model runs and still names every class."""
+    import torch
+
+    with torch.no_grad():
+        _expect(chain.model.eval()(chain.example), (1, NUM_CLASSES))
+
+
+def peer_export(chain: Chain) -> None:
+    """ONNX through torch's exporter as it is."""
+    import torch
+
+    torch.onnx.export(
+        chain.model, (chain.example,), chain.folder / "model.onnx", dynamo=True, external_data=False
+    )
+
+
+PARTS: dict[str, dict[str, Stage]] = {
+    "sparsekit": {
+        "build": build,
+        "forward": forward,
+        "analyse": analyse,
+        "cut": cut,
+        "prove": prove,
+        "api": api,
+        "train": train,
+        "cut_again": cut_again,
+        "save": save,
+        "load": load,
+        "export": export,
+        "parity": parity,
+    },
+    "torch-pruning": {
+        "build": build,
+        "prune": peer_prune,
+        "forward": peer_forward,
+        "export": peer_export,
+        "parity": parity,
+    },
+}
+
+
+def run_stages(part: str, name: str, folder: Path, threads: int) -> None:
+    """In the child: stage after stage. The record says at any moment which stage is running or has failed."""
+    import timm  # noqa: F401 (the imports take seconds and belong to no stage)
+    import torch
+
+    torch.set_num_threads(threads)
+    chain, seconds = Chain(name, folder, threads), dict[str, float]()
+
+    def note(status: str, error: str | None = None) -> None:
+        write_json(
+            folder / "record.json", {"status": status, "error": error, "seconds": seconds, **chain.figures}
+        )
+
+    for stage, action in PARTS[part].items():
+        note(stage)
+        started = time.perf_counter()
+        failure = ""
+        try:
+            action(chain)
+        except Exception as error:  # whatever it is, it is the result
+            failure = first_line(error).replace(str(folder), ".")
+        seconds[stage] = round(time.perf_counter() - started, 3)
+        if failure:
+            note(stage, failure)
+            return
+    note("ok")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line that fits a table."""
+    message = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message}"[:300]
+
+
+# ---- the parent: one process after another, results after each -------------------------------------------------------
+
+
+def run_part(part: str, name: str, threads: int, limit: float) -> Record:
+    """The record of one part of one model, from a process that may take `limit` seconds, die or hang."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory(prefix="zoo-", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, __file__, "--part", part, "--name", name, "--folder", folder]
+        log = Path(folder) / "log.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [*command, "--threads", str(threads)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+            end = _wait(process, limit)
+        file = Path(folder) / "record.json"
+        record: Record = {"status": "build", "error": None, "seconds": {}}
+        if file.exists():
+            record = json.loads(file.read_text(encoding="utf-8"))
+        if end:
+            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1][:200]
+            record |= {"error": end if end.startswith("no result") else f"{end}; {last}"}
+        return record | {"timed_out": end.startswith("no result")}
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
+    """Wait, but not for ever; an empty string, or how the process ended. It and its children die with us."""
+    try:
+        code = process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"no result within {limit:g} s"
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code < 0:
+        return f"the process was ended by {signal.Signals(-code).name}"
+    return f"the process ended with code {code}" if code else ""
+
+
+def run_model(name: str, arguments: argparse.Namespace) -> Record:
+    """One entry of the results."""
+    found = run_part("sparsekit", name, arguments.threads, arguments.timeout)
+    keys = (
+        *("status", "params_removed", "macs_removed", "frozen", "frozen_reasons", "frozen_main_reason"),
+        *("seconds", "forward_backward_seconds", "analysis_ratio_ok", "max_rel", "parity_max_rel"),
+        *("api", "dense_train_error", "error"),
+    )
+    record = {"model": name, **{key: found.get(key) for key in keys}}
+    peer: Record = {}
+    if not arguments.no_torch_pruning:
+        peer = run_part("torch-pruning", name, arguments.threads, arguments.peer_timeout)
+        seconds = {stage: s for stage, s in peer["seconds"].items() if stage != "build"}
+        peer["seconds"] = arguments.peer_timeout if peer["timed_out"] else round(sum(seconds.values()), 3)
+        peer["status"] = "timeout" if peer["timed_out"] else peer["status"]
+    for key in ("status", "seconds", "params_removed", "error"):
+        record[f"torch_pruning_{key}"] = peer.get(key)
+    return record
+
+
+def run_all(names: Sequence[str], arguments: argparse.Namespace, console: Console) -> list[Record]:
+    """Every model that the results do not hold yet; results and page are written after each."""
+    file = arguments.output / "zoo.json"
+    records: list[Record] = []
+    if arguments.resume and file.exists():
+        records = json.loads(file.read_text(encoding="utf-8"))
+    done = {record["model"] for record in records}
+    open_names = [name for name in names if name not in done]
+    with Progress(console=console) as progress:
+        task = progress.add_task("zoo", total=len(open_names))
+        for name in open_names:
+            progress.update(task, description=name)
+            record = run_model(name, arguments)
+            records.append(record)
+            write_json(file, records)
+            write_text(arguments.docs, page(records))
+            progress.console.print(
+                f"{name}: {_summary(record)}", highlight=False, markup=False, soft_wrap=True
+            )
+            progress.advance(task)
+    return records
+
+
+def _summary(record: Record) -> str:
+    text = f"{record['status']}, {sum(record['seconds'].values()):.0f} s"
+    if record["torch_pruning_status"]:
+        text += f" (Torch-Pruning: {record['torch_pruning_status']})"
+    return f"{text}; {record['error']}" if record["error"] else text
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(records: Sequence[Record]) -> str:
+    """The results as Markdown: counts, circumstances, a row for each model, what failed and how."""
+    machine, versions = describe_machine(), library_versions()
+    libraries = ("sparsekit", "torch", "timm", "torch-pruning", "onnx", "onnxruntime")
+    circumstances = [
+        "versions: " + ", ".join(f"{name} {versions[name]}" for name in libraries if name in versions),
+        f"machine: {machine['cpu']}, {machine['logical_cores']} cores, {machine['os']}, "
+        f"Python {machine['python']}",
+        f"command: `{shlex.join(['python', 'benchmarks/zoo.py', *sys.argv[1:]])}`",
+    ]
+    failures = [
+        f"- `{record['model']}`, {record['status']}: {_escaped(record['error'] or '')}"
+        for record in records
+        if record["status"] != "ok"
+    ]
+    return "\n".join(
+        [
+            "# sparsekit on timm's architectures",
+            "",
+            "Written by `benchmarks/zoo.py`, whose docstring says what each stage does. Half the units of every "
+            "free group are cut; `removed` and `frozen` are fractions. Frozen parameters lie in tensors that no "
+            "free group touches; the reason given is the one that keeps most of them. The status is `ok` or the "
+            "first stage that failed.",
+            "",
+            *(f"- {line}" for line in counts(records) + circumstances),
+            "",
+            *table(records),
+            *(["", "## What failed", "", *failures] if failures else []),
+            "",
+        ]
+    )
+
+
+def counts(records: Sequence[Record]) -> list[str]:
+    """The figures one wants first."""
+    passed = [record for record in records if record["status"] == "ok"]
+    lines = [_tally("sparsekit", [record["status"] for record in records])]
+    if passed:
+        medians = {
+            key: statistics.median(record[key] for record in passed)
+            for key in ("params_removed", "macs_removed", "frozen")
+        }
+        nothing = sum(record["params_removed"] == 0 for record in passed)
+        lines.append(
+            f"of those that are ok, medians: {medians['params_removed']:.2f} of the parameters removed, "
+            f"{medians['macs_removed']:.2f} of the MACs, {medians['frozen']:.2f} frozen; nothing to remove in "
+            f"{nothing}"
+        )
+    timed = [record["analysis_ratio_ok"] for record in records if record["analysis_ratio_ok"] is not None]
+    lines.append(
+        f"analysis within 3 forward and backward passes plus 5 s: {sum(timed)} of {len(timed)} analysed"
+    )
+    peers = [record["torch_pruning_status"] for record in records if record["torch_pruning_status"]]
+    return lines + ([_tally("Torch-Pruning", peers)] if peers else [])
+
+
+def _tally(who: str, statuses: Sequence[str]) -> str:
+    by_status = Counter(statuses)
+    failed = ", ".join(f"{status} {n}" for status, n in by_status.most_common() if status != "ok")
+    return f"{who}: {by_status['ok']} of {len(statuses)} ok" + (f"; failed in: {failed}" if failed else "")
+
+
+def table(records: Sequence[Record]) -> list[str]:
+    """One row for each model."""
+    rows = [
+        "| model | status | params removed | MACs removed | frozen | mainly because | analysis s | all s | "
+        "Torch-Pruning |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        cells = [
+            record["model"],
+            record["status"],
+            *(_number(record[key], 2) for key in ("params_removed", "macs_removed", "frozen")),
+            _escaped(record["frozen_main_reason"] or ""),
+            _number(record["seconds"].get("analyse"), 1),
+            _number(sum(record["seconds"].values()), 0),
+            record["torch_pruning_status"] or "",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([|<>*_`\[\]])", r"\\\1", text)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; the parts that only the script itself uses are not shown."""
+    parser = argparse.ArgumentParser(description="sparsekit's whole chain on timm's architectures")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--models", type=Path, default=HERE / "zoo.txt", help="names, one a line, # comments")
+    source.add_argument("--all", action="store_true", help="up to four small models of every timm file")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for a model")
+    parser.add_argument("--peer-timeout", type=float, default=150, help="seconds for Torch-Pruning on it")
+    parser.add_argument("--no-torch-pruning", action="store_true", help="leave the peer out")
+    parser.add_argument("--threads", type=int, default=2, help="of torch, in each process")
+    parser.add_argument("--resume", action="store_true", help="keep the results there are, run the others")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of zoo.json")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "zoo.md", help="the page")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--name", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Run the models, or, in a child, one part of one model."""
+    arguments = parse()
+    if arguments.part:
+        run_stages(arguments.part, arguments.name, arguments.folder, arguments.threads)
+        return
+    console = Console()
+    names = names_of_every_file() if arguments.all else read_names(arguments.models)
+    try:
+        records = run_all(names, arguments, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {arguments.output / 'zoo.json'} keeps what is done, --resume goes on")
+        sys.exit(130)
+    console.print(*counts(records), sep="\n", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

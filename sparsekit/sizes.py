@@ -1,0 +1,93 @@
+"""Sizes that a model's code reads from attributes: integers that remember where they came from.
+
+`x.reshape(n, self.num_heads, self.head_dim)` needs another `num_heads` once heads are gone. To learn which
+attribute gives which size, the attributes of a copy are replaced by integers that carry their name; torch treats
+them like any other, and what it is called with tells which dimension each of them sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# Sizes of layers with weights follow from their tensors.
+_SIZED_BY_TENSORS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
+
+
+@dataclass(frozen=True, order=True)
+class Attribute:
+    """An integer attribute of a module (`item` None), or one entry of a tuple or list attribute.
+
+    An entry may also be a dictionary whose "num_chs" is meant: timm's `feature_info` is a list of those.
+    """
+
+    module: str
+    name: str
+    item: int | None = None
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.name}" if self.module else self.name
+        return path if self.item is None else f"{path}[{self.item}]"
+
+
+class NamedInt(int):
+    """An integer that knows the attribute it was read from. Arithmetic gives plain integers, which do not."""
+
+    attribute: Attribute
+
+    @staticmethod
+    def of(value: int, attribute: Attribute) -> NamedInt:
+        number = NamedInt(value)
+        number.attribute = attribute
+        return number
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedInt:
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+def name_integers_(model: nn.Module) -> None:
+    """Replace integer attributes (and those in tuples and lists) of every module by ones that know their name."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, _SIZED_BY_TENSORS):
+            continue
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") or name == "training":
+                continue
+            if _is_size(value):
+                module.__dict__[name] = NamedInt.of(value, Attribute(module_name, name))
+            elif type(value) in (tuple, list) and value and all(_is_size(entry) for entry in value):
+                entries = (NamedInt.of(v, Attribute(module_name, name, i)) for i, v in enumerate(value))
+                module.__dict__[name] = type(value)(entries)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
+    """The values of an integer attribute (one) or of a tuple of them; empty if there is no such attribute."""
+    module, _, name = path.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(module), name)
+    except AttributeError:
+        return ()
+    if isinstance(value, (tuple, list)):
+        return tuple(entry["num_chs"] if isinstance(entry, dict) else entry for entry in value)
+    return (value,)
+
+
+def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
+    """Set the attribute, or its entry, to `size`; tuples stay tuples and lists are replaced, not changed."""
+    module = model.get_submodule(attribute.module)
+    if attribute.item is None:
+        setattr(module, attribute.name, size)
+        return
+    entries = list(getattr(module, attribute.name))
+    entry = entries[attribute.item]
+    entries[attribute.item] = {**entry, "num_chs": size} if isinstance(entry, dict) else size
+    setattr(module, attribute.name, type(getattr(module, attribute.name))(entries))
