@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.sparsifier import Sparsifier
     from sparsekit.surgery import apply_plan, verify_cut
-    from sparsekit.transplant import rebind_scheduler, transplant, transplant_ema
+    from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
 
 __version__ = version("sparsekit")
 __all__ = [
@@ -46,10 +46,10 @@ _HOMES = {
     "keep_masks": "masks",
     "load": "artifact",
     "make_plan": "plan",
-    "rebind_scheduler": "transplant",
+    "rebind_scheduler": "continuation",
     "save": "artifact",
-    "transplant": "transplant",
-    "transplant_ema": "transplant",
+    "transplant": "continuation",
+    "transplant_ema": "continuation",
     "verify_cut": "surgery",
 }
 

@@ -22,14 +22,14 @@ def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[C
 
     A component counts if some layer produces it; `parameters` are the names of trained tensors.
     """
-    marks = _Marks(facts)
+    marks, sized = _Marks(facts), _sized_by_component(coupled.sizes)
     alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
     for number, runs in _by_component(facts, coupled, marks.gates):
         if any(marks.makes[atoms[0]] for atoms in runs.values()):
             signature = tuple((part, len(atoms)) for part, atoms in sorted(runs.items()))
             alike[signature, coupled.reasons.get(number, "")].append((number, runs))
     formed = [
-        _form(facts, coupled, marks, components, str(reason), parameters)
+        _form(facts, sized, marks, components, str(reason), parameters)
         for (_, reason), components in alike.items()
     ]
     order = {axis.tensor: place for place, axis in enumerate(facts.axes)}
@@ -85,7 +85,7 @@ def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tupl
 
 def _form(
     facts: Facts,
-    coupled: Coupled,
+    sized: Sized,
     marks: _Marks,
     components: list[tuple[int, Runs]],
     reason: str,
@@ -97,7 +97,7 @@ def _form(
     components.sort(key=lambda one: int(one[1][root][0]))
     members = [_member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts]
     numbers = [number for number, _ in components]
-    members += _size_members(coupled.sizes, numbers)
+    members += _size_members(sized, numbers)
     place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
     members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
     return ChannelGroup("", len(components), tuple(members), reason)
@@ -126,15 +126,26 @@ def _member(
     )
 
 
-def _size_members(sizes: Mapping[Attribute, Atoms], numbers: list[int]) -> list[Member]:
-    members = []
+Sized = Mapping[int, Mapping[Attribute, list[int]]]
+
+
+def _sized_by_component(sizes: Mapping[Attribute, Atoms]) -> Sized:
+    """For each component the attributes whose dimension it has a part in, and where."""
+    sized: dict[int, dict[Attribute, list[int]]] = defaultdict(lambda: defaultdict(list))
     for attribute, components in sizes.items():
-        owned = [np.flatnonzero(components == number) for number in numbers]
-        repeat = len(owned[0])
-        if repeat and all(len(positions) == repeat for positions in owned):
+        for position, number in enumerate(components.tolist()):
+            sized[number][attribute].append(position)
+    return sized
+
+
+def _size_members(sized: Sized, numbers: list[int]) -> list[Member]:
+    members = []
+    for attribute, first in sized.get(numbers[0], {}).items():
+        owned = [sized.get(number, {}).get(attribute, []) for number in numbers]
+        if all(len(positions) == len(first) for positions in owned):
             path = str(Attribute(attribute.module, attribute.name))
-            positions = tuple(int(p) for own in owned for p in own)
-            members.append(Member(path, attribute.item or 0, positions, repeat, "size"))
+            positions = tuple(position for own in owned for position in own)
+            members.append(Member(path, attribute.item or 0, positions, len(first), "size"))
     return members
 
 

@@ -21,7 +21,7 @@ operators grouping scores
 masks penalties
 fold
 surgery
-analysis sparsifier transplant
+analysis sparsifier continuation
 checkpoint models machine
 data train session
 artifact export parity latency
@@ -75,12 +75,12 @@ def test_imports_point_only_upwards(name: str) -> None:
 
 def test_all_ways_to_import_are_seen() -> None:
     source = """
-import sparksekit, sparsekit.graph as g
+import sparksekit, sparsekit.facts as f
 from sparsekit import plan, __version__
 def late():
     from sparsekit.cli import main
 """
-    assert _ours(source) == {"graph", "plan", "cli"}
+    assert _ours(source) == {"facts", "plan", "cli"}
 
 
 @pytest.mark.parametrize("name", ["prox", "schedules", "controller"])

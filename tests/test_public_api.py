@@ -23,7 +23,10 @@ def test_the_public_names_are_these() -> None:
         "keep_masks",
         "load",
         "make_plan",
+        "rebind_scheduler",
         "save",
+        "transplant",
+        "transplant_ema",
         "verify_cut",
     ]
 

@@ -23,7 +23,7 @@ from sparsekit.analysis import find_groups
 from sparsekit.errors import InputError, VerificationError
 from sparsekit.plan import PrunePlan, TensorCut, make_plan
 from sparsekit.surgery import apply_plan
-from sparsekit.transplant import rebind_scheduler, transplant, transplant_ema
+from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
 
 Cut = tuple[nn.Module, nn.Module, PrunePlan]
 LR = 0.01
