@@ -626,51 +626,64 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
     return f"the process ended with code {code}" if code else ""
 
 
+# What the results hold of each model, besides its name.
+KEYS = (
+    *("status", "params_removed", "macs_removed", "frozen", "frozen_reasons", "frozen_main_reason"),
+    *("seconds", "forward_backward_seconds", "analysis_ratio_ok", "max_rel", "parity_max_rel"),
+    *("api", "dense_train_error", "error"),
+)
+PEER_KEYS = ("status", "seconds", "params_removed", "error")
+
+
 def run_model(name: str, arguments: argparse.Namespace) -> Record:
-    """One entry of the results."""
-    found = run_part("sparsekit", name, arguments.threads, arguments.timeout)
-    keys = (
-        *("status", "params_removed", "macs_removed", "frozen", "frozen_reasons", "frozen_main_reason"),
-        *("seconds", "forward_backward_seconds", "analysis_ratio_ok", "max_rel", "parity_max_rel"),
-        *("api", "dense_train_error", "error"),
-    )
-    record = {"model": name, **{key: found.get(key) for key in keys}}
-    peer: Record = {}
-    if not arguments.no_torch_pruning:
+    """What the parts asked for say of one model."""
+    record: Record = {"model": name}
+    if arguments.only != "torch-pruning":
+        found = run_part("sparsekit", name, arguments.threads, arguments.timeout)
+        record |= {key: found.get(key) for key in KEYS}
+    if arguments.only != "sparsekit":
         peer = run_part("torch-pruning", name, arguments.threads, arguments.peer_timeout)
         seconds = {stage: s for stage, s in peer["seconds"].items() if stage != "build"}
         peer["seconds"] = arguments.peer_timeout if peer["timed_out"] else round(sum(seconds.values()), 3)
         peer["status"] = "timeout" if peer["timed_out"] else peer["status"]
-    for key in ("status", "seconds", "params_removed", "error"):
-        record[f"torch_pruning_{key}"] = peer.get(key)
+        record |= {f"torch_pruning_{key}": peer.get(key) for key in PEER_KEYS}
     return record
 
 
 def run_all(names: Sequence[str], arguments: argparse.Namespace, console: Console) -> list[Record]:
-    """Every model that the results do not hold yet; results and page are written after each."""
+    """Run what is asked for; results and page are written after each model.
+
+    With `--resume`, models that have the results asked for are left out; with `--only`, the other part's are kept.
+    """
     file = arguments.output / "zoo.json"
-    records: list[Record] = []
-    if arguments.resume and file.exists():
-        records = json.loads(file.read_text(encoding="utf-8"))
-    done = {record["model"] for record in records}
-    open_names = [name for name in names if name not in done]
+    earlier: dict[str, Record] = {}
+    if (arguments.resume or arguments.only) and file.exists():
+        earlier = {record["model"]: record for record in json.loads(file.read_text(encoding="utf-8"))}
+    blank = dict.fromkeys((*KEYS, *(f"torch_pruning_{key}" for key in PEER_KEYS)))
+    records = {name: {"model": name, **blank, **earlier.get(name, {})} for name in [*earlier, *names]}
+    wanted = {None: ("status", "torch_pruning_status"), "sparsekit": ("status",)}.get(
+        arguments.only, ("torch_pruning_status",)
+    )
+    open_names = [n for n in names if not (arguments.resume and all(records[n][key] for key in wanted))]
     with Progress(console=console) as progress:
         task = progress.add_task("zoo", total=len(open_names))
         for name in open_names:
             progress.update(task, description=name)
-            record = run_model(name, arguments)
-            records.append(record)
-            write_json(file, records)
-            write_text(arguments.docs, page(records))
+            records[name] |= run_model(name, arguments)
+            begun = [r for r in records.values() if r["status"] or r["torch_pruning_status"]]
+            write_json(file, begun)
+            write_text(arguments.docs, page(begun))
             progress.console.print(
-                f"{name}: {_summary(record)}", highlight=False, markup=False, soft_wrap=True
+                f"{name}: {_summary(records[name])}", highlight=False, markup=False, soft_wrap=True
             )
             progress.advance(task)
-    return records
+    return list(records.values())
 
 
 def _summary(record: Record) -> str:
-    text = f"{record['status']}, {sum(record['seconds'].values()):.0f} s"
+    text = ""
+    if record["status"]:
+        text = f"{record['status']}, {sum(record['seconds'].values()):.0f} s"
     if record["torch_pruning_status"]:
         text += f" (Torch-Pruning: {record['torch_pruning_status']})"
     return f"{text}; {record['error']}" if record["error"] else text
@@ -692,7 +705,7 @@ def page(records: Sequence[Record]) -> str:
     failures = [
         f"- `{record['model']}`, {record['status']}: {_escaped(record['error'] or '')}"
         for record in records
-        if record["status"] != "ok"
+        if record["status"] not in ("ok", None)
     ]
     return "\n".join(
         [
@@ -715,7 +728,7 @@ def page(records: Sequence[Record]) -> str:
 def counts(records: Sequence[Record]) -> list[str]:
     """The figures one wants first."""
     passed = [record for record in records if record["status"] == "ok"]
-    lines = [_tally("sparsekit", [record["status"] for record in records])]
+    lines = [_tally("sparsekit", [record["status"] for record in records if record["status"]])]
     if passed:
         medians = {
             key: statistics.median(record[key] for record in passed)
@@ -751,11 +764,11 @@ def table(records: Sequence[Record]) -> list[str]:
     for record in records:
         cells = [
             record["model"],
-            record["status"],
+            record["status"] or "",
             *(_number(record[key], 2) for key in ("params_removed", "macs_removed", "frozen")),
             _escaped(record["frozen_main_reason"] or ""),
-            _number(record["seconds"].get("analyse"), 1),
-            _number(sum(record["seconds"].values()), 0),
+            _number((record["seconds"] or {}).get("analyse"), 1),
+            _number(sum((record["seconds"] or {}).values()), 0),
             record["torch_pruning_status"] or "",
         ]
         rows.append("| " + " | ".join(cells) + " |")
@@ -778,7 +791,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--all", action="store_true", help="up to four small models of every timm file")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a model")
     parser.add_argument("--peer-timeout", type=float, default=150, help="seconds for Torch-Pruning on it")
-    parser.add_argument("--no-torch-pruning", action="store_true", help="leave the peer out")
+    parser.add_argument("--only", choices=PARTS, help="run one part; the other's results are kept")
     parser.add_argument("--threads", type=int, default=2, help="of torch, in each process")
     parser.add_argument("--resume", action="store_true", help="keep the results there are, run the others")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of zoo.json")

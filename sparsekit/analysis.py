@@ -120,8 +120,16 @@ def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
     if not groups.free:
         return groups
-    trial = _Trial(_randomised(model, groups.input_shapes), groups)
+    plain = replace(groups, groups=tuple(replace(group, rewrites=()) for group in groups))
+    trial = _Trial(_randomised(model, groups.input_shapes), plain)
     failures = trial.search(trial.cut)
+    if again := [name for name in failures if groups[name].rewrites]:
+        trial.groups = replace(plain, groups=tuple(groups[g.name] if g.name in again else g for g in plain))
+        found = trial.search(trial.cut, again)
+        passed = [g.name for g in groups.free if g.name not in failures or g.name in set(again) - found.keys()]
+        if not trial.cut(passed):
+            failures = {name: reason for name, reason in failures.items() if name not in again or name in found}
+    groups = trial.groups
     passed = [group.name for group in groups.free if group.name not in failures]
     if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
         failures |= trial.search(trial.cut_and_train, passed)

@@ -3,10 +3,11 @@
 An artifact is a folder of two files. `model.safetensors` holds every tensor by its state-dict name.
 `structure.json` holds what is needed to build the module that the tensors fit:
 
-    format       "sparsekit/1"
+    format       "sparsekit/2"
     source       {"timm": name, "args": {...}} or {"factory": "package.module.Class"} (a note for the reader)
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
+    rewrites     places in the code of modules that leave a size to torch (module, method, call, argument, source hash)
     sha256       of model.safetensors
     plan         what was cut, as PrunePlan.to_json gives it, or null
     info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
@@ -21,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ from sparsekit.errors import FileError, InputError, VerificationError
 from sparsekit.files import atomic_path, write_json
 from sparsekit.modes import evaluating
 from sparsekit.plan import PrunePlan
+from sparsekit.rewriting import Place, leave_sizes_to_torch_, original_class, rewritten_places
 
-FORMAT = "sparsekit/1"
+FORMAT = "sparsekit/2"
 Factory = Callable[[], nn.Module]
 # What building and filling a model raises when the structure, the weights and the model are not of one kind.
 _MISFITS = (
@@ -77,6 +80,7 @@ def save(
         "source": source,
         "attributes": _changed_attributes(fresh, model),
         "tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in state.items()},
+        "rewrites": [asdict(place) for module in model.modules() for place in rewritten_places(module)],
         "plan": plan.to_json() if plan else None,
         "info": dict(info or {}),
         "versions": {name: version(name) for name in ("sparsekit", "torch", "timm")},
@@ -136,7 +140,7 @@ def read_structure(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{file} cannot be read: {error}") from error
     if not isinstance(structure, dict):
         raise FileError(f"{file} is no artifact's structure: expected a JSON object, got {structure!r:.40}")
-    missing = [key for key in ("format", "source", "attributes", "tensors", "sha256") if key not in structure]
+    missing = [key for key in ("format", "source", "attributes", "tensors", "rewrites", "sha256") if key not in structure]
     if structure.get("format") != FORMAT or missing:
         raise FileError(
             f"{file} has format {structure.get('format')!r} and lacks {missing or 'nothing'}; this version of "
@@ -223,7 +227,7 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
     """Raise InputError if the rebuilt model has other kinds of modules: equal weights would give other logits."""
     built = {name: type(module) for name, module in fresh.named_modules()}
     for name, module in model.named_modules():
-        if built.get(name) is not type(module):
+        if built.get(name) is not original_class(module):
             found = built[name].__name__ if name in built else "nothing"
             raise InputError(
                 f"the model that would be rebuilt differs: {name or 'the model'} is a {type(module).__name__}, rebuilt "
@@ -280,6 +284,7 @@ def _shape_like_(model: nn.Module, structure: Mapping[str, Any]) -> None:
             old.data = empty  # in place: tied parameters stay tied
         else:
             setattr(owner, key, nn.Parameter(empty) if old is None else empty)
+    leave_sizes_to_torch_(model, [Place(**place) for place in structure["rewrites"]])
     for name, attributes in structure["attributes"].items():
         module = model.get_submodule(name)
         for key, value in attributes.items():

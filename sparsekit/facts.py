@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekit.labels import FIXED, span
+from sparsekit.rewriting import Place
 from sparsekit.sizes import Attribute
 
 Atoms = NDArray[np.int64]
@@ -49,7 +50,8 @@ class Facts:
 
     edges: pairs of atoms that go together. grids: labels over several dimensions of one tensor, of which only whole
     slices can go. covers: (coarse, fine) where entry b of `coarse` runs through all of row b of `fine`.
-    fixed: atoms that must stay, and why. sizes: attributes as sizes. norms: layer -> what reads its output, a
+    fixed: atoms that must stay, and why. sizes: attributes as sizes. places: where code computes the size of a
+    dimension with these atoms. norms: layer -> what reads its output, a
     normalisation's weight or "" for anything else.
     """
 
@@ -59,6 +61,7 @@ class Facts:
     covers: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     fixed: list[tuple[Atoms, str]] = field(default_factory=list)
     sizes: list[SizeUse] = field(default_factory=list)
+    places: list[tuple[Place, Atoms]] = field(default_factory=list)
     norms: dict[str, set[str]] = field(default_factory=dict)
     marks: dict[Mark, list[Atoms]] = field(default_factory=dict)
     n_atoms: int = 1  # number 0 is FIXED

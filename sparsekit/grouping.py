@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from sparsekit.coupling import Coupled
-from sparsekit.facts import Atoms, Axis, Facts
+from sparsekit.facts import FIXED, Atoms, Axis, Facts
 from sparsekit.groups import ChannelGroup, Member, Role
+from sparsekit.rewriting import Place
 from sparsekit.sizes import Attribute
 
 # An axis, and whether these of its atoms are gates: the parts of a tensor that a member can be.
@@ -28,8 +30,12 @@ def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[C
         if any(marks.makes[atoms[0]] for atoms in runs.values()):
             signature = tuple((part, len(atoms)) for part, atoms in sorted(runs.items()))
             alike[signature, coupled.reasons.get(number, "")].append((number, runs))
+    component_places: dict[int, list[Place]] = defaultdict(list)
+    for place, atoms in facts.places:
+        for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
+            component_places[number].append(place)
     formed = [
-        _form(facts, sized, marks, components, str(reason), parameters)
+        _form(facts, sized, marks, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()
     ]
     order = {axis.tensor: place for place, axis in enumerate(facts.axes)}
@@ -90,6 +96,7 @@ def _form(
     components: list[tuple[int, Runs]],
     reason: str,
     parameters: set[str],
+    places: Mapping[int, list[Place]],
 ) -> ChannelGroup:
     parts = list(components[0][1])
     # Channels are numbered by their place in the layer that produces them.
@@ -100,7 +107,8 @@ def _form(
     members += _size_members(sized, numbers)
     place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
     members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
-    return ChannelGroup("", len(components), tuple(members), reason)
+    rewrites = sorted({place for number in numbers for place in places.get(number, ())})
+    return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
 
 
 def _member(
@@ -162,5 +170,5 @@ def _with_names(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
         name = (_root(group).module or _root(group).tensor).partition(".parametrizations")[0]
         seen[name] += 1
         suffix = f"#{seen[name]}" if seen[name] > 1 else ""
-        named.append(ChannelGroup(name + suffix, group.n_channels, group.members, group.frozen))
+        named.append(replace(group, name=name + suffix))
     return tuple(named)

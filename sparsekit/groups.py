@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sparsekit.rewriting import Place
+
 Role = Literal["producer", "norm", "depthwise", "consumer", "parameter", "size"]
 
 
@@ -43,13 +45,15 @@ class ChannelGroup:
     """Channels coupled across layers: removing one removes it from every member.
 
     `n_channels` counts what can go on its own; where several indices of a layer can only go together (a chunk
-    multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed.
+    multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed. `rewrites`
+    are the places in the model's code that have to leave a size to torch once something is removed.
     """
 
     name: str
     n_channels: int
     members: tuple[Member, ...]
     frozen: str = ""
+    rewrites: tuple[Place, ...] = ()
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members with this role, in model order."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.errors import FileError, InputError
 from sparsekit.groups import ChannelGroups, Role
+from sparsekit.rewriting import Place
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class GroupCut:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples."""
+    """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples.
+
+    `rewrites` are the places in the model's code that have to leave a size to torch (see `rewriting`).
+    """
 
     cuts: tuple[TensorCut, ...]
     groups: tuple[GroupCut, ...]
     input_shapes: tuple[tuple[int, ...], ...]
+    rewrites: tuple[Place, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists; `from_json` gives back an equal plan."""
@@ -60,6 +65,7 @@ class PrunePlan:
                 ),
                 groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
                 input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
+                rewrites=tuple(Place(**place) for place in data["rewrites"]),
             )
             for cut in plan.cuts:
                 if sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
@@ -67,8 +73,8 @@ class PrunePlan:
             return plan
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
-                f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups "
-                "and input_shapes as PrunePlan.to_json writes them"
+                f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups, "
+                "input_shapes and rewrites as PrunePlan.to_json writes them"
             ) from error
 
 
@@ -116,4 +122,6 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         )
         for (tensor, dim), drop in dropped.items()
     )
-    return PrunePlan(cuts, tuple(decided), groups.input_shapes)
+    shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
+    rewrites = {place for group in shrunk for place in group.rewrites}
+    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)))

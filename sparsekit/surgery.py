@@ -12,6 +12,7 @@ from sparsekit.errors import ModelError, VerificationError
 from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.modes import evaluating, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
+from sparsekit.rewriting import leave_sizes_to_torch_
 from sparsekit.sizes import Attribute, read_sizes, write_size_
 
 
@@ -41,6 +42,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     """Take out of a masked model what nothing reads any more, in place."""
+    leave_sizes_to_torch_(masked, plan.rewrites)
     planned = {cut.tensor for cut in plan.cuts}
     for cut in plan.cuts:
         if cut.role == "size":

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 from sparsekit.facts import Atoms, Facts, SizeUse, to_atoms
 from sparsekit.labels import along, span
 from sparsekit.modes import flat_tensors
+from sparsekit.rewriting import PlaceFinder
 from sparsekit.sizes import Attribute, NamedInt
 
 
@@ -68,6 +70,7 @@ class Tracer:
 
     def __init__(self, model: nn.Module) -> None:
         self.facts = Facts()
+        self.places = PlaceFinder(model)
         self._known: Any = WeakTensorKeyDictionary()
         self._names: Any = WeakIdKeyDictionary()
         self.order: dict[str, int] = {}
@@ -251,6 +254,11 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     if isinstance(result, Tensor) and len(sizes) == result.dim():
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
+        labelled = {d for d in tracer.known(result).labelled if type(sizes[d]) is int and sizes[d] > 1}
+        places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
+        for dim in labelled & places.keys():
+            for slices in _slices(tracer.known(result), dim) or ():
+                tracer.facts.places.append((places[dim], np.unique(slices)))
 
 
 def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:

@@ -13,6 +13,7 @@ import sparsekit
 LAYERS = """
 errors files
 recipe
+rewriting
 groups modes labels sizes
 prox schedules controller
 facts plan complexity

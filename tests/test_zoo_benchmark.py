@@ -30,7 +30,7 @@ def _run(folder: Path, names: str, *options: str) -> list[dict[str, Any]]:
     models = folder / "models.txt"
     models.write_text(names, encoding="utf-8")
     where = ["--output", folder / "results", "--docs", folder / "docs" / "zoo.md"]
-    command = [sys.executable, BENCHMARKS / "zoo.py", "--models", models, *where, "--no-torch-pruning"]
+    command = [sys.executable, BENCHMARKS / "zoo.py", "--models", models, *where, "--only", "sparsekit"]
     finished = subprocess.run(
         [*command, "--threads", "1", *options],
         capture_output=True,
