@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekit.analysis import find_groups
     from sparsekit.artifact import load, save
+    from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
     from sparsekit.export import export_onnx
     from sparsekit.latency import compare_latency
     from sparsekit.masks import keep_masks
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.sparsifier import Sparsifier
     from sparsekit.surgery import apply_plan, verify_cut
-    from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
 
 __version__ = version("sparsekit")
 __all__ = [

@@ -92,7 +92,9 @@ def _frozen_if_needed(model: nn.Module, group: ChannelGroup, ignore: Sequence[st
     parametrised = _parametrised(model)
     if ignored:
         reason = f"{ignored[0]} is on the ignore list"
-    elif computed := sorted(m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised):
+    elif computed := sorted(
+        m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
+    ):
         reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
     elif not reason and (computed := sorted(tensors - model.state_dict().keys())):
         reason = f"{computed[0]} is not stored with the model"
@@ -126,9 +128,13 @@ def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     if again := [name for name in failures if groups[name].rewrites]:
         trial.groups = replace(plain, groups=tuple(groups[g.name] if g.name in again else g for g in plain))
         found = trial.search(trial.cut, again)
-        passed = [g.name for g in groups.free if g.name not in failures or g.name in set(again) - found.keys()]
+        passed = [
+            g.name for g in groups.free if g.name not in failures or g.name in set(again) - found.keys()
+        ]
         if not trial.cut(passed):
-            failures = {name: reason for name, reason in failures.items() if name not in again or name in found}
+            failures = {
+                name: reason for name, reason in failures.items() if name not in again or name in found
+            }
     groups = trial.groups
     passed = [group.name for group in groups.free if group.name not in failures]
     if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches

@@ -3,7 +3,7 @@
 An artifact is a folder of two files. `model.safetensors` holds every tensor by its state-dict name.
 `structure.json` holds what is needed to build the module that the tensors fit:
 
-    format       "sparsekit/2"
+    format       "sparsekit/1"
     source       {"timm": name, "args": {...}} or {"factory": "package.module.Class"} (a note for the reader)
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
@@ -38,7 +38,7 @@ from sparsekit.modes import evaluating
 from sparsekit.plan import PrunePlan
 from sparsekit.rewriting import Place, leave_sizes_to_torch_, original_class, rewritten_places
 
-FORMAT = "sparsekit/2"
+FORMAT = "sparsekit/1"
 Factory = Callable[[], nn.Module]
 # What building and filling a model raises when the structure, the weights and the model are not of one kind.
 _MISFITS = (
@@ -140,7 +140,11 @@ def read_structure(path: str | Path) -> dict[str, Any]:
         raise FileError(f"{file} cannot be read: {error}") from error
     if not isinstance(structure, dict):
         raise FileError(f"{file} is no artifact's structure: expected a JSON object, got {structure!r:.40}")
-    missing = [key for key in ("format", "source", "attributes", "tensors", "rewrites", "sha256") if key not in structure]
+    missing = [
+        key
+        for key in ("format", "source", "attributes", "tensors", "rewrites", "sha256")
+        if key not in structure
+    ]
     if structure.get("format") != FORMAT or missing:
         raise FileError(
             f"{file} has format {structure.get('format')!r} and lacks {missing or 'nothing'}; this version of "

@@ -77,7 +77,8 @@ def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tupl
     order = np.lexsort((atoms, gated, axis, component))
     keys = np.stack([component, axis, gated], 1)[order]
     breaks = np.flatnonzero((keys[1:] != keys[:-1]).any(1)) + 1
-    number, runs = -1, {}
+    number = -1
+    runs: Runs = {}
     for run in np.split(order, breaks) if len(order) else ():
         first = run[0]
         if component[first] != number:
@@ -102,7 +103,9 @@ def _form(
     # Channels are numbered by their place in the layer that produces them.
     root = next(part for part in parts if marks.makes[components[0][1][part][0]])
     components.sort(key=lambda one: int(one[1][root][0]))
-    members = [_member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts]
+    members = [
+        _member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts
+    ]
     numbers = [number for number, _ in components]
     members += _size_members(sized, numbers)
     place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
@@ -111,9 +114,7 @@ def _form(
     return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
 
 
-def _member(
-    facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]
-) -> Member:
+def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]) -> Member:
     axis: Axis = facts.axes[part[0]]
     role = marks.role(int(atoms[0][0]))
     module, _, name = axis.tensor.rpartition(".")

@@ -38,9 +38,7 @@ def compressed(labels: Tensor) -> Tensor:
     return labels
 
 
-def moved(
-    labels: Tensor, shape: Sequence[int], operator: Callable[[Tensor], Any]
-) -> list[Tensor]:
+def moved(labels: Tensor, shape: Sequence[int], operator: Callable[[Tensor], Any]) -> list[Tensor]:
     """Labels of everything that `operator` makes of a tensor of this shape and these labels."""
     results = operator(labels.expand(tuple(shape)))
     results = [results] if isinstance(results, Tensor) else list(results)

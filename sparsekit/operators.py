@@ -35,8 +35,11 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
         (rule or _unknown)(tracer, call)
     except Exception:  # an unusual form of a known operator: safe is to treat it as one that is not known
         import os
+
         if os.environ.get("DBG"):
-            import traceback; traceback.print_exc()
+            import traceback
+
+            traceback.print_exc()
         _unknown(tracer, call)
 
 
@@ -47,7 +50,9 @@ def _unknown(tracer: Tracer, call: Call) -> None:
     for tensor in call.tensors:
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:
-            tracer.facts.fix(labels, f"it passes through {call.name}, which mixes channels in a way of its own")
+            tracer.facts.fix(
+                labels, f"it passes through {call.name}, which mixes channels in a way of its own"
+            )
 
 
 def _nothing(tracer: Tracer, call: Call) -> None:
@@ -58,7 +63,9 @@ def _nothing(tracer: Tracer, call: Call) -> None:
 
 
 def _pointwise(tracer: Tracer, call: Call) -> None:
-    tensors = call.tensors[: 1 + len(call.outputs)] if call.name.startswith("native_dropout") else call.tensors
+    tensors = (
+        call.tensors[: 1 + len(call.outputs)] if call.name.startswith("native_dropout") else call.tensors
+    )
     out = call.outputs[0]
     combined = combine(tracer, tensors, out.shape, marks=call.name)
     known = [tracer.known(tensor) for tensor in tensors]
@@ -95,7 +102,9 @@ def _gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
     return joined(k.feeds for k in known), any(k.squashed for k in known)
 
 
-def combine(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], marks: str = "") -> tuple[Tensor, ...]:
+def combine(
+    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], marks: str = ""
+) -> tuple[Tensor, ...]:
     """Labels of what comes of operands that meet element by element, broadcast to `shape`.
 
     Labels over the same dimensions are coupled. Labels over some of another's dimensions are covered by it. Labels
@@ -148,19 +157,34 @@ def _moving(tracer: Tracer, call: Call) -> None:
         feeds = known.feeds
         if feeds is not None and output.numel() < tensor.numel():  # a part: only what it still holds
             held = [to_atoms(one) for one in labels]
-            feeds = feeds[torch.isin(torch.from_numpy(feeds), torch.from_numpy(joined(held))).numpy()] if held else feeds
+            feeds = (
+                feeds[torch.isin(torch.from_numpy(feeds), torch.from_numpy(joined(held))).numpy()]
+                if held
+                else feeds
+            )
         merged = merged_by_span(labels, tracer.facts.couple)
-        if call.name not in ("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"):
+        if call.name not in (
+            "permute",
+            "transpose",
+            "t",
+            "unsqueeze",
+            "squeeze",
+            "expand",
+            "slice",
+            "select",
+        ):
             for one in merged:
                 tracer.facts.grid(one)
         whole = output.numel() == tensor.numel()
         if not whole:
             tracer.read(tensor)
-        tracer.learn(output, Known(merged, known.weight, feeds, known.squashed, known.origin if whole else None))
+        tracer.learn(
+            output, Known(merged, known.weight, feeds, known.squashed, known.origin if whole else None)
+        )
     _ = call
 
 
-_AS_RESHAPE = {name: torch.reshape for name in ("view", "_unsafe_view", "reshape", "_reshape_alias")}
+_AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
 
 
 def _padding(tracer: Tracer, call: Call) -> None:
@@ -190,9 +214,7 @@ def _concatenating(tracer: Tracer, call: Call) -> None:
     groups = [[labels.unsqueeze(dim) if stacks else labels for labels in k.labels] for k in known]
     shapes = [list(t.unsqueeze(dim).shape if stacks else t.shape) for t in tensors]
     labels = concatenated(tracer, groups, shapes, dim)
-    tracer.learn(
-        call.outputs[0], Known(labels, all(k.weight for k in known), joined(k.feeds for k in known))
-    )
+    tracer.learn(call.outputs[0], Known(labels, all(k.weight for k in known), joined(k.feeds for k in known)))
 
 
 def concatenated(
@@ -386,7 +408,9 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
     _mixing_norm(tracer, call, {*range(1, tensor.dim())}, [call.arg(1, "weight"), call.arg(2, "bias")], 0)
 
 
-def _mixing_norm(tracer: Tracer, call: Call, dims: set[int], affine: Sequence[Tensor | None], tail: int) -> None:
+def _mixing_norm(
+    tracer: Tracer, call: Call, dims: set[int], affine: Sequence[Tensor | None], tail: int
+) -> None:
     """Statistics over several channels: those stay, or go together where one norm serves many units.
 
     `tail`: how many trailing dimensions scale and shift lie along; 0 for dimension 1.
@@ -440,7 +464,9 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
         tracer.read(t)
     # Both with the dimensions (..., rows, inner, columns), as if they met element by element and were added up.
     lefts = [aligned(one.unsqueeze(-1), n + 1) for one in left.labels]
-    rights = [aligned(one.unsqueeze(-3) if one.dim() > 1 else one.unsqueeze(-1), n + 1) for one in right.labels]
+    rights = [
+        aligned(one.unsqueeze(-3) if one.dim() > 1 else one.unsqueeze(-1), n + 1) for one in right.labels
+    ]
     inner = n - 1
     attends = not left.weight and not right.weight
     if attends:
@@ -458,7 +484,9 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
         weight_side = second if right.weight else first
         feeds, origin = None, _as_parameter(tracer, right if right.weight else left, weight_side)
         squashed = False
-        produced = [one for one in (rights if right.weight else lefts) if span(one) and inner not in span(one)]
+        produced = [
+            one for one in (rights if right.weight else lefts) if span(one) and inner not in span(one)
+        ]
         for one in produced:
             tracer.facts.mark("produced", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
@@ -566,7 +594,9 @@ def _convolution(tracer: Tracer, call: Call) -> None:
     tracer.learn(out, Known(merged, known.weight and filters.weight, feeds, False, origin))
 
 
-def _read_columns(tracer: Tracer, read: Sequence[Tensor], columns: Sequence[Tensor], *, grouped: bool) -> None:
+def _read_columns(
+    tracer: Tracer, read: Sequence[Tensor], columns: Sequence[Tensor], *, grouped: bool
+) -> None:
     for one in columns:
         if not grouped:
             tracer.facts.mark("consumed", one)

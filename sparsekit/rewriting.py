@@ -169,4 +169,3 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
     made: Callable[..., Any] = namespace[function.__name__]
     return made
-

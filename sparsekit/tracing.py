@@ -24,7 +24,6 @@ from sparsekit.modes import flat_tensors
 from sparsekit.rewriting import PlaceFinder
 from sparsekit.sizes import Attribute, NamedInt
 
-
 _MOST_LABELS = 2**21
 
 
@@ -149,7 +148,9 @@ class _Calls(TorchFunctionMode):
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "pad":  # in some modes it copies into an empty tensor, piece by piece
+        if (
+            getattr(func, "__name__", "") == "pad"
+        ):  # in some modes it copies into an empty tensor, piece by piece
             return self._pad(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         rule = _SIZE_RULES.get(getattr(func, "__name__", ""))

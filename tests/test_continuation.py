@@ -20,10 +20,10 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
 from sparsekit.analysis import find_groups
+from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
 from sparsekit.errors import InputError, VerificationError
 from sparsekit.plan import PrunePlan, TensorCut, make_plan
 from sparsekit.surgery import apply_plan
-from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
 
 Cut = tuple[nn.Module, nn.Module, PrunePlan]
 LR = 0.01
