@@ -56,7 +56,7 @@ class _Marks:
         self.gates, self.makes = flags("gates"), flags("produced", "grouped")
         self.produced, self.grouped = flags("produced"), flags("grouped")
         self.consumed, self.normalises = flags("consumed"), flags("normalises")
-        self.multiplies = flags("multiplies")
+        self.multiplies, self.responds = flags("multiplies"), flags("responds")
 
     def role(self, atom: int) -> Role:
         if self.grouped[atom]:
@@ -65,6 +65,8 @@ class _Marks:
             return "producer"
         if self.consumed[atom]:
             return "consumer"
+        if self.responds[atom]:
+            return "response"
         return "norm" if self.normalises[atom] else "parameter"
 
 
@@ -123,7 +125,7 @@ def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], paramet
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
     multiplies = role == "parameter" and bool(marks.multiplies[atoms[0][0]])
-    penalised = role != "consumer" and norm is None and not part[1] and not multiplies
+    penalised = role not in ("consumer", "response") and norm is None and not part[1] and not multiplies
     return Member(
         axis.tensor,
         axis.dim,

@@ -436,6 +436,23 @@ def _mixing_norm(
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))
 
 
+def _response_norm(tracer: Tracer, call: Call) -> None:
+    """Global response norm: y = x + shift + scale x n(x), n dividing a channel's norm by the mean of all channels'.
+
+    The mean is the only thing that sees several channels, and zero channels only lower it: `surgery` makes up for that.
+    """
+    tensor, module = call.args
+    known, dim = tracer.known(tensor), module.channel_dim % tensor.dim()
+    labels = list(known.labels)
+    for parameter in (module.weight, module.bias):
+        labels += [along(one, dim, tensor.dim()) for one in tracer.known(parameter).labels]
+    for one in tracer.known(module.weight).labels:
+        tracer.facts.mark("responds", one)
+    tracer.read(tensor)
+    merged = _uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
+
+
 # ------------------------------------------------------------------------------------------- contractions
 
 
@@ -658,6 +675,7 @@ _KINDS: dict[Rule, str] = {
     _layer_norm: "native_layer_norm layer_norm",
     _rms_norm: "_fused_rms_norm rms_norm",
     _group_norm: "native_group_norm group_norm",
+    _response_norm: "global_response_norm",
     _matrix_product: "mm addmm bmm baddbmm",
     _linear: "linear",
     _convolution: "convolution _convolution",

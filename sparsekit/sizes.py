@@ -32,10 +32,21 @@ class Attribute:
         return path if self.item is None else f"{path}[{self.item}]"
 
 
+class PartInt(int):
+    """A named integer divided by a plain one: an equal part of what the attribute sizes."""
+
+    whole: NamedInt
+
+
 class NamedInt(int):
-    """An integer that knows the attribute it was read from. Arithmetic gives plain integers, which do not."""
+    """An integer that knows the attribute it was read from. Arithmetic but division gives plain integers."""
 
     attribute: Attribute
+
+    def __floordiv__(self, divisor: int) -> int:
+        part = PartInt(int(self) // int(divisor))
+        part.whole = self
+        return part
 
     @staticmethod
     def of(value: int, attribute: Attribute) -> NamedInt:

@@ -20,6 +20,7 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce."""
     masked = copy.deepcopy(model)
     fold_constants_(masked, plan)
+    _silence_(masked, plan)
     return masked
 
 
@@ -27,7 +28,20 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """As `mask_model`, with constants of dead channels dropped instead of folded."""
     copied = copy.deepcopy(model)
     blank_columns_(copied, plan)
+    _silence_(copied, plan)
     return copied
+
+
+def _silence_(model: nn.Module, plan: PrunePlan) -> None:
+    """Where a response norm looks at all channels, those that go have to be zero, not only unread; in place."""
+    if not any(cut.role == "response" for cut in plan.cuts):
+        return
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role in ("producer", "parameter"):
+                tensor = tensors[cut.tensor]
+                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -49,6 +63,8 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
             _resize_(masked, cut)
             continue
         _slice_(masked, cut)
+        if cut.role == "response":
+            _make_up_for_the_mean_(masked, cut)
         bias = f"{cut.tensor.removesuffix('weight')}bias"
         if cut.role == "producer" and cut.tensor.endswith("weight") and bias not in planned:
             module = masked.get_submodule(cut.tensor.rpartition(".")[0])
@@ -93,6 +109,19 @@ def _slice_(model: nn.Module, cut: TensorCut) -> None:
                 if tensor is old:
                     held[key] = new
                     refit_attributes_(module)
+
+
+def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
+    """Of a global response norm over d channels, of which k stay: scale and epsilon times d / k.
+
+    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d, and so
+    x / (m + eps) = (d / k) x / (m' + eps d / k), exactly.
+    """
+    module = model.get_submodule(cut.tensor.rpartition(".")[0])
+    ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
+    with torch.no_grad():
+        module.weight.mul_(ratio)
+    module.eps *= ratio
 
 
 def refit_attributes_(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from sparsekit.facts import Atoms, Facts, SizeUse, to_atoms
 from sparsekit.labels import along, span
 from sparsekit.modes import flat_tensors
 from sparsekit.rewriting import PlaceFinder
-from sparsekit.sizes import Attribute, NamedInt
+from sparsekit.sizes import Attribute, NamedInt, PartInt
 
 _MOST_LABELS = 2**21
 
@@ -159,6 +159,29 @@ class _Calls(TorchFunctionMode):
         return result
 
 
+# Modules that are told of as a whole: what their operators do to channels one by one says less than what they do.
+_WHOLE_MODULES = {"GlobalResponseNorm": "global_response_norm"}
+
+
+def _watch_whole_modules_(model: nn.Module, tracer: Tracer, rules: Any) -> None:
+    """Tell `rules` of some modules' calls instead of their operators; in place, the model is a copy."""
+
+    def wrap(module: nn.Module, name: str) -> Any:
+        forward = module.forward
+
+        def told(tensor: Tensor) -> Any:
+            with _disable_current_modes():
+                result = forward(tensor)
+            rules(tracer, Call(name, torch.ops.aten.mul.Tensor, (tensor, module), {}, (tensor,), (result,)))
+            return result
+
+        return told
+
+    for module in model.modules():
+        if type(module).__name__ in _WHOLE_MODULES:
+            vars(module)["forward"] = wrap(module, _WHOLE_MODULES[type(module).__name__])
+
+
 def watch(model: nn.Module, inputs: Sequence[Tensor], rules: Any) -> Tracer:
     """Run `model` once and return what was seen. `rules(tracer, call)` is told of every operator.
 
@@ -166,6 +189,7 @@ def watch(model: nn.Module, inputs: Sequence[Tensor], rules: Any) -> Tracer:
     """
     tracer = Tracer(model)
     _watch_declared_sizes_(model, tracer)
+    _watch_whole_modules_(model, tracer, rules)
     with torch.no_grad(), _Calls(tracer, rules), _Operators(tracer, rules):
         outputs = model(*inputs)
     results = flat_tensors(outputs)
@@ -257,7 +281,8 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
             _note(tracer, size, result, dim)
         labelled = {d for d in tracer.known(result).labelled if type(sizes[d]) is int and sizes[d] > 1}
         places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
-        for dim in labelled & places.keys():
+        computed = labelled & places.keys()
+        for dim in computed if len(computed) == 1 else ():  # torch can work out one size of a call, not two
             for slices in _slices(tracer.known(result), dim) or ():
                 tracer.facts.places.append((places[dim], np.unique(slices)))
 
@@ -272,10 +297,14 @@ def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
 def _split(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if "split" in k or k == "chunks")
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if isinstance(sizes, PartInt):
+        _note(tracer, sizes.whole, args[0], dim)
     if isinstance(sizes, NamedInt):
         for part in result:
             _note(tracer, sizes, part, dim)
     elif isinstance(sizes, (tuple, list)):
+        if all(size == sizes[0] and not isinstance(size, NamedInt) for size in sizes):
+            _tie_parts(tracer, result, dim)
         for size, part in zip(sizes, result, strict=True):
             _note(tracer, size, part, dim)
     else:
