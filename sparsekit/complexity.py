@@ -28,10 +28,19 @@ def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
     """Multiply-accumulates of one forward pass on the example, divided by its batch size (FLOPs / 2).
 
     Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
-    Runs in eval mode without gradients; the model keeps its training flags.
+    Runs in eval mode without gradients; the model keeps its training flags and what requires gradients.
     """
-    with evaluating(model), attention_in_the_open(), FlopCounterMode(display=False) as counter:
-        model(*example_inputs)
+    # The counter follows modules by the gradients of what they are given, and stumbles over a parameter among that.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [example.detach() for example in example_inputs]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), attention_in_the_open(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops() // 2 // example_inputs[0].shape[0])
 
 

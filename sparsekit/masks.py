@@ -86,6 +86,20 @@ def round_up(mask: Tensor, ranks: Tensor, multiple: int, min_channels: int) -> T
     return rounded
 
 
+def keep_too(mask: Tensor, channel: int, spare: Tensor, ranks: Tensor, multiple: int) -> Tensor:
+    """Keep `channel` as well: in the place of a kept channel that is `spare`, if there is one.
+
+    Otherwise one more is kept, and the number rounded up again as in `round_up`.
+    """
+    kept = mask.clone()
+    kept[channel] = True
+    replaceable = (mask & spare).nonzero().flatten()
+    if not len(replaceable):
+        return round_up(kept, ranks, multiple, 1)
+    kept[replaceable[-1]] = False
+    return kept
+
+
 def _above(ranks: Masks, threshold: float, relative: bool) -> Masks:
     return {
         name: rank >= (threshold * float(rank.max().clamp_min(0)) if relative else threshold)

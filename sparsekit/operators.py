@@ -116,6 +116,7 @@ def combine(
     known = [tracer.known(t) for t in operands]
     arrays = [tuple(aligned(labels, n) for labels in k.labels) for k in known]
     labelled = [{d for labels in group for d in span(labels)} for group in arrays]
+    free: list[Tensor] = []
     for i, group in enumerate(arrays):
         if known[i].weight and marks.rstrip("_") in ("mul", "div"):
             for labels in group:
@@ -124,7 +125,9 @@ def combine(
             dims = set(span(labels))
             if any(dims & (present[j] - labelled[j]) for j in range(len(operands)) if j != i):
                 tracer.facts.fix(labels, "it meets a tensor whose size is fixed")
-    merged = merged_by_span([labels for group in arrays for labels in group], tracer.facts.couple)
+            else:
+                free.append(labels)
+    merged = merged_by_span(free, tracer.facts.couple)
     return _uncovered(tracer, merged)
 
 
@@ -574,76 +577,113 @@ def _meet_partly(tracer: Tracer, one: Tensor, other: Tensor, shared: set[int]) -
 
 def _convolution(tracer: Tracer, call: Call) -> None:
     tensor, weight, bias = call.args[0], call.args[1], call.args[2]
-    transposed, groups = bool(call.args[6]), int(call.args[8])
-    out = call.outputs[0]
+    _convolve(tracer, tensor, weight, bias, call.outputs[0], bool(call.args[6]), int(call.args[8]))
+
+
+def _standardised_convolution(tracer: Tracer, call: Call) -> None:
+    """Its filters are computed from the weight one by one: rows and columns mean what they mean in a plain one."""
+    tensor, module = call.args
+    gain = getattr(module, "gain", None)
+    if isinstance(gain, Tensor):
+        for one in tracer.known(gain).labels:
+            tracer.facts.mark("multiplies", one)
+            for rows in tracer.known(module.weight).labels:
+                if span(rows) == (0,):
+                    tracer.facts.couple(one, rows)
+    _convolve(tracer, tensor, module.weight, module.bias, call.outputs[0], False, int(module.groups))
+
+
+def _convolve(
+    tracer: Tracer, tensor: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, transposed: bool, groups: int
+) -> None:
+    """Columns meet the channels that are read; rows are new channels, or, in blocks, the same ones once more."""
     known, filters = tracer.known(tensor), tracer.known(weight)
     tracer.read(tensor)
     tracer.read(weight)
     n = out.dim()
     rows_dim, columns_dim = (1, 0) if transposed else (0, 1)
-    rows = [one for one in filters.labels if span(one) == (rows_dim,)]
-    columns = [one for one in filters.labels if span(one) == (columns_dim,)]
+    produced = [along(one.flatten(), 1, n) for one in filters.labels if span(one) == (rows_dim,)]
+    columns = [one.flatten() for one in filters.labels if span(one) == (columns_dim,)]
+    if bias is not None:
+        produced += [along(one.flatten(), 1, n) for one in tracer.known(bias).labels]
+    read, passed = _maps_read(tracer, known, depthwise=groups > 1 and groups == tensor.shape[1] == out.shape[1])
+    computed = filters.weight and not filters.labels and min(weight.shape[:2]) > 1
     for one in filters.labels:
         if len(span(one)) > 1:
             tracer.facts.fix(one, _COMPUTED)
-    read = [one for one in known.labels if span(one) == (1,)]
-    labels = [one for one in known.labels if set(span(one)) <= {0}]
-    for one in known.labels:
-        if any(one is other for other in (*read, *labels)):
-            continue
-        tracer.facts.fix(one, _MIXES.format("a convolution over it"))
-    produced = [along(one.flatten(), 1, n) for one in rows]
-    if bias is not None:
-        produced += [along(one.flatten(), 1, n) for one in tracer.known(bias).labels]
-    if filters.weight and not filters.labels and min(weight.shape[:2]) > 1:
-        for one in (*read, *produced):
-            tracer.facts.fix(one, _COMPUTED)
-    if groups == 1 or not read:
-        _read_columns(tracer, read, columns, grouped=groups > 1)
+    for one in (*read, *produced) if computed else ():
+        tracer.facts.fix(one, _COMPUTED)
+    channels = [one.flatten() for one in read]
     if groups == 1:
+        _meet_columns(tracer, channels, columns)
         for one in produced:
             tracer.facts.mark("produced", one)
-    else:
-        _convolve_groups(tracer, read, columns, produced, out.shape[1], groups)
+    elif produced:
+        _convolve_blocks(tracer, channels, columns, produced, groups, fixed=not read and not passed)
+    # A depthwise filter over (unit, channel) is shared by all units: it goes with what all of them lose.
+    merged = _uncovered(tracer, merged_by_span([*passed, *produced], tracer.facts.couple))
     feeds = joined(to_atoms(one).ravel() for one in produced)
     origin = _as_parameter(tracer, filters, weight)
-    merged = merged_by_span([*labels, *produced], tracer.facts.couple)
     tracer.learn(out, Known(merged, known.weight and filters.weight, feeds, False, origin))
 
 
-def _read_columns(
-    tracer: Tracer, read: Sequence[Tensor], columns: Sequence[Tensor], *, grouped: bool
-) -> None:
+def _maps_read(tracer: Tracer, known: Known, *, depthwise: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Labels of the channels that are read, and those that are passed on: of the batch, or of (unit, channel).
+
+    Labels along the map go together with all their neighbours, so they stay.
+    """
+    read, passed = [], []
+    for one in known.labels:
+        dims = set(span(one))
+        if dims == {1}:
+            read.append(one)
+        elif dims <= {0} or (dims == {0, 1} and depthwise):
+            passed.append(one)
+        elif dims == {0, 1}:
+            passed.append(_together(tracer, one, [1]))
+        else:
+            tracer.facts.fix(one, _MIXES.format("a convolution over it"))
+    return read, passed
+
+
+def _meet_columns(tracer: Tracer, channels: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
     for one in columns:
-        if not grouped:
-            tracer.facts.mark("consumed", one)
-        if not read:
+        tracer.facts.mark("consumed", one)
+        if not channels:
             tracer.facts.fix(one, "it reads channels whose number is fixed")
-        for other in read if not grouped else ():
-            tracer.facts.couple(one.flatten(), other.flatten())
+        for other in channels:
+            tracer.facts.couple(one, other)
 
 
-def _convolve_groups(
+def _convolve_blocks(
     tracer: Tracer,
-    read: Sequence[Tensor],
+    channels: Sequence[Tensor],
     columns: Sequence[Tensor],
     produced: Sequence[Tensor],
-    n_out: int,
     groups: int,
+    *,
+    fixed: bool,
 ) -> None:
-    """A block of a grouped convolution reads some channels and makes others: they go as a whole."""
-    for one in columns:  # every block has them
-        tracer.facts.fix(one, "blocks of a grouped convolution have equal sizes")
+    """Grouped convolution: whole blocks go, with what they read, or else the same place goes in every block.
+
+    Whichever leaves more to choose from: 32 blocks of 4 go as blocks, 2 blocks of 32 lose places.
+    """
+    in_places = bool(columns) and bool(channels) and len(columns[0]) > groups
+    for one in columns:
+        if not in_places:  # every block has them
+            tracer.facts.fix(one, "blocks of a grouped convolution have equal sizes")
+    theirs = [other.reshape(groups, -1) for other in channels]
+    for other in theirs if in_places else ():
+        tracer.facts.couple(other[:1], other)
+        _meet_columns(tracer, [other[0]], columns)
     for one in produced:
         blocks = one.flatten().reshape(groups, -1)
-        tracer.facts.mark("grouped", one)
-        tracer.facts.couple(blocks[:, :1], blocks)
-        if not read:
+        tracer.facts.mark("produced" if in_places else "grouped", one)
+        tracer.facts.couple(blocks[:1] if in_places else blocks[:, :1], blocks)
+        if fixed:
             tracer.facts.fix(one, "it reads channels whose number is fixed")
-        for other in read:
-            theirs = other.flatten().reshape(groups, -1)
-            tracer.facts.couple(blocks[:, :1], theirs)
-    _ = n_out
+        for other in theirs if not in_places else ():
+            tracer.facts.couple(blocks[:, :1], other)
 
 
 # ------------------------------------------------------------------------------------------------- table
@@ -679,6 +719,7 @@ _KINDS: dict[Rule, str] = {
     _matrix_product: "mm addmm bmm baddbmm",
     _linear: "linear",
     _convolution: "convolution _convolution",
+    _standardised_convolution: "standardised_convolution",
     _unknown: "as_strided view_as_real view_as_complex",
     _nothing: "arange zeros ones empty full new_zeros new_ones new_empty new_full rand randn eye linspace "
     "scalar_tensor empty_strided empty_permuted",

@@ -29,6 +29,7 @@ from sparsekit.data import Images, make_loader
 from sparsekit.errors import FileError, InputError, VerificationError
 from sparsekit.export import export_onnx
 from sparsekit.files import write_text
+from sparsekit.fold import keep_carriers
 from sparsekit.groups import ChannelGroups
 from sparsekit.inputs import (
     Inputs,
@@ -255,6 +256,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
         round_to=channel_rounding(run.recipe),
         min_channels=spec.min_channels,
     )
+    masks = keep_carriers(model, groups, masks, round_to=channel_rounding(run.recipe))
     plan = make_plan(groups, masks)
     if not plan.cuts:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -81,14 +81,15 @@ class PrunePlan:
 def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
 
-    Groups without a mask stay whole. Raises InputError for a mask of an unknown or frozen group, of the wrong
-    length or dtype, or one that keeps nothing.
+    Groups without a mask stay whole. Equal decisions give equal plans, in whatever order masks and groups come.
+    Raises InputError for a mask of an unknown or frozen group, of the wrong length or dtype, or one that keeps
+    nothing.
     """
     known = {group.name: group for group in groups}
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
     roles: dict[tuple[str, int], Role] = {}
     decided: list[GroupCut] = []
-    for name, mask in masks.items():
+    for name, mask in sorted(masks.items()):
         if name not in known:
             raise InputError(f"a mask names the group {name!r}, which the model does not have")
         group = known[name]
@@ -120,8 +121,72 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
             keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
             drop=tuple(sorted(drop)),
         )
-        for (tensor, dim), drop in dropped.items()
+        for (tensor, dim), drop in sorted(dropped.items())
     )
     shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
     rewrites = {place for group in shrunk for place in group.rewrites}
     return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)))
+
+
+def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan that does to a model what applying `first`, and `second` to the model it leaves, would do.
+
+    `second` was made for the cut model; positions of the result are those of the uncut one. Its `groups` speak of
+    the uncut model as well: a group of both plans lists what stays after both. A group of one plan alone is listed as
+    it is there. One that the second plan found with another number of channels than the first left (units may join
+    or part when something else goes) is not listed: `cuts` say in any case what goes. The result has the input
+    shapes of `first`.
+
+    Constants of dead channels are folded at one cut instead of two, to the same sums as long as every one of them
+    can be folded. Raises InputError if a tensor has not the size in `second` that `first` leaves.
+    """
+    earlier = {(cut.tensor, cut.dim): cut for cut in first.cuts}
+    cuts = dict(earlier)
+    for cut in second.cuts:
+        key = (cut.tensor, cut.dim)
+        if key in earlier:
+            cuts[key] = _cut_twice(earlier[key], cut)
+        elif not _is_bias_of_a_fold(cut, earlier):
+            cuts[key] = cut
+    return PrunePlan(
+        tuple(cut for _, cut in sorted(cuts.items())),
+        _groups_of_both(first.groups, second.groups),
+        first.input_shapes,
+        tuple(sorted({*first.rewrites, *second.rewrites})),
+    )
+
+
+def _cut_twice(first: TensorCut, second: TensorCut) -> TensorCut:
+    size = len(second.keep) + len(second.drop)
+    if size != len(first.keep):
+        raise InputError(
+            f"the second plan does not fit the first: it needs {first.tensor} of size {size} in dimension "
+            f"{first.dim}, the first leaves {len(first.keep)}; compose a plan with one made for the model it gives"
+        )
+    gone = (first.keep[position] for position in second.drop)
+    return replace(
+        first,
+        keep=tuple(first.keep[position] for position in second.keep),
+        drop=tuple(sorted((*first.drop, *gone))),
+    )
+
+
+def _is_bias_of_a_fold(cut: TensorCut, earlier: Mapping[tuple[str, int], TensorCut]) -> bool:
+    """Whether the first cut made the bias, for constants: it took rows of the layer's weight, and of no bias."""
+    layer, _, name = cut.tensor.rpartition("bias")
+    rows = (earlier.get((f"{layer}weight", dim)) for dim in (0, 1))
+    return not name and any(row is not None and row.role == "producer" for row in rows)
+
+
+def _groups_of_both(first: tuple[GroupCut, ...], second: tuple[GroupCut, ...]) -> tuple[GroupCut, ...]:
+    merged = {group.name: group for group in first}
+    for group in second:
+        before = merged.get(group.name)
+        if before is None:
+            merged[group.name] = group
+        elif group.n_channels == len(before.kept):
+            kept = tuple(before.kept[channel] for channel in group.kept)
+            merged[group.name] = replace(before, kept=kept)
+        else:
+            del merged[group.name]
+    return tuple(group for _, group in sorted(merged.items()))

@@ -38,8 +38,19 @@ class PartInt(int):
     whole: NamedInt
 
 
+class MultipleInt(int):
+    """A named integer times a plain one: `attribute` sizes the inner part of a dimension, or the outer one."""
+
+    attribute: Attribute
+    times: int
+    inner: bool
+
+
 class NamedInt(int):
-    """An integer that knows the attribute it was read from. Arithmetic but division gives plain integers."""
+    """An integer that knows the attribute it was read from.
+
+    So do its quotients and products with plain integers; other arithmetic gives plain integers.
+    """
 
     attribute: Attribute
 
@@ -47,6 +58,19 @@ class NamedInt(int):
         part = PartInt(int(self) // int(divisor))
         part.whole = self
         return part
+
+    def __mul__(self, factor: Any) -> Any:
+        return self._times(factor, inner=False)
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self._times(factor, inner=True)
+
+    def _times(self, factor: Any, *, inner: bool) -> Any:
+        if type(factor) is not int:
+            return int(self) * int(factor) if isinstance(factor, int) else NotImplemented
+        product = MultipleInt(int(self) * factor)
+        product.attribute, product.times, product.inner = self.attribute, factor, inner
+        return product
 
     @staticmethod
     def of(value: int, attribute: Attribute) -> NamedInt:

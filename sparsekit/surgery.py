@@ -13,12 +13,13 @@ from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.modes import evaluating, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
 from sparsekit.rewriting import leave_sizes_to_torch_
+from sparsekit.standardised import is_standardised, make_plain_
 from sparsekit.sizes import Attribute, read_sizes, write_size_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce."""
-    masked = copy.deepcopy(model)
+    masked = _with_plain_readers(model, plan)
     fold_constants_(masked, plan)
     _silence_(masked, plan)
     return masked
@@ -26,9 +27,17 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """As `mask_model`, with constants of dead channels dropped instead of folded."""
-    copied = copy.deepcopy(model)
+    copied = _with_plain_readers(model, plan)
     blank_columns_(copied, plan)
     _silence_(copied, plan)
+    return copied
+
+
+def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy in which no layer that loses columns computes its filters from all of them."""
+    copied = copy.deepcopy(model)
+    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
+    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
     return copied
 
 
@@ -39,7 +48,7 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for cut in plan.cuts:
-            if cut.role in ("producer", "parameter"):
+            if cut.role in ("producer", "parameter") and cut.tensor in tensors:
                 tensor = tensors[cut.tensor]
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
@@ -61,6 +70,8 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     for cut in plan.cuts:
         if cut.role == "size":
             _resize_(masked, cut)
+            continue
+        if _is_gone(masked, cut):
             continue
         _slice_(masked, cut)
         if cut.role == "response":
@@ -88,6 +99,12 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             )
 
 
+def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
+    """Whether it is the gain of a convolution that was standardised and is plain now."""
+    module, _, name = cut.tensor.rpartition(".")
+    return name == "gain" and not hasattr(model.get_submodule(module), name)
+
+
 def _resize_(model: nn.Module, cut: TensorCut) -> None:
     module, _, name = cut.tensor.rpartition(".")
     item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
@@ -108,7 +125,7 @@ def _slice_(model: nn.Module, cut: TensorCut) -> None:
             for key, tensor in held.items():
                 if tensor is old:
                     held[key] = new
-                    refit_attributes_(module)
+                    refit_attributes_(module, blocks=cut.role == "depthwise")
 
 
 def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
@@ -124,15 +141,18 @@ def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
     module.eps *= ratio
 
 
-def refit_attributes_(module: nn.Module) -> None:
-    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors."""
+def refit_attributes_(module: nn.Module, *, blocks: bool = False) -> None:
+    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
+
+    `blocks`: of a grouped convolution whole blocks went, so there are fewer; else they got smaller.
+    """
     weight = getattr(module, "weight", None)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         assert isinstance(weight, Tensor)
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         assert isinstance(weight, Tensor)
-        if module.groups > 1:  # only depthwise convolutions are cut among the grouped ones
+        if module.groups > 1 and blocks:
             module.groups = weight.shape[0] // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):

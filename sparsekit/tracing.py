@@ -22,7 +22,8 @@ from sparsekit.facts import Atoms, Facts, SizeUse, to_atoms
 from sparsekit.labels import along, span
 from sparsekit.modes import flat_tensors
 from sparsekit.rewriting import PlaceFinder
-from sparsekit.sizes import Attribute, NamedInt, PartInt
+from sparsekit.standardised import is_standardised
+from sparsekit.sizes import Attribute, MultipleInt, NamedInt, PartInt
 
 _MOST_LABELS = 2**21
 
@@ -161,6 +162,7 @@ class _Calls(TorchFunctionMode):
 
 # Modules that are told of as a whole: what their operators do to channels one by one says less than what they do.
 _WHOLE_MODULES = {"GlobalResponseNorm": "global_response_norm"}
+_STANDARDISED = "standardised_convolution"
 
 
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer, rules: Any) -> None:
@@ -172,14 +174,16 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer, rules: Any) -> None:
         def told(tensor: Tensor) -> Any:
             with _disable_current_modes():
                 result = forward(tensor)
-            rules(tracer, Call(name, torch.ops.aten.mul.Tensor, (tensor, module), {}, (tensor,), (result,)))
+            call = Call(name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,))
+            rules(tracer, call)
             return result
 
         return told
 
     for module in model.modules():
-        if type(module).__name__ in _WHOLE_MODULES:
-            vars(module)["forward"] = wrap(module, _WHOLE_MODULES[type(module).__name__])
+        name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
+        if name is not None:
+            vars(module)["forward"] = wrap(module, name)
 
 
 def watch(model: nn.Module, inputs: Sequence[Tensor], rules: Any) -> Tracer:
@@ -257,12 +261,16 @@ def _note_silently(tracer: Tracer, size: Any, tensor: Tensor) -> None:
 
 def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
     """`size` is that of dimension `dim` of `tensor`."""
-    if not isinstance(size, NamedInt) or tensor.shape[dim] != size or size == 1:
+    if not isinstance(size, (NamedInt, MultipleInt)) or tensor.shape[dim] != size or size == 1:
         return
     slices = _slices(tracer.known(tensor), dim % tensor.dim())
     if slices is None:
         tracer.facts.sizes.append(SizeUse(size.attribute, None))
     for one in slices or ():
+        if isinstance(size, MultipleInt) and size.inner:
+            one = one.reshape(size.times, -1, one.shape[1]).swapaxes(0, 1)
+        if isinstance(size, MultipleInt):
+            one = one.reshape(int(size) // size.times, -1)
         tracer.facts.sizes.append(SizeUse(size.attribute, one))
 
 
@@ -280,6 +288,8 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
         labelled = {d for d in tracer.known(result).labelled if type(sizes[d]) is int and sizes[d] > 1}
+        if any(size == -1 for size in sizes):
+            return
         places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
         computed = labelled & places.keys()
         for dim in computed if len(computed) == 1 else ():  # torch can work out one size of a call, not two

@@ -243,7 +243,7 @@ class ChannelShuffle(nn.Module):
 
 
 class HierarchicalSplit(nn.Module):
-    """Parts of a width from an attribute run through convolutions of their own, each adding the one before (Res2Net)."""
+    """Parts, as wide as an attribute says, run through convolutions of their own, each adding the one before (Res2Net)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class ClassToken(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patches(images).flatten(2).transpose(1, 2)
         stream = torch.cat([self.token.expand(len(images), -1, -1), patches], 1) + self.positions
-        stream = stream + self.down(F.gelu(self.up(stream)))
+        stream = stream + self.down(F.gelu(self.up(stream + stream.mean(1, keepdim=True))))
         return self.head(stream[:, 0])
 
 
@@ -472,7 +472,8 @@ class TokenMixing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.tokens_up, self.tokens_down = nn.Linear(4, 8), nn.Linear(5, 6), nn.Linear(6, 5)
+        self.embed = nn.Linear(4, 8)
+        self.tokens_up, self.tokens_down = nn.Linear(5, 6, bias=False), nn.Linear(6, 5, bias=False)
         self.up, self.down, self.head = nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(8, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from models_by_hand import BY_HAND, build, random_masks
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.analysis import find_groups
 from sparsekit.complexity import count_macs, count_params, kept_share, layer_costs
@@ -84,6 +84,35 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(model.stem_norm.running_mean, statistics)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class ReadsParameter(nn.Module):
+    """A layer is called with a bare parameter, as class tokens are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.layer, self.head = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(self.layer(features) + self.layer(self.token))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_parameter_that_a_module_is_called_with_is_no_obstacle_and_still_wants_gradients(
+    fails: bool,
+) -> None:
+    model = ReadsParameter()
+    model.layer.bias.requires_grad_(False)
+    wanted = [p.requires_grad for p in model.parameters()]
+    features = torch.randn(1, 7 if fails else 4, requires_grad=True)
+    if fails:
+        with pytest.raises(RuntimeError):
+            count_macs(model, features)
+    else:
+        assert count_macs(model, features) == 2 * 4 * 5 + 5 * 3
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    assert features.requires_grad
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_shared_parameters_count_once() -> None:

@@ -14,7 +14,7 @@ LAYERS = """
 errors files
 recipe
 rewriting
-groups modes labels sizes
+groups modes labels sizes standardised
 prox schedules controller
 facts plan complexity
 tracing coupling

@@ -14,7 +14,7 @@ from sparsekit.analysis import find_groups
 from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroups
-from sparsekit.masks import keep_masks, round_up
+from sparsekit.masks import keep_masks, keep_too, round_up
 from sparsekit.scores import channel_scores, rows, zero_channels
 
 
@@ -298,6 +298,22 @@ def test_zeros_come_back_last() -> None:
         dead[0].weight.zero_()
     assert int(keep_masks(dead, dead_groups, method="zeros")["0"].sum()) == 1
     assert int(keep_masks(dead, dead_groups, method="zeros", round_to=4)["0"].sum()) == 4
+
+
+def test_a_channel_kept_too_takes_the_place_of_a_spare_one_or_is_rounded_up_with() -> None:
+    mask = torch.tensor([True, True, False, False, True, False])
+    ranks = torch.tensor([3.0, 0.0, 0.0, 0.1, 2.0, 0.4])
+    spare = torch.tensor([False, True, True, False, False, False])
+    none = torch.zeros(6, dtype=torch.bool)
+    for spares, multiple, expected in (
+        (spare, 3, [0, 2, 4]),
+        (spare, 1, [0, 2, 4]),
+        (none, 1, [0, 1, 2, 4]),
+        (none, 5, [0, 1, 2, 4, 5]),
+        (none, 4, [0, 1, 2, 4]),
+    ):
+        assert kept({"": keep_too(mask, 2, spares, ranks, multiple)})[""] == expected
+    assert mask.nonzero().flatten().tolist() == [0, 1, 4]
 
 
 def test_the_model_is_left_alone() -> None:

@@ -57,8 +57,10 @@ def without_dropped_inputs(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             dim = -1 if isinstance(module, nn.Linear) else 1
             read = args[0].movedim(dim, 0).clone()
+            blocks = getattr(module, "groups", 1)  # a column of a grouped convolution is one of every block
             for position in drop:
-                read[position] = steady[module][position]
+                for channel in range(position, len(read), len(read) // blocks):
+                    read[channel] = steady[module][channel]
             return (read.movedim(0, dim),)
 
         return hook
