@@ -122,25 +122,39 @@ def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
     if not groups.free:
         return groups
-    plain = replace(groups, groups=tuple(replace(group, rewrites=()) for group in groups))
-    trial = _Trial(_randomised(model, groups.input_shapes), plain)
-    failures = trial.search(trial.cut)
-    if again := [name for name in failures if groups[name].rewrites]:
-        trial.groups = replace(plain, groups=tuple(groups[g.name] if g.name in again else g for g in plain))
-        found = trial.search(trial.cut, again)
-        passed = [
-            g.name for g in groups.free if g.name not in failures or g.name in set(again) - found.keys()
-        ]
-        if not trial.cut(passed):
-            failures = {
-                name: reason for name, reason in failures.items() if name not in again or name in found
-            }
+    trial = _Trial(_randomised(model, groups.input_shapes), _without_places(groups, None))
+    failures: dict[str, str] = {}
+    if trial.cut([group.name for group in groups.free]):
+        trial.groups = groups
+        failures = trial.search(trial.cut)
+        trial.groups = _with_fewest_rewrites(trial, [g.name for g in groups.free if g.name not in failures])
     groups = trial.groups
     passed = [group.name for group in groups.free if group.name not in failures]
     if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
         failures |= trial.search(trial.cut_and_train, passed)
     proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
     return replace(groups, groups=tuple(proved))
+
+
+def _with_fewest_rewrites(trial: _Trial, names: list[str]) -> ChannelGroups:
+    """The groups without the rewrites that the cut does not need; those of one class of modules stand together."""
+    modules = dict(trial.model.named_modules())
+    kinds = {type(modules[place.module]): None for g in trial.groups for place in g.rewrites}
+    for kind in kinds:
+        before = trial.groups
+        trial.groups = _without_places(before, {n for n, module in modules.items() if type(module) is kind})
+        if trial.cut(names):
+            trial.groups = before
+    return trial.groups
+
+
+def _without_places(groups: ChannelGroups, modules: set[str] | None) -> ChannelGroups:
+    """The groups without the rewrites in these modules (None: in any)."""
+    fewer = [
+        replace(g, rewrites=tuple(p for p in g.rewrites if modules is not None and p.module not in modules))
+        for g in groups
+    ]
+    return replace(groups, groups=tuple(fewer))
 
 
 class _Trial:

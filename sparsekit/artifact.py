@@ -8,16 +8,17 @@ build the module that the tensors fit, under these keys and no others:
     source       {"timm": name, "args": {...}} or {"factory": "package.module.Class"} (a note for the reader)
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
+    plain        names of weight-standardised convolutions that the cut turned into plain ones
     rewrites     places in the code of modules that leave a size to torch (module, method, call, argument, source hash)
     sha256       of model.safetensors
     plan         what was cut, as PrunePlan.to_json gives it, or null
     info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
     versions     of sparsekit, torch and timm
 
-Loading builds the dense model again, gives every tensor the recorded shape, leaves the recorded sizes to torch, sets
-the attributes and fills in the numbers; the plan is not needed for it, so a model that was cut twice loads like any
-other. Before the model is built, the header of model.safetensors has to agree with `tensors`, name by name: nothing
-is allocated that the file does not hold.
+Loading builds the dense model again, makes convolutions plain, gives every tensor the recorded shape, leaves the
+recorded sizes to torch, sets the attributes and fills in the numbers; the plan is not needed for it, so a model that
+was cut twice loads like any other. Before the model is built, the header of model.safetensors has to agree with
+`tensors`, name by name: nothing is allocated that the file does not hold.
 
 An artifact is data: what it names is a model of the installed timm, or what the caller's factory builds, never a file,
 an address or an import. It can put numbers into plain attributes that are there already, and -1 into reshapes of
@@ -48,6 +49,7 @@ from sparsekit.files import atomic_path, write_json
 from sparsekit.modes import evaluating, flat_tensors
 from sparsekit.plan import PrunePlan
 from sparsekit.rewriting import Place, leave_sizes_to_torch_, original_class, rewritten_places
+from sparsekit.standardised import is_standardised, make_plain_
 
 FORMAT = "sparsekit/1"
 Factory = Callable[[], nn.Module]
@@ -89,6 +91,7 @@ class _Structure(_Closed):
     source: _TimmSource | _OwnSource
     attributes: dict[str, dict[str, JsonValue]]
     tensors: dict[str, tuple[str, list[Annotated[int, Field(ge=0, lt=2**63)]]]]
+    plain: list[str]
     rewrites: list[Place]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     plan: PrunePlan | None
@@ -119,24 +122,23 @@ def save(
         raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
     source = _source(model, model_name, model_args, factory)
     fresh = _build(factory) if factory else _build_timm(source["timm"], source["args"])
+    plain = _made_plain(fresh, model)
+    make_plain_(fresh, plain)
     _check_same_modules(fresh, model)
     tensors = _tensors_to_keep(fresh, model)
     structure = {
         "format": FORMAT,
         "source": source,
         "attributes": _changed_attributes(fresh, model),
-        "tensors": {
-            name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()
-        },
+        "tensors": {name: [_dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
+        "plain": plain,
         "rewrites": [asdict(place) for module in model.modules() for place in rewritten_places(module)],
         "sha256": "0" * 64,
         "plan": plan.to_json() if plan else None,
         "info": dict(info or {}),
         "versions": _installed(),
     }
-    _rehearse_loading(
-        fresh, _json(structure), tensors
-    )  # before anything is written: there may be an artifact
+    _rehearse_loading(fresh, _json(structure), tensors)  # before anything is written over
     with atomic_path(path / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         structure["sha256"] = _sha256(temporary)
@@ -160,6 +162,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     except ModelError as error:
         raise FileError(f"the dense model of {path} cannot be built: {error}{written_with}") from error
     try:
+        _make_plain_(model, structure.plain)
         _fill_(model, structure, tensors)
     except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
         raise FileError(
@@ -445,13 +448,27 @@ def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise InputError(f"{name} of {type(model).__name__} holds no numbers that could be saved")
-        if str(tensor.dtype).removeprefix("torch.") not in _DTYPES or tensor.layout != torch.strided:
+        if _dtype_name(tensor) not in _DTYPES or tensor.layout != torch.strided:
             raise InputError(f"{name} cannot be saved: it is a {tensor.layout} tensor of {tensor.dtype}")
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+
+
+def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
+    """Names of convolutions that are standardised in the fresh model and are not in the cut one."""
+    held = dict(model.named_modules())
+    return [
+        name
+        for name, module in fresh.named_modules()
+        if is_standardised(module) and name in held and not is_standardised(held[name])
+    ]
 
 
 def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
@@ -507,8 +524,16 @@ def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]
         raise InputError(f"the artifact could not be loaded again: {_one_line(error)}") from error
 
 
+def _make_plain_(model: nn.Module, names: list[str]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules or not is_standardised(modules[name]):
+            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
+    make_plain_(model, names)
+
+
 def _fill_(model: nn.Module, structure: _Structure, tensors: Mapping[str, Tensor]) -> None:
-    """Turn a freshly built dense model into the recorded one, in place."""
+    """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
     stored = model.state_dict().keys()
     if missing := sorted(stored - tensors.keys()):
         raise InputError(f"tensors of the dense model are not in the artifact: {_listed(missing)}")

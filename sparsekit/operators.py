@@ -112,7 +112,8 @@ def combine(
     """
     n = len(shape)
     operands = [t for t in tensors if t.dim() <= n]
-    present = [{d + n - t.dim() for d, size in enumerate(t.shape) if size > 1} for t in operands]
+    # An expanded dimension (stride 0) has whatever size it is asked for.
+    present = [{d + n - t.dim() for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d)} for t in operands]
     known = [tracer.known(t) for t in operands]
     arrays = [tuple(aligned(labels, n) for labels in k.labels) for k in known]
     labelled = [{d for labels in group for d in span(labels)} for group in arrays]

@@ -3,7 +3,7 @@
 Attention is often written `qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)` with `c` the width of the
 *input*: right as long as no head is gone, and no attribute can mend it. But a reshape may leave one size to torch.
 Where a computed size stands in the way of a cut, the module gets a subclass of its class whose method is the same
-but for -1 in that place; an artifact records the places, and nothing else, so loading one runs no foreign code.
+but for -1 (or a plain number) in that place; an artifact records the places, and nothing else, so loading one runs no foreign code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _MARK = "_rewritten_places"
 class Place:
     """A size in a reshape: argument `argument` of call number `call` (in the order of the source) of a module's method.
 
-    `source` is the hash of the method's text that the numbers belong to.
+    `source` is the hash of the method's text that the numbers belong to. `size` is what stands there instead: -1, or,
+    where the call leaves another size to torch already, the number it has to be (the width of a head, which stays).
     """
 
     module: str
@@ -39,6 +40,7 @@ class Place:
     call: int
     argument: int
     source: str
+    size: int = -1
 
 
 class PlaceFinder:
@@ -161,8 +163,8 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     calls = _reshape_calls(definition)
     for place in places:
-        minus_one = ast.copy_location(ast.parse("-1", mode="eval").body, calls[place.call])
-        _sizes(calls[place.call])[place.argument] = minus_one
+        size = ast.copy_location(ast.parse(str(int(place.size)), mode="eval").body, calls[place.call])
+        _sizes(calls[place.call])[place.argument] = size
     tree = ast.fix_missing_locations(ast.Module([definition], []))
     ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)  # tracebacks show the line it comes from
     namespace: dict[str, Any] = {}

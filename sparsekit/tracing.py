@@ -263,6 +263,8 @@ def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
     """`size` is that of dimension `dim` of `tensor`."""
     if not isinstance(size, (NamedInt, MultipleInt)) or tensor.shape[dim] != size or size == 1:
         return
+    if tensor.stride(dim) == 0:  # expanded: it has whatever size it is asked for
+        return
     slices = _slices(tracer.known(tensor), dim % tensor.dim())
     if slices is None:
         tracer.facts.sizes.append(SizeUse(size.attribute, None))
@@ -288,13 +290,13 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
         labelled = {d for d in tracer.known(result).labelled if type(sizes[d]) is int and sizes[d] > 1}
-        if any(size == -1 for size in sizes):
-            return
         places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
         computed = labelled & places.keys()
-        for dim in computed if len(computed) == 1 else ():  # torch can work out one size of a call, not two
+        taken = any(size == -1 for size in sizes)  # torch can work out one size of a call, not two
+        for dim in computed if len(computed) == 1 else ():
+            place = replace(places[dim], size=int(sizes[dim]) if taken else -1)
             for slices in _slices(tracer.known(result), dim) or ():
-                tracer.facts.places.append((places[dim], np.unique(slices)))
+                tracer.facts.places.append((place, np.unique(slices)))
 
 
 def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:

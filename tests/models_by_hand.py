@@ -243,7 +243,7 @@ class ChannelShuffle(nn.Module):
 
 
 class HierarchicalSplit(nn.Module):
-    """Parts, as wide as an attribute says, run through convolutions of their own, each adding the one before (Res2Net)."""
+    """Parts as wide as an attribute says run through convolutions of their own, adding the one before (Res2Net)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,7 +77,15 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         outputs = flat_tensors(model(*(inputs[str(i)] for i in range(len(inputs)))))
     save_file({str(i): y.contiguous() for i, y in enumerate(outputs)}, folder / "outputs.safetensors")
 """
-TIMM = ["test_resnet", "resnet18", "mobilenetv3_small_050", "legacy_seresnet18", "test_convnext", "test_vit"]
+TIMM = [
+    "test_resnet",
+    "resnet18",
+    "mobilenetv3_small_050",
+    "legacy_seresnet18",
+    "test_convnext",
+    "test_vit",
+    "test_nfnet",
+]
 
 
 def small(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, Any]]:
@@ -364,7 +372,7 @@ def test_a_structure_that_is_damaged_is_refused(artifact: Path, text: str) -> No
         load(artifact)
 
 
-KEYS = "format source attributes tensors rewrites sha256 plan info versions"
+KEYS = "format source attributes tensors plain rewrites sha256 plan info versions"
 
 
 def test_the_keys_are_those_of_the_documented_format(artifact: Path) -> None:
@@ -655,6 +663,13 @@ def test_a_shape_that_the_weights_do_not_have_is_refused_before_anything_is_allo
         monkeypatch.setattr(torch, name, refuse)
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(FileError, match=r"fc\.weight"):
+        load(artifact)
+
+
+@pytest.mark.parametrize("plain", [["conv1.0"], ["nowhere"], [""]])
+def test_only_standardised_convolutions_are_made_plain(artifact: Path, plain: list[str]) -> None:
+    edit(artifact, plain=plain)
+    with pytest.raises(FileError, match="is no weight-standardised convolution of the dense model"):
         load(artifact)
 
 

@@ -120,22 +120,24 @@ def test_shared_parameters_count_once() -> None:
     assert count_params(model) == 6 * 6 + (6 * 5 + 5) + (5 * 2 + 2)
 
 
+def layer_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Without products of activations, which attention has and no weight shows."""
+    return sum(cost.macs for cost in layer_costs(model, *inputs))
+
+
+# Its layers look at channels as if they were positions, and so get cheaper with channels that no weight of theirs has.
+POSITIONS_SHRINK = {"TokenMixing"}
+
+
 @pytest.mark.parametrize("share", [0.5, 0.0])
-@pytest.mark.parametrize(
-    "name",
-    [
-        *sorted(set(BY_HAND) - {"Attention"}),
-        "resnet18",
-        "legacy_seresnet18",
-    ],  # scores and values have no weights
-)
+@pytest.mark.parametrize("name", [*sorted(set(BY_HAND) - POSITIONS_SHRINK), "resnet18", "legacy_seresnet18"])
 def test_the_share_foretold_from_masks_is_that_of_the_model_really_cut(name: str, share: float) -> None:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
     masks = random_masks(groups, share)
     cut = apply_plan(model, make_plan(groups, masks))
     foretold = kept_share(groups, masks)
-    assert foretold.macs == count_macs(cut, *inputs) / count_macs(model, *inputs) < 1
+    assert foretold.macs == layer_macs(cut, inputs) / layer_macs(model, inputs) < 1
     assert foretold.params == count_params(cut) / count_params(model) < 1
     kept, free = sum(int(m.sum()) for m in masks.values()), sum(g.n_channels for g in groups.free)
     assert foretold.channels == pytest.approx(kept / free)
