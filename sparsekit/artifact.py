@@ -9,19 +9,20 @@ build the module that the tensors fit, under these keys and no others:
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
     plain        names of weight-standardised convolutions that the cut turned into plain ones
-    rewrites     places in the code of modules that leave a size to torch (module, method, call, argument, source hash)
+    rewrites     places in the code of modules where a size is another (module, method, call, argument, source hash,
+                 and the size, -1 for one that is left to torch)
     sha256       of model.safetensors
     plan         what was cut, as PrunePlan.to_json gives it, or null
     info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
     versions     of sparsekit, torch and timm
 
-Loading builds the dense model again, makes convolutions plain, gives every tensor the recorded shape, leaves the
-recorded sizes to torch, sets the attributes and fills in the numbers; the plan is not needed for it, so a model that
-was cut twice loads like any other. Before the model is built, the header of model.safetensors has to agree with
+Loading builds the dense model again, makes convolutions plain, gives every tensor the recorded shape, puts sizes into
+the code, sets the attributes and fills in the numbers; the plan is not needed for it, so a model that was cut twice
+loads like any other. Before the model is built, the header of model.safetensors has to agree with
 `tensors`, name by name: nothing is allocated that the file does not hold.
 
 An artifact is data: what it names is a model of the installed timm, or what the caller's factory builds, never a file,
-an address or an import. It can put numbers into plain attributes that are there already, and -1 into reshapes of
+an address or an import. It can put numbers into plain attributes that are there already, and sizes into reshapes of
 installed code whose hash is the recorded one. The hash in `sha256` tells damage and files of two artifacts that were
 mixed up; it is no proof of origin, for who replaces the weights can replace it too. As structure.json holds it, a
 SHA-256 of structure.json, kept elsewhere, covers the whole artifact.
@@ -543,8 +544,8 @@ def _fill_(model: nn.Module, structure: _Structure, tensors: Mapping[str, Tensor
         _make_room_(holders[name], name.rpartition(".")[2], tensor)
     places = structure.rewrites
     for place in places:
-        if place.call < 0 or place.argument < 0:
-            raise InputError(f"a rewrite of {place.module}.{place.method} has a negative number")
+        if place.call < 0 or place.argument < 0 or place.size == 0 or place.size < -1:
+            raise InputError(f"a rewrite of {place.module}.{place.method} has an impossible number")
     leave_sizes_to_torch_(model, places)
     _set_attributes_(model, structure.attributes)
     left_out = tensors.keys() - model.state_dict().keys()

@@ -108,7 +108,7 @@ def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks, *, roun
         if channel is not None:
             ranks = scores[group.name]
             spare = (ranks == 0) & _reads_zero(group, readings)
-            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, round_to)
+            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, group.multiple(round_to))
             _mark_(stays, group, kept[group.name])
     return kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Literal
 
 from sparsekit.rewriting import Place
@@ -59,6 +60,19 @@ class ChannelGroup:
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members with this role, in model order."""
         return tuple(member for member in self.members if member.role == role)
+
+    @property
+    def width(self) -> int:
+        """How many channels of a layer go with one of the group's (at least): 64 for a head of 64, else mostly 1."""
+        return gcd(*(m.repeat for m in self.members if m.role in ("producer", "depthwise", "consumer")))
+
+    def units(self, n: int) -> int:
+        """How many of the group's channels make up `n` channels of its layers, rounded up."""
+        return -(-n // max(self.width, 1))
+
+    def multiple(self, round_to: int) -> int:
+        """Of which multiples of the group's channels are the layers' channels multiples of `round_to`."""
+        return round_to // gcd(round_to, self.width)
 
     @property
     def penalised(self) -> tuple[Member, ...]:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from sparsekit.analysis import find_groups
 from sparsekit.complexity import count_macs, count_params
-from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups, Role
 
-# How the table says what part a member plays, in this order. Sizes are consequences, which JSON has.
-_PARTS = {
-    "producer": "made by",
-    "depthwise": "filtered by",
-    "norm": "normalised by",
-    "parameter": "along with",
-    "consumer": "read by",
+# How the table says what part members play, in this order. Sizes are consequences, which JSON has.
+_PARTS: dict[str, tuple[Role, ...]] = {
+    "made by": ("producer",),
+    "filtered by": ("depthwise",),
+    "normalised by": ("norm", "response"),
+    "along with": ("parameter",),
+    "read by": ("consumer",),
 }
 
 
@@ -137,9 +137,9 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
     if row["frozen"]:
         yield Text(f"stays whole: {row['frozen']}", style="italic")
     parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []
-    for role, phrase in _PARTS.items():
-        tensors = [member["tensor"] for member in row["members"] if member["role"] == role]
-        held = tensors if role == "parameter" else [tensor.rpartition(".")[0] for tensor in tensors]
+    for phrase, roles in _PARTS.items():
+        tensors = [member["tensor"] for member in row["members"] if member["role"] in roles]
+        held = tensors if "parameter" in roles else [tensor.rpartition(".")[0] for tensor in tensors]
         if any(name != row["name"] for name in held):
             parts.append(f"{phrase} {_compact(held)}")
     if parts:

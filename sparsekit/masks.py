@@ -54,7 +54,10 @@ def keep_masks(
     ranks = {name: torch.where(zeros[name], -1.0, score) for name, score in scores.items()}
 
     def finish(masks: Masks) -> Masks:
-        return {g.name: round_up(masks[g.name], ranks[g.name], round_to, min_channels) for g in groups.free}
+        return {
+            g.name: round_up(masks[g.name], ranks[g.name], g.multiple(round_to), g.units(min_channels))
+            for g in groups.free
+        }
 
     without_zeros = finish({name: ~dead for name, dead in zeros.items()})
     if method == "zeros":

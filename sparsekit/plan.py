@@ -148,11 +148,13 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             cuts[key] = _cut_twice(earlier[key], cut)
         elif not _is_bias_of_a_fold(cut, earlier):
             cuts[key] = cut
+    # A place of both plans gets what the second writes there.
+    rewrites = {replace(place, size=-1): place for place in (*first.rewrites, *second.rewrites)}
     return PrunePlan(
         tuple(cut for _, cut in sorted(cuts.items())),
         _groups_of_both(first.groups, second.groups),
         first.input_shapes,
-        tuple(sorted({*first.rewrites, *second.rewrites})),
+        tuple(sorted(rewrites.values())),
     )
 
 

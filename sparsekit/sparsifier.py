@@ -89,7 +89,8 @@ class Sparsifier:
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
         self._target = dict(target) if target else None
-        self._round_to, self._min_channels = round_to, min_channels
+        self._min_channels = min_channels
+        self._rounding = {g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free}
         self._auto = strength == "auto"
         self._strength: float | None = None if strength == "auto" else float(strength)
         self._steps = 0
@@ -153,7 +154,7 @@ class Sparsifier:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
         thresholds = self._weights[group.name] * step_length
         reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
-        best = reach.topk(min(self._min_channels, group.n_channels)).indices
+        best = reach.topk(min(group.units(self._min_channels), group.n_channels)).indices
         return thresholds.index_copy(0, best, torch.minimum(thresholds[best], reach[best] / 2))
 
     def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -203,8 +204,7 @@ class Sparsifier:
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
         return {
-            name: round_up(mask, mask.double(), self._round_to, self._min_channels)
-            for name, mask in masks.items()
+            name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()
         }
 
     @torch.no_grad()

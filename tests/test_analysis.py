@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
 from models_by_hand import BY_HAND, Residual, build
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsekit.analysis import find_groups
 from sparsekit.errors import InputError, ModelError
@@ -401,3 +404,101 @@ def test_a_channel_whose_penalised_members_are_zero_is_zero_for_what_reads_it() 
     model.up.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     model(*inputs)
     assert not read[0][..., 2].any()
+
+
+class SplitByTuple(nn.Module):
+    """Parts of three widths from one attribute: each has its own part of the attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widths = (3, 4, 5)
+        self.up, self.inner, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second, third = F.relu(self.up(images)).split(self.widths, 1)
+        return self.head(torch.cat([first, self.inner(second), third], 1))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="channels of two parts form one group, which no entry of the attribute sizes"
+)
+def test_parts_whose_widths_are_entries_of_one_attribute_are_groups_of_their_own() -> None:
+    groups = find_groups(SplitByTuple(), torch.randn(1, 3, 8, 8))
+    assert sorted(g.n_channels for g in groups.free) == [3, 4, 4, 5]
+
+
+class SubPixels(nn.Module):
+    """Four channels each become one map of twice the size (super-resolution), which a convolution reads."""
+
+    def __init__(self, *, by_hand: bool) -> None:
+        super().__init__()
+        self.up, self.head, self.by_hand = nn.Conv2d(3, 16, 1), nn.Conv2d(4, 2, 3), by_hand
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.up(images)
+        if not self.by_hand:
+            return self.head(F.pixel_shuffle(maps, 2))
+        batch, _, height, width = maps.shape
+        maps = maps.reshape(batch, -1, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+        return self.head(F.max_pool2d(maps.reshape(batch, -1, 2 * height, 2 * width), 3, 1))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.xfail(
+    strict=True, reason="channels that lie along a map are fixed, where its neighbours could go with them"
+)
+def test_channels_that_make_up_one_map_go_together(by_hand: bool) -> None:
+    groups = find_groups(SubPixels(by_hand=by_hand), torch.randn(1, 3, 8, 8))
+    assert groups["up"].n_channels == 4
+    assert not groups["up"].frozen
+
+
+class Rotary(nn.Module):
+    """Queries and keys are rotated by angles that depend on the place and the entry of a head, not on the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 2
+        self.qkv, self.proj, self.head = nn.Linear(6, 24), nn.Linear(8, 9), nn.Linear(9, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length, _ = tokens.shape
+        qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, self.head_dim)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        angles = torch.arange(length).to(tokens)[:, None] * torch.tensor([1.0, 0.1]).to(tokens)
+        queries, keys = queries * angles.cos(), keys * angles.sin()
+        mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+        return self.head(F.relu(self.proj(mixed.reshape(batch, length, -1))))
+
+
+class SelectiveKernel(nn.Module):
+    """Two branches are weighed against each other, channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, padding=1)
+        self.squeeze, self.weigh, self.head = nn.Linear(6, 4), nn.Linear(4, 12), nn.Conv2d(6, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        both = torch.stack([F.relu(self.small(images)), F.relu(self.large(images))], 1)
+        weights = self.weigh(F.relu(self.squeeze(both.sum(1).mean((2, 3))))).reshape(len(images), 2, -1, 1, 1)
+        return self.head((both * weights.softmax(1)).sum(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "free"),
+    [(Rotary, (1, 5, 6), {"qkv": 4, "proj": 9}), (SelectiveKernel, (1, 3, 8, 8), {"small": 6, "squeeze": 4})],
+)
+@pytest.mark.xfail(
+    strict=True, reason="one fixed dimension of two fixes the other as well, which it need not"
+)
+def test_what_meets_a_fixed_size_inside_a_unit_can_still_go_by_units(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], free: dict[str, int]
+) -> None:
+    assert {g.name: g.n_channels for g in find_groups(make(), torch.randn(shape)).free} == free
+
+
+@pytest.mark.xfail(strict=True, reason="refit_attributes_ knows no InstanceNorm")
+def test_an_instance_norm_with_scale_and_shift_is_cut() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 2, 1))
+    assert not find_groups(model, torch.randn(1, 3, 8, 8))["0"].frozen

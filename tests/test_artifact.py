@@ -109,7 +109,8 @@ def test_a_fresh_process_loads_every_pruned_architecture_with_equal_logits(tmp_p
         groups = find_groups(model, inputs)
         plan = make_plan(groups, random_masks(groups, 0.5))
         pruned = apply_plan(model, plan).eval()
-        save(pruned, tmp_path / name / "pruned", plan=plan, **source)
+        path = save(pruned, tmp_path / name / "pruned", plan=plan, **source)
+        assert bool(read_structure(path)["plain"]) == (name == "test_nfnet")
         save_file({str(i): x for i, x in enumerate(inputs)}, tmp_path / name / "inputs.safetensors")
         with torch.no_grad():
             expected[name] = flat_tensors(pruned(*inputs))
@@ -731,6 +732,8 @@ def test_an_attribute_of_another_kind_is_refused(artifact: Path, key: str, value
         {"call": -1},
         {"argument": 99},
         {"argument": -1},
+        {"size": -2},
+        {"size": 0},
         {"source": "0" * 64},
     ],
 )

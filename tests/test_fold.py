@@ -62,7 +62,7 @@ def change_at_the_cut(model: nn.Module, masks: Masks) -> float:
     return relative_change(model, cut)
 
 
-class ScaledInput(nn.Conv2d):
+class OwnInitialiser(nn.Conv2d):
     """A subclass with an initialiser of its own that computes as torch's class does."""
 
     def __init__(self) -> None:
@@ -82,7 +82,9 @@ PADDED = [
     nn.ConvTranspose2d(N, 4, 3, padding=1, dilation=2, bias=False),
     Conv2dSame(N, 4, 3, stride=2),
     Conv2dSame(N, 4, 5, bias=False, dilation=2),
-    ScaledInput(),
+    OwnInitialiser(),
+    ScaledStdConv2d(N, 4, 3, padding=1),  # the cut makes it a plain one first
+    StdConv2dSame(N, 4, 3, stride=2),
 ]
 
 

@@ -241,6 +241,8 @@ def test_the_rewritten_places_of_both_plans_are_kept() -> None:
     places = [Place("attention", "forward", call, 3, "0" * 64) for call in (0, 1, 2)]
     plans = [PrunePlan((), (), ((1, 3),), rewrites) for rewrites in (tuple(places[1:]), tuple(places[:2]))]
     assert compose(*plans).rewrites == tuple(places)
+    sized = [PrunePlan((), (), ((1, 3),), (replace(places[0], size=size),)) for size in (8, 4)]
+    assert compose(*sized).rewrites == sized[1].rewrites
 
 
 def test_a_second_plan_that_does_not_fit_what_the_first_leaves_is_refused() -> None:
