@@ -49,10 +49,8 @@ def find_groups(
                 raise InputError(
                     f"ignore: the pattern {pattern!r} matches no module of {type(model).__name__}"
                 )
-        stored, parametrised = set(model.state_dict()), _parametrised(model)
-        formed = [
-            _frozen_if_needed(group, ignore, stored, parametrised) for group in _trace(model, inputs)
-        ]
+        parametrised = _parametrised(model)
+        formed = [_frozen_if_needed(group, ignore, parametrised) for group in _trace(model, inputs)]
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         sized = {m.tensor for group in formed for m in group.members if m.role == "size"}
         groups = ChannelGroups(
@@ -86,13 +84,10 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, 
     return form_groups(facts, decide(facts), parameters)
 
 
-def _frozen_if_needed(
-    group: ChannelGroup, ignore: Sequence[str], stored: set[str], parametrised: set[str]
-) -> ChannelGroup:
-    """The group, frozen for what no operator shows: the caller's wish, tied weights, tensors that are not stored."""
+def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: set[str]) -> ChannelGroup:
+    """The group, frozen for what no operator shows: the caller's wish, weights computed by a parametrisation."""
     made = [m.module for m in group.members if m.role in ("producer", "norm", "depthwise")]
     ignored = [module for module in made if _matches(module, ignore)]
-    tensors = {m.tensor for m in group.members if m.role != "size"}
     reason = group.frozen
     if ignored:
         reason = f"{ignored[0]} is on the ignore list"
@@ -100,8 +95,6 @@ def _frozen_if_needed(
         m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
     ):
         reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
-    elif not reason and (computed := sorted(tensors - stored)):
-        reason = f"{computed[0]} is not stored with the model"
     elif not reason and not group.of_role("consumer"):
         reason = "no layer reads its channels one by one"
     elif not reason and group.n_channels < 2:

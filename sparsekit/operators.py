@@ -595,7 +595,13 @@ def _standardised_convolution(tracer: Tracer, call: Call) -> None:
 
 
 def _convolve(
-    tracer: Tracer, tensor: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, transposed: bool, groups: int
+    tracer: Tracer,
+    tensor: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    transposed: bool,
+    groups: int,
 ) -> None:
     """Columns meet the channels that are read; rows are new channels, or, in blocks, the same ones once more."""
     known, filters = tracer.known(tensor), tracer.known(weight)
@@ -607,7 +613,9 @@ def _convolve(
     columns = [one.flatten() for one in filters.labels if span(one) == (columns_dim,)]
     if bias is not None:
         produced += [along(one.flatten(), 1, n) for one in tracer.known(bias).labels]
-    read, passed = _maps_read(tracer, known, depthwise=groups > 1 and groups == tensor.shape[1] == out.shape[1])
+    read, passed = _maps_read(
+        tracer, known, depthwise=groups > 1 and groups == tensor.shape[1] == out.shape[1]
+    )
     computed = filters.weight and not filters.labels and min(weight.shape[:2]) > 1
     for one in filters.labels:
         if len(span(one)) > 1:

@@ -203,9 +203,7 @@ class Sparsifier:
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
-        return {
-            name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()
-        }
+        return {name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()}
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from sparsekit.facts import Atoms, Facts, SizeUse, to_atoms
-from sparsekit.labels import along, span
+from sparsekit.labels import FIXED, along, span
 from sparsekit.modes import flat_tensors
 from sparsekit.rewriting import PlaceFinder
 from sparsekit.standardised import is_standardised
@@ -242,9 +242,9 @@ def _watch_declared_sizes_(model: nn.Module, tracer: Tracer) -> None:
     modules = dict(model.named_modules())
     for stage, info in enumerate(getattr(model, "feature_info", None) or ()):
         if isinstance(info, dict) and info.get("module") in modules and "num_chs" in info:
-            width = NamedInt.of(info["num_chs"], Attribute("", "feature_info", stage))
+            stage_width = NamedInt.of(info["num_chs"], Attribute("", "feature_info", stage))
             modules[info["module"]].register_forward_hook(
-                lambda m, args, out, width=width: _note_silently(tracer, width, flat_tensors(out)[0])
+                lambda m, args, out, size=stage_width: _note_silently(tracer, size, flat_tensors(out)[0])
             )
 
 
@@ -289,7 +289,9 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     if isinstance(result, Tensor) and len(sizes) == result.dim():
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
-        labelled = {d for d in tracer.known(result).labelled if type(sizes[d]) is int and sizes[d] > 1}
+        # Dimensions with places of nothing that could go (tokens behind a class token) keep their size.
+        cuttable = [one for one in tracer.known(result).labels if not bool((one == FIXED).any())]
+        labelled = {d for one in cuttable for d in span(one) if type(sizes[d]) is int and sizes[d] > 1}
         places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
         computed = labelled & places.keys()
         taken = any(size == -1 for size in sizes)  # torch can work out one size of a call, not two
@@ -338,6 +340,11 @@ def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
             tracer.facts.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
 
 
+def _convolved(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+    """As many groups as channels: blurring filters are written so."""
+    _note(tracer, args[6] if len(args) > 6 else kwargs.get("groups"), args[0], 1)
+
+
 def _narrowed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     if len(args) == 4:
         _note(tracer, args[2], args[0].narrow(args[1], 0, int(args[2])), args[1])
@@ -375,5 +382,6 @@ _SIZE_RULES = {
     "split_with_sizes": _split,
     "chunk": _chunked,
     "narrow": _narrowed,
+    "conv2d": _convolved,
     "__getitem__": _indexed,
 }

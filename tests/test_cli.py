@@ -26,11 +26,13 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
-def run(*args: str | Path, cwd: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(
+    *args: str | Path, cwd: Path | None = None, columns: int = 120, **kwargs: Any
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sparsekit", *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
     # Read by rich and typer; a width the outer terminal happens to have must not break lines here.
-    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1"}
     return subprocess.run(command, cwd=cwd, text=True, check=False, env=environment, **pipes)
 
 
@@ -199,6 +201,24 @@ def test_validate_as_a_process() -> None:
     done = run("validate", QUICKSTART)
     assert done.returncode == 0, done.stderr
     assert "ok" in done.stdout
+
+
+def test_inspect_as_a_process_fits_a_narrow_terminal() -> None:
+    done = run("inspect", "test_vit", columns=80)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "stays whole: it reaches the model's output" in done.stdout
+    assert "units of 96 rows; read by blocks.0.attn.proj" in done.stdout
+    assert "12 of 14 groups can be cut" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "sparsekit/99"}', '{"format": "sparsekit/1"}'])
+def test_a_damaged_artifact_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "structure.json").write_text(text, encoding="utf-8")
+    done = run("export", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'structure.json'} ")
 
 
 # ----------------------------------------------------------------------------------- with a stand-in pipeline

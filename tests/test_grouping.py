@@ -79,6 +79,16 @@ def test_channels_are_numbered_by_their_place_in_the_first_layer_whatever_order_
     assert positions(seen.groups()["conv"])["head.weight", 1] == ((2, 0, 3, 1), 1)
 
 
+def test_a_tensor_that_no_layer_makes_does_not_number_the_channels_even_if_it_is_met_first() -> None:
+    seen = Pass()
+    scale = seen.axis("scale", 0, 4, "multiplies")
+    rows, _ = seen.layer("conv", 4, 3)
+    seen.facts.couple(scale[[2, 0, 3, 1]], rows)
+    group = seen.groups()["conv"]
+    assert positions(group)["conv.weight", 0] == ((0, 1, 2, 3), 1)
+    assert positions(group)["scale", 0] == ((2, 0, 3, 1), 1)
+
+
 def test_positions_that_go_together_are_listed_channel_by_channel() -> None:
     seen = Pass()
     rows, _ = seen.layer("conv", 2, 3)
