@@ -18,11 +18,10 @@ from sparsekit.errors import InputError, ModelError, VerificationError
 from sparsekit.grouping import form_groups
 from sparsekit.groups import ChannelGroup, ChannelGroups, LayerCost
 from sparsekit.modes import evaluating, random_inputs
-from sparsekit.operators import apply_rule
 from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.sizes import name_integers_, read_sizes
 from sparsekit.surgery import compare_outputs, cut_masked_, detached
-from sparsekit.tracing import watch
+from sparsekit.watching import watch
 
 # In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
 _PROOF_TOLERANCE = 1e-6
@@ -80,7 +79,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, 
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
         name_integers_(traced)
-        facts = watch(traced, inputs, apply_rule).facts
+        facts = watch(traced, inputs).facts
     return form_groups(facts, decide(facts), parameters)
 
 

@@ -119,7 +119,7 @@ def _form(
 def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]) -> Member:
     axis: Axis = facts.axes[part[0]]
     role = marks.role(int(atoms[0][0]))
-    module, _, name = axis.tensor.rpartition(".")
+    module = axis.tensor.rpartition(".")[0]
     readers = facts.norms.get(f"{module}.weight" if module else "weight", set())
     norm = None
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:

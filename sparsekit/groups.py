@@ -21,9 +21,9 @@ class Member:
 
     Roles: "producer" (output side: rows and bias), "norm" (scale, shift and running statistics), "depthwise"
     (one filter a channel or a block of them, passed through), "consumer" (input side of the next layer: columns),
-    "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "response" (the scale of a
-    global response norm, which divides by the mean over all channels and is made up for it when some go), "size" (`tensor` is an
-    integer attribute that gives the number of positions; `dim` is its place in a tuple of them).
+    "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "response" (the scale
+    of a global response norm, which divides by the mean over all channels and is made up for it when some go), "size"
+    (`tensor` is an integer attribute that gives the number of positions; `dim` is its place in a tuple of them).
     `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
     producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
     """

@@ -34,12 +34,6 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
     try:
         (rule or _unknown)(tracer, call)
     except Exception:  # an unusual form of a known operator: safe is to treat it as one that is not known
-        import os
-
-        if os.environ.get("DBG"):
-            import traceback
-
-            traceback.print_exc()
         _unknown(tracer, call)
 
 
@@ -185,7 +179,6 @@ def _moving(tracer: Tracer, call: Call) -> None:
         tracer.learn(
             output, Known(merged, known.weight, feeds, known.squashed, known.origin if whole else None)
         )
-    _ = call
 
 
 _AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
@@ -281,7 +274,7 @@ def _folding(tracer: Tracer, call: Call) -> None:
             tracer.facts.fix(one, _MIXES.format(call.name))
             continue
         if one.shape[channel] > 1:
-            parts = one.unflatten(channel, (out.shape[-3], -1))
+            parts = one.reshape(*one.shape[:channel], out.shape[-3], -1, one.shape[-1])
             tracer.facts.couple(parts.narrow(channel + 1, 0, 1), parts)
             one = parts.select(channel + 1, 0)
         labels.append(one.unsqueeze(-1))

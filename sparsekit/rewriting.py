@@ -3,7 +3,8 @@
 Attention is often written `qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)` with `c` the width of the
 *input*: right as long as no head is gone, and no attribute can mend it. But a reshape may leave one size to torch.
 Where a computed size stands in the way of a cut, the module gets a subclass of its class whose method is the same
-but for -1 (or a plain number) in that place; an artifact records the places, and nothing else, so loading one runs no foreign code.
+but for -1 (or a plain number) in that place. An artifact records the places, and nothing else, so loading one runs
+no foreign code.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ Rows can go without that, every filter being normalised by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 _KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
@@ -20,10 +22,9 @@ def is_standardised(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and type(module).__name__ in _KINDS
 
 
-def effective_weight(module: nn.Module) -> Tensor:
+def effective_weight(module: Any) -> Tensor:
     """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight: Tensor = module.weight
     flat = weight.flatten(1)
     variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
     standardised = (flat - mean) / (variance + module.eps).sqrt()
@@ -47,8 +48,5 @@ def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
 
 def _plain_class(module: nn.Module) -> type[nn.Conv2d]:
     if getattr(module, "same_pad", False):
-        from timm.layers import Conv2dSame
-
-        same: type[nn.Conv2d] = Conv2dSame
-        return same
+        return Conv2dSame
     return nn.Conv2d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.modes import evaluating, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
 from sparsekit.rewriting import leave_sizes_to_torch_
-from sparsekit.standardised import is_standardised, make_plain_
 from sparsekit.sizes import Attribute, read_sizes, write_size_
+from sparsekit.standardised import is_standardised, make_plain_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -134,7 +135,7 @@ def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
     With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d, and so
     x / (m + eps) = (d / k) x / (m' + eps d / k), exactly.
     """
-    module = model.get_submodule(cut.tensor.rpartition(".")[0])
+    module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
     ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
     with torch.no_grad():
         module.weight.mul_(ratio)

@@ -18,7 +18,8 @@ groups modes labels sizes standardised
 prox schedules controller
 facts plan complexity
 tracing coupling
-operators grouping scores
+operators calls grouping scores
+watching
 masks penalties
 fold
 surgery

@@ -207,18 +207,36 @@ def made_by(groups: Iterable[ChannelGroup]) -> set[str]:
     return {m.tensor for m in members if m.tensor.endswith("weight")}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_cut_model_is_cut_once_more_and_both_cuts_are_one_plan(name: str) -> None:
-    done = chain(name)
-    groups = find_groups(done.pruned, images_for(name, 1))
+@functools.cache
+def second_cut(name: str) -> tuple[ChannelGroups, PrunePlan, nn.Module]:
+    pruned = chain(name).pruned
+    groups = find_groups(pruned, images_for(name, 1))
     plan = halved(groups, 1)
-    twice = apply_plan(done.pruned, plan)
+    return groups, plan, apply_plan(pruned, plan)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cut_model_is_cut_once_more(name: str) -> None:
+    done, (groups, plan, twice) = chain(name), second_cut(name)
     assert verify_cut(done.pruned, twice, plan).max_rel < 1e-4
     assert count_params(twice) < count_params(done.pruned)
     # What could go from the dense model can still go, as far as there is anything left to choose from.
     kept = {cut.name: len(cut.kept) for cut in done.plan.groups}
     possible = made_by([group for group in done.groups.free if kept[group.name] > 1])
     assert possible <= made_by(groups.free)
+
+
+def composed(name: str) -> Any:
+    mark = pytest.mark.xfail(
+        strict=True,
+        reason="refit_attributes_ works out blocks from how many rows stay, not from which: see test_plan",
+    )
+    return pytest.param(name, marks=mark if name == "test_nfnet" else ())
+
+
+@pytest.mark.parametrize("name", [composed(name) for name in NAMES])
+def test_two_cuts_are_one_composed_plan(name: str) -> None:
+    done, (_, plan, twice) = chain(name), second_cut(name)
     once = apply_plan(done.model, compose(done.plan, plan))
     assert relative(logits_of(twice, images_for(name)), logits_of(once, images_for(name))) < 1e-5
 
