@@ -128,7 +128,7 @@ def _slices(known: Known, dim: int) -> list[Atoms] | None:
 
 
 def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
-    sizes = args[1:] if len(args) > 1 else (kwargs.get("shape") or kwargs.get("size") or ())
+    sizes: Any = args[1:] if len(args) > 1 else (kwargs.get("shape") or kwargs.get("size") or ())
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = sizes[0]
     if isinstance(result, Tensor) and len(sizes) == result.dim():

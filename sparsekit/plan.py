@@ -137,8 +137,9 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     or part when something else goes) is not listed: `cuts` say in any case what goes. The result has the input
     shapes of `first`.
 
-    Constants of dead channels are folded at one cut instead of two, to the same sums as long as every one of them
-    can be folded. Raises InputError if a tensor has not the size in `second` that `first` leaves.
+    Constants of dead channels are folded at one cut instead of two: as long as every one of them can be folded the
+    outputs are the same, though other biases or columns may hold them. Raises InputError if a tensor has not the
+    size in `second` that `first` leaves.
     """
     earlier = {(cut.tensor, cut.dim): cut for cut in first.cuts}
     cuts = dict(earlier)

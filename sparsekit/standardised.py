@@ -30,7 +30,8 @@ def effective_weight(module: Any) -> Tensor:
     standardised = (flat - mean) / (variance + module.eps).sqrt()
     if isinstance(gain := getattr(module, "gain", None), Tensor):
         standardised = standardised * (gain * module.scale).reshape(-1, 1)
-    return standardised.reshape_as(weight)
+    effective: Tensor = standardised.reshape_as(weight)
+    return effective
 
 
 def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
