@@ -34,7 +34,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,7 +133,7 @@ def save(
         "attributes": _changed_attributes(fresh, model),
         "tensors": {name: [_dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
         "plain": plain,
-        "rewrites": [asdict(place) for module in model.modules() for place in rewritten_places(module)],
+        "rewrites": _rewrites(model),
         "sha256": "0" * 64,
         "plan": plan.to_json() if plan else None,
         "info": dict(info or {}),
@@ -452,6 +452,15 @@ def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
         if _dtype_name(tensor) not in _DTYPES or tensor.layout != torch.strided:
             raise InputError(f"{name} cannot be saved: it is a {tensor.layout} tensor of {tensor.dtype}")
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
+    """The rewritten places, under the names that their modules have now: a model may have become part of another."""
+    return [
+        asdict(replace(place, module=name))
+        for name, module in model.named_modules()
+        for place in rewritten_places(module)
+    ]
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -72,8 +72,15 @@ def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
         module.register_forward_hook(declare)
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, nn.Module):
-        hidden = vars(model).get("head_hidden_size")
-        classifier.register_forward_hook(lambda m, args, out: _note_silently(tracer, hidden, args[0]))
+        hidden = [vars(model).get("head_hidden_size")]
+        owners = [
+            module for module in model.modules() if classifier in module.children() and module is not model
+        ]
+        hidden += [vars(owner).get("num_features") for owner in owners]
+        for size in hidden:
+            classifier.register_forward_hook(
+                lambda m, args, out, size=size: _note_silently(tracer, size, args[0])
+            )
     if hasattr(model, "forward_features") and "num_features" in vars(model):
         forward_features, width = model.forward_features, vars(model)["num_features"]
 
@@ -136,7 +143,9 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
             _note(tracer, size, result, dim)
         # Dimensions with places of nothing that could go (tokens behind a class token) keep their size.
         cuttable = [one for one in tracer.known(result).labels if not bool((one == FIXED).any())]
-        labelled = {d for one in cuttable for d in span(one) if type(sizes[d]) is int and sizes[d] > 1}
+        labelled = {
+            d for one in cuttable for d in span(one) if type(sizes[d]) in (int, PartInt) and sizes[d] > 1
+        }
         places = tracer.places.computed_sizes(len(sizes)) if labelled else {}
         computed = labelled & places.keys()
         taken = any(size == -1 for size in sizes)  # torch can work out one size of a call, not two

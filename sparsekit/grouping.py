@@ -28,7 +28,10 @@ def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[C
     alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
     for number, runs in _by_component(facts, coupled, marks.gates):
         if any(marks.makes[atoms[0]] for atoms in runs.values()):
-            signature = tuple((part, len(atoms)) for part, atoms in sorted(runs.items()))
+            sizes = tuple(
+                (attribute, len(own)) for attribute, own in sorted(sized.get(number, {}).items(), key=str)
+            )
+            signature = (*((part, len(atoms)) for part, atoms in sorted(runs.items())), *sizes)
             alike[signature, coupled.reasons.get(number, "")].append((number, runs))
     component_places: dict[int, list[Place]] = defaultdict(list)
     for place, atoms in facts.places:

@@ -8,8 +8,10 @@ An operator without a rule fixes everything that enters it, under its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
         rule = _pointwise
     if rule is None and call.operator.is_view:
         rule = _moving
-    if not call.outputs and name not in _LOOKS:
+    if not call.outputs:  # a look at a value: `item`, or an assertion
         return
     try:
         (rule or _unknown)(tracer, call)
@@ -57,30 +59,25 @@ def _nothing(tracer: Tracer, call: Call) -> None:
 
 
 def _pointwise(tracer: Tracer, call: Call) -> None:
-    tensors = (
-        call.tensors[: 1 + len(call.outputs)] if call.name.startswith("native_dropout") else call.tensors
-    )
-    out = call.outputs[0]
-    combined = combine(tracer, tensors, out.shape, marks=call.name)
+    name, tensors = call.name.rstrip("_"), call.tensors
+    combined = combine(tracer, tensors, call.outputs[0].shape, scales=name in _SCALING)
     known = [tracer.known(tensor) for tensor in tensors]
-    squashes = call.name.rstrip("_") in _SQUASHING
-    feeds, squashed = joined(k.feeds for k in known), squashes or any(k.squashed for k in known)
-    if call.name.rstrip("_") in ("mul", "div") and len(tensors) > 1:
+    feeds, squashed = joined(k.feeds for k in known), name in _SQUASHING or any(k.squashed for k in known)
+    if name in _SCALING and len(tensors) > 1:
         feeds, squashed = _gated(tracer, known)
     elif len(tensors) > 1 and any(k.squashed for k in known if k.feeds is not None):
         feeds = None  # 1 - gate, gate + gate: neither a gate nor what it came from
-    copies = call.name in ("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh")
-    origin = known[0].origin if copies and known else None
+    origin = known[0].origin if name in _COPYING and known else None
     if origin is None:
         for tensor in tensors:
             tracer.read(tensor)
+    weight = bool(known) and all(k.weight for k in known)
     for output in call.outputs:
-        tracer.learn(
-            output,
-            Known(combined, bool(known) and all(k.weight for k in known), feeds, squashed, origin),
-        )
+        tracer.learn(output, Known(combined, weight, feeds, squashed, origin))
 
 
+_SCALING = {"mul", "div"}
+_COPYING = {"clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh"}
 _SQUASHING = {"sigmoid", "hardsigmoid", "tanh"}
 
 
@@ -97,12 +94,13 @@ def _gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
 
 
 def combine(
-    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], marks: str = ""
+    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], *, scales: bool = False
 ) -> tuple[Tensor, ...]:
     """Labels of what comes of operands that meet element by element, broadcast to `shape`.
 
-    Labels over the same dimensions are coupled. Labels over some of another's dimensions are covered by it. Labels
-    along a dimension where another operand has a size of its own, without labels, are fixed.
+    Labels over the same dimensions are coupled. Labels over some of another's dimensions are covered by it. Along a
+    dimension where another operand has a size of its own, without labels, everything goes together; labels along
+    nothing else are fixed. `scales`: it is a product, in which a weight is a factor.
     """
     n = len(shape)
     operands = [t for t in tensors if t.dim() <= n]
@@ -113,15 +111,17 @@ def combine(
     labelled = [{d for labels in group for d in span(labels)} for group in arrays]
     free: list[Tensor] = []
     for i, group in enumerate(arrays):
-        if known[i].weight and marks.rstrip("_") in ("mul", "div"):
+        if scales and known[i].weight:
             for labels in group:
                 tracer.facts.mark("multiplies", labels)
         for labels in group:
             dims = set(span(labels))
-            if any(dims & (present[j] - labelled[j]) for j in range(len(operands)) if j != i):
+            others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]
+            sized = sorted(dims & set().union(*others))
+            if dims and len(sized) == len(dims):
                 tracer.facts.fix(labels, "it meets a tensor whose size is fixed")
             else:
-                free.append(labels)
+                free.append(_together(tracer, labels, sized))
     merged = merged_by_span(free, tracer.facts.couple)
     return _uncovered(tracer, merged)
 
@@ -151,36 +151,26 @@ def _moving(tracer: Tracer, call: Call) -> None:
 
     results = [moved(labels, tensor.shape, run) for labels in known.labels]
     for i, output in enumerate(call.outputs):
-        labels = tuple(result[i] for result in results)
-        feeds = known.feeds
-        if feeds is not None and output.numel() < tensor.numel():  # a part: only what it still holds
-            held = [to_atoms(one) for one in labels]
-            feeds = (
-                feeds[torch.isin(torch.from_numpy(feeds), torch.from_numpy(joined(held))).numpy()]
-                if held
-                else feeds
-            )
-        merged = merged_by_span(labels, tracer.facts.couple)
-        if call.name not in (
-            "permute",
-            "transpose",
-            "t",
-            "unsqueeze",
-            "squeeze",
-            "expand",
-            "slice",
-            "select",
-        ):
-            for one in merged:
+        labels = merged_by_span([result[i] for result in results], tracer.facts.couple)
+        if call.name not in _KEEP_DIMENSIONS:
+            for one in labels:
                 tracer.facts.grid(one)
-        whole = output.numel() == tensor.numel()
-        if not whole:
+        if output.numel() == tensor.numel():
+            tracer.learn(output, replace(known, labels=labels))
+        else:
             tracer.read(tensor)
-        tracer.learn(
-            output, Known(merged, known.weight, feeds, known.squashed, known.origin if whole else None)
-        )
+            feeds = _held(known.feeds, labels)
+            tracer.learn(output, Known(labels, known.weight, feeds, known.squashed))
 
 
+def _held(feeds: Atoms | None, labels: Sequence[Tensor]) -> Atoms | None:
+    """Of what feeds a tensor, that which a part of it still holds."""
+    atoms = joined(to_atoms(one) for one in labels)
+    return feeds if feeds is None or atoms is None else np.intersect1d(feeds, atoms)
+
+
+# What these leave of labels over several dimensions is what was there before.
+_KEEP_DIMENSIONS = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
 _AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
 
 
@@ -290,10 +280,11 @@ def _per_map(tracer: Tracer, call: Call) -> None:
     spatial = set(range(min(changed, default=tensor.dim() - 2), tensor.dim()))
     labels = []
     for one in known.labels:
-        if spatial & set(span(one)):
+        inside = sorted(spatial & set(span(one)))
+        if inside and len(inside) == len(span(one)):
             tracer.facts.fix(one, _MIXES.format(call.name))
         else:
-            labels.append(one)
+            labels.append(_together(tracer, one, inside))
     tracer.read(tensor)
     for output in call.outputs:
         tracer.learn(output, Known(tuple(labels), known.weight, known.feeds, known.squashed))
@@ -643,6 +634,8 @@ def _maps_read(tracer: Tracer, known: Known, *, depthwise: bool) -> tuple[list[T
             passed.append(one)
         elif dims == {0, 1}:
             passed.append(_together(tracer, one, [1]))
+        elif 1 in dims and 0 not in dims:
+            read.append(_together(tracer, one, sorted(dims - {1})))
         else:
             tracer.facts.fix(one, _MIXES.format("a convolution over it"))
     return read, passed
@@ -691,7 +684,6 @@ def _convolve_blocks(
 # ------------------------------------------------------------------------------------------------- table
 
 Rule = Callable[[Tracer, Call], None]
-_LOOKS = {"_local_scalar_dense", "item"}
 _KINDS: dict[Rule, str] = {
     _pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "

@@ -15,7 +15,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -130,22 +130,46 @@ def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
         by_method.setdefault((place.module, place.method), []).append(place)
     for (name, method), found in by_method.items():
         module = model.get_submodule(name)
-        earlier = rewritten_places(module)
+        earlier = [replace(place, module=name) for place in rewritten_places(module)]
         cls = original_class(module)
         function = getattr(cls, method, None)
         parsed = _parsed(function) if inspect.isfunction(function) else None
-        if parsed is None or parsed[0] != found[0].source:
+        if parsed is None or not all(_exists(place, *parsed) for place in found):
             raise InputError(
                 f"{cls.__module__}.{cls.__qualname__}.{method} is not the code the cut was made for; install the "
                 "versions that the artifact was written with"
             )
-        places = tuple(sorted({*earlier, *found}))
-        methods = {
-            one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
-            for one in {place.method for place in places}
-        }
-        body = {**methods, _MARK: places, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        module.__class__ = type(cls.__name__, (cls,), body)
+        # Of one place, what is written last stands.
+        together = {replace(place, size=-1): place for place in (*earlier, *found)}
+        module.__class__ = _subclass(cls, tuple(sorted(together.values())))
+
+
+def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
+    methods = {
+        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
+        for one in {place.method for place in places}
+    }
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
+    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
+    return made
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """How to copy or pickle a rewritten module: the class is made again where the copy is."""
+    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
+
+
+def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
+    made = _subclass(cls, places)
+    return made.__new__(made)
+
+
+def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
+    return (
+        place.source == source
+        and 0 <= place.call < len(calls)
+        and 0 <= place.argument < len(_sizes(calls[place.call]))
+    )
 
 
 def rewritten_places(module: nn.Module) -> tuple[Place, ...]:
@@ -166,9 +190,21 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     for place in places:
         size = ast.copy_location(ast.parse(str(int(place.size)), mode="eval").body, calls[place.call])
         _sizes(calls[place.call])[place.argument] = size
-    tree = ast.fix_missing_locations(ast.Module([definition], []))
-    ast.increment_lineno(tree, function.__code__.co_firstlineno - 1)  # tracebacks show the line it comes from
+    # Defaults are those of the original, and private names (`self.__x`) need the class around them.
+    assert isinstance(definition, ast.FunctionDef)
+    arguments = definition.args
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    around = ast.parse(f"class {owner if owner.isidentifier() else '_'}: pass").body[0]
+    assert isinstance(around, ast.ClassDef)
+    around.body = [definition]
+    tree = ast.fix_missing_locations(ast.Module([around], []))
+    ast.increment_lineno(
+        definition, function.__code__.co_firstlineno - 1
+    )  # tracebacks show the line it comes from
     namespace: dict[str, Any] = {}
     exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
-    made: Callable[..., Any] = namespace[function.__name__]
+    made: Callable[..., Any] = vars(namespace[around.name])[definition.name]
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return made

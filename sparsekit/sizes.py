@@ -54,7 +54,9 @@ class NamedInt(int):
 
     attribute: Attribute
 
-    def __floordiv__(self, divisor: int) -> int:
+    def __floordiv__(self, divisor: Any) -> Any:
+        if not isinstance(divisor, int):
+            return int(self).__floordiv__(divisor)
         part = PartInt(int(self) // int(divisor))
         part.whole = self
         return part

@@ -88,6 +88,8 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for cut in plan.cuts:
+        if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
+            continue  # of a composed plan: the first cut may have made it, for a constant
         size = len(cut.keep) + len(cut.drop)
         if cut.role == "size":
             found = read_sizes(model, cut.tensor)
@@ -101,9 +103,9 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
-    """Whether it is the gain of a convolution that was standardised and is plain now."""
+    """Whether it is the gain of a convolution that was standardised, or a bias no constant was folded into."""
     module, _, name = cut.tensor.rpartition(".")
-    return name == "gain" and not hasattr(model.get_submodule(module), name)
+    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
 
 
 def _resize_(model: nn.Module, cut: TensorCut) -> None:
@@ -126,7 +128,7 @@ def _slice_(model: nn.Module, cut: TensorCut) -> None:
             for key, tensor in held.items():
                 if tensor is old:
                     held[key] = new
-                    refit_attributes_(module, blocks=cut.role == "depthwise")
+                    refit_attributes_(module, rows=cut.keep if (key, cut.dim) == ("weight", 0) else None)
 
 
 def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
@@ -142,10 +144,10 @@ def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
     module.eps *= ratio
 
 
-def refit_attributes_(module: nn.Module, *, blocks: bool = False) -> None:
+def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
     """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
 
-    `blocks`: of a grouped convolution whole blocks went, so there are fewer; else they got smaller.
+    `rows` of the weight were kept: a grouped convolution has as many blocks left as these lie in.
     """
     weight = getattr(module, "weight", None)
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
@@ -153,13 +155,13 @@ def refit_attributes_(module: nn.Module, *, blocks: bool = False) -> None:
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         assert isinstance(weight, Tensor)
-        if module.groups > 1 and blocks:
-            module.groups = weight.shape[0] // (module.out_channels // module.groups)
+        if rows is not None:
+            module.groups = len({row // (module.out_channels // module.groups) for row in rows})
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
-    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:
             module.num_features = len(sized)

@@ -419,9 +419,6 @@ class SplitByTuple(nn.Module):
         return self.head(torch.cat([first, self.inner(second), third], 1))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="channels of two parts form one group, which no entry of the attribute sizes"
-)
 def test_parts_whose_widths_are_entries_of_one_attribute_are_groups_of_their_own() -> None:
     groups = find_groups(SplitByTuple(), torch.randn(1, 3, 8, 8))
     assert sorted(g.n_channels for g in groups.free) == [3, 4, 4, 5]
@@ -444,9 +441,6 @@ class SubPixels(nn.Module):
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.xfail(
-    strict=True, reason="channels that lie along a map are fixed, where its neighbours could go with them"
-)
 def test_channels_that_make_up_one_map_go_together(by_hand: bool) -> None:
     groups = find_groups(SubPixels(by_hand=by_hand), torch.randn(1, 3, 8, 8))
     assert groups["up"].n_channels == 4
@@ -489,16 +483,12 @@ class SelectiveKernel(nn.Module):
     ("make", "shape", "free"),
     [(Rotary, (1, 5, 6), {"qkv": 4, "proj": 9}), (SelectiveKernel, (1, 3, 8, 8), {"small": 6, "squeeze": 4})],
 )
-@pytest.mark.xfail(
-    strict=True, reason="one fixed dimension of two fixes the other as well, which it need not"
-)
 def test_what_meets_a_fixed_size_inside_a_unit_can_still_go_by_units(
     make: Callable[[], nn.Module], shape: tuple[int, ...], free: dict[str, int]
 ) -> None:
     assert {g.name: g.n_channels for g in find_groups(make(), torch.randn(shape)).free} == free
 
 
-@pytest.mark.xfail(strict=True, reason="refit_attributes_ knows no InstanceNorm")
 def test_an_instance_norm_with_scale_and_shift_is_cut() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 2, 1))
     assert not find_groups(model, torch.randn(1, 3, 8, 8))["0"].frozen

@@ -217,6 +217,19 @@ def test_a_model_whose_code_was_rewritten_can_be_cut_and_saved_again(
     assert 0 < n_places[0] <= n_places[1]
 
 
+def test_a_rewritten_model_may_become_part_of_another(tmp_path: Path) -> None:
+    model, inputs, source = small("AttentionOfComputedSizes")
+    pruned, _ = cut(model, *inputs)
+
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.Identity(), source["factory"]())
+
+    whole = nn.Sequential(nn.Identity(), pruned)
+    loaded = load(save(whole, tmp_path / "whole", factory=factory), factory=factory)
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs), pruned(*inputs))
+
+
 class Tabled(nn.Module):
     """A table that is not stored with the model is added to what a layer gives."""
 

@@ -221,6 +221,21 @@ def test_a_damaged_artifact_is_one_line(text: str, tmp_path: Path) -> None:
     assert line.startswith(f"error: {tmp_path / 'structure.json'} ")
 
 
+@pytest.mark.xfail(
+    strict=True, reason="the size is taken as it comes, and a wrong one reported as a bug of ours"
+)
+@pytest.mark.parametrize("size", ["3x8x8", 8, [3, 8], [3, 8, -8], [3, 8, "8"]])
+def test_an_artifact_whose_notes_give_no_input_size_is_one_line(size: object, tmp_path: Path) -> None:
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=4)
+    sparsekit.save(model, tmp_path / "pruned", info={"input_size": size})
+    done = run("export", tmp_path / "pruned")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'pruned'}/structure.json does not say the input size")
+
+
 # ----------------------------------------------------------------------------------- with a stand-in pipeline
 
 

@@ -281,9 +281,6 @@ def test_a_bias_that_the_first_cut_made_is_cut_with_its_layer_by_the_composed_pl
     assert_equal_models(apply_plan(model, compose(first, second)), apply_plan(once, second), (images,))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="apply_plan refuses the cut of a bias that only folding a constant makes"
-)
 def test_a_bias_that_the_first_cut_made_is_cut_by_the_composed_plan_where_only_the_second_takes_its_rows() -> (
     None
 ):
@@ -295,13 +292,6 @@ def test_a_bias_that_the_first_cut_made_is_cut_by_the_composed_plan_where_only_t
     assert_equal_models(apply_plan(model, compose(first, second)), apply_plan(once, second), (images,))
 
 
-BLOCKS_ARE_GUESSED = pytest.mark.xfail(
-    strict=True,
-    reason="refit_attributes_ works out the blocks of a grouped convolution from how many rows stay, not from which",
-)
-
-
-@BLOCKS_ARE_GUESSED
 def test_a_second_cut_inside_the_one_block_that_the_first_left_is_composed() -> None:
     model, (images,) = build("GroupedConvOfFour")
     (grouped,) = find_groups(model, images).free
@@ -313,7 +303,6 @@ def test_a_second_cut_inside_the_one_block_that_the_first_left_is_composed() -> 
     assert_equal_models(apply_plan(model, compose(first, second)), apply_plan(once, second), (images,))
 
 
-@BLOCKS_ARE_GUESSED
 def test_a_cut_of_blocks_that_the_first_plan_made_smaller_is_composed() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=4), nn.ReLU(), nn.Conv2d(24, 2, 1)

@@ -135,13 +135,6 @@ def test_a_plan_that_was_json_text_gives_the_same_model(name: str) -> None:
     assert all(torch.equal(tensor, again[key]) for key, tensor in done.pruned.state_dict().items())
 
 
-def reset(name: str) -> Any:
-    mark = pytest.mark.xfail(
-        strict=True, reason="num_features of the head, which only reset() reads, is not resized"
-    )
-    return pytest.param(name, marks=mark if name == "test_mambaout" else ())
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_what_timm_promises_of_its_models_holds_of_the_cut_one(name: str) -> None:
     pruned, images = copy.deepcopy(chain(name).pruned), images_for(name)
@@ -157,7 +150,7 @@ def test_what_timm_promises_of_its_models_holds_of_the_cut_one(name: str) -> Non
     assert logits_of(pruned, images).shape == hidden.shape
 
 
-@pytest.mark.parametrize("name", [reset(name) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_model_takes_a_new_classifier(name: str) -> None:
     pruned = copy.deepcopy(chain(name).pruned)
     pruned.reset_classifier(3)
@@ -226,15 +219,7 @@ def test_a_cut_model_is_cut_once_more(name: str) -> None:
     assert possible <= made_by(groups.free)
 
 
-def composed(name: str) -> Any:
-    mark = pytest.mark.xfail(
-        strict=True,
-        reason="refit_attributes_ works out blocks from how many rows stay, not from which: see test_plan",
-    )
-    return pytest.param(name, marks=mark if name == "test_nfnet" else ())
-
-
-@pytest.mark.parametrize("name", [composed(name) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_cuts_are_one_composed_plan(name: str) -> None:
     done, (_, plan, twice) = chain(name), second_cut(name)
     once = apply_plan(done.model, compose(done.plan, plan))
