@@ -8,9 +8,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sparsekit.complexity import attention_in_the_open, layer_costs
 from sparsekit.coupling import decide
@@ -36,11 +38,14 @@ def find_groups(
     Every group comes back; those that must stay whole say why in `frozen`: they reach the model's output, pass
     through something sparsekit cannot cut, match a name pattern of `ignore`, or failed the proof. The proof cuts
     half the channels of every free group of a copy with randomised norms, in float64, and compares it with the
-    masked copy. The model keeps its mode, parameters and random state. Raises ModelError if the model does not
-    run on the example, InputError for a pattern of `ignore` that matches no module.
+    masked copy. The model keeps its mode, parameters, buffers and random state: all of it happens to copies.
+    Raises ModelError if the model cannot be copied, does not run on the example or returns no tensor, InputError for
+    arguments of other types and for a pattern of `ignore` that matches no module.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    _check_types(model, inputs)
     with torch.random.fork_rng():
+        model = _copied(model)
         costs = _run_once(model, inputs)
         names = [name for name, _ in model.named_modules()]
         for pattern in ignore:
@@ -63,13 +68,47 @@ def find_groups(
         return _prove(model, groups)
 
 
+def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}; call it" if isinstance(model, type) else type(model).__name__
+        raise InputError(f"model must be a torch.nn.Module, got {found}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is compiled by torch.jit; give the module it was made from: compiled code "
+            "cannot be followed"
+        )
+    if not inputs or not all(isinstance(one, Tensor) for one in inputs):
+        found = ", ".join(type(one).__name__ for one in inputs) or "none"
+        raise InputError(f"example_input must be a tensor or a tuple of tensors, got {found}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ModelError(f"{name} is not initialised; run the model once before it is analysed")
+        if tensor.is_meta:
+            raise ModelError(f"{name} is on the meta device and holds no numbers; load the weights first")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy to run: what a forward pass changes (counters, caches, statistics) is not the caller's."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {_one_line(error)}; every cut is tried on copies, so keep what "
+            "cannot be copied out of the module"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
     try:
         return layer_costs(model, *inputs)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example input of shape "
-            f"{[tuple(x.shape) for x in inputs]}: {type(error).__name__}: {error}"
+            f"{[tuple(x.shape) for x in inputs]}: {_one_line(error)}"
         ) from error
 
 

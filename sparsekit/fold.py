@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.errors import ModelError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, keep_too
 from sparsekit.modes import evaluating, random_inputs
@@ -166,6 +167,11 @@ def _observe(
         with evaluating(model):
             for seed in (0, 1) if layers else ():
                 model(*random_inputs(input_shapes, seed, model, batch=2))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(
+            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: {reason}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

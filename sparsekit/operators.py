@@ -701,9 +701,10 @@ _KINDS: dict[Rule, str] = {
     "adaptive_max_pool2d avg_pool1d max_pool1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
     "_upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_nearest1d avg_pool3d max_pool3d_with_indices "
     "mkldnn_max_pool2d upsample_linear1d _upsample_nearest_exact2d",
-    _reducing: "mean sum amax amin norm linalg_vector_norm var std var_mean logsumexp prod all any",
+    _reducing: "mean sum amax amin max min argmax argmin norm linalg_vector_norm var std var_mean logsumexp prod "
+    "all any",
     _softmax: "_softmax _log_softmax _safe_softmax softmax",
-    _along_dim: "cumsum sort topk argsort max min argmax cumprod",
+    _along_dim: "cumsum sort topk argsort cumprod",
     _batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm batch_norm",
     _layer_norm: "native_layer_norm layer_norm",

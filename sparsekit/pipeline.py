@@ -551,16 +551,18 @@ def export_again(
         raise FileError(
             f"{source} holds no artifact: neither structure.json nor pruned/structure.json is there"
         )
-    info = artifact.read_structure(folder).get("info", {})
-    if "input_size" not in info:
+    info = artifact.read_structure(folder)["info"]
+    size = info.get("input_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise FileError(
-            f"{folder}/structure.json does not say the input size; export with sparsekit.export_onnx"
+            f"{folder}/structure.json does not say the input size as [channels, height, width], got {size!r:.40}; "
+            "export with sparsekit.export_onnx"
         )
     asked = ("dynamic" if dynamic_batch else f"b{batch_size or 1}", *([f"opset{opset}"] if opset else []))
     target = output or folder.parent / ".".join((folder.resolve().name, *asked, "onnx"))
     if output is None and target.exists():
         raise FileError(f"{target} is already there; name another file with --output")
-    example = torch.zeros(batch_size or 1, *info["input_size"])
+    example = torch.zeros(batch_size or 1, *size)
     model = artifact.load(folder)
     return export_onnx(
         model, target, example, opset=opset, dynamic_batch=dynamic_batch, metadata=_metadata(info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -67,15 +67,52 @@ class PrunePlan:
                 input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
                 rewrites=tuple(Place(**place) for place in data["rewrites"]),
             )
-            for cut in plan.cuts:
-                if sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
-                    raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+            _check_types(plan)
+            _check_positions(plan)
             return plan
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups, "
                 "input_shapes and rewrites as PrunePlan.to_json writes them"
             ) from error
+
+
+def _check_types(plan: PrunePlan) -> None:
+    """Raise TypeError for values that from_json took as they came."""
+    expected: list[tuple[Any, type]] = []
+    for cut in plan.cuts:
+        expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
+        if cut.role not in get_args(Role):
+            raise TypeError(
+                f"the role of {cut.tensor} must be one of {', '.join(get_args(Role))}, got {cut.role!r}"
+            )
+    for group in plan.groups:
+        expected += [(group.name, str), (group.n_channels, int), *((n, int) for n in group.kept)]
+    expected += [(size, int) for shape in plan.input_shapes for size in shape]
+    for place in plan.rewrites:
+        expected += [(place.module, str), (place.method, str), (place.source, str)]
+        expected += [(place.call, int), (place.argument, int), (place.size, int)]
+    for value, kind in expected:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
+
+
+def _check_positions(plan: PrunePlan) -> None:
+    """Raise ValueError for numbers that no plan can have."""
+    seen: set[tuple[str, int]] = set()
+    for cut in plan.cuts:
+        if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
+            raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+        if not cut.keep:
+            raise ValueError(f"it keeps nothing of {cut.tensor}; a layer must not be emptied")
+        if (cut.tensor, cut.dim) in seen:
+            raise ValueError(f"it cuts {cut.tensor} twice in dimension {cut.dim}")
+        seen.add((cut.tensor, cut.dim))
+    for group in plan.groups:
+        if not set(group.kept) <= set(range(group.n_channels)):
+            raise ValueError(f"{group.name} keeps channels that it does not have")
+    if any(size < 1 for shape in plan.input_shapes for size in shape):
+        raise ValueError("an input has an impossible shape")
 
 
 def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
@@ -93,10 +130,10 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         if name not in known:
             raise InputError(f"a mask names the group {name!r}, which the model does not have")
         group = known[name]
-        if mask.dtype != torch.bool or mask.shape != (group.n_channels,):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
             raise InputError(
                 f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
-                f"got {str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+                f"got {_described(mask)}"
             )
         keep: list[bool] = mask.tolist()
         if not any(keep):
@@ -126,6 +163,12 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
     rewrites = {place for group in shrunk for place in group.rewrites}
     return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)))
+
+
+def _described(mask: object) -> str:
+    if not isinstance(mask, Tensor):
+        return f"{type(mask).__name__}; give a tensor"
+    return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:

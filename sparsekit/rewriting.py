@@ -123,13 +123,16 @@ def _sizes(call: ast.Call) -> list[ast.expr]:
 def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
     """Give every module named by `places` a subclass in which the size in each place is -1, in place.
 
-    Raises InputError if a method's text is not the one the places belong to.
+    Raises InputError if there is no such module, or a method's text is not the one the places belong to.
     """
+    modules = dict(model.named_modules())
     by_method: dict[tuple[str, str], list[Place]] = {}
     for place in sorted(places):
         by_method.setdefault((place.module, place.method), []).append(place)
     for (name, method), found in by_method.items():
-        module = model.get_submodule(name)
+        if name not in modules:
+            raise InputError(f"a size in {name}.{method} is to be left to torch, but there is no such module")
+        module = modules[name]
         earlier = [replace(place, module=name) for place in rewritten_places(module)]
         cls = original_class(module)
         function = getattr(cls, method, None)

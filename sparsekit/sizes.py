@@ -113,9 +113,11 @@ def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
         value = getattr(model.get_submodule(module), name)
     except AttributeError:
         return ()
-    if isinstance(value, (tuple, list)):
-        return tuple(entry["num_chs"] if isinstance(entry, dict) else entry for entry in value)
-    return (value,)
+    entries = value if isinstance(value, (tuple, list)) else (value,)
+    sizes: tuple[Any, ...] = tuple(
+        entry.get("num_chs") if isinstance(entry, dict) else entry for entry in entries
+    )
+    return sizes if all(isinstance(size, int) for size in sizes) else ()
 
 
 def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:

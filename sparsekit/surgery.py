@@ -19,7 +19,11 @@ from sparsekit.standardised import is_standardised, make_plain_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce."""
+    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce.
+
+    Raises ModelError if the plan does not fit the model, or the model does not run on inputs of the plan's shapes.
+    """
+    _check_fits(model, plan)
     masked = _with_plain_readers(model, plan)
     fold_constants_(masked, plan)
     _silence_(masked, plan)
@@ -58,9 +62,9 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
 
     Constants of dead channels are folded where that is exact. Training flags, devices, dtypes and requires_grad
-    carry over. Raises ModelError if the plan names a tensor the model does not have or of another size.
+    carry over. Raises ModelError if the plan names a tensor the model does not have or of another size, would empty
+    a layer, or has inputs that the model does not take.
     """
-    _check_fits(model, plan)
     return cut_masked_(mask_model(model, plan), plan)
 
 
@@ -100,6 +104,8 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
                 f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
                 f"found {found or 'nothing'}; apply a plan to the model whose groups it was made from"
             )
+        if not cut.keep:
+            raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")
 
 
 def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
@@ -213,9 +219,16 @@ def compare_outputs(
 def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
     """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
 
-    Raises VerificationError if they do not.
+    Raises VerificationError if they do not, or the cut one does not run.
     """
-    agreement = compare_outputs(mask_model(model, plan), pruned, plan.input_shapes)
+    masked = mask_model(model, plan)
+    try:
+        agreement = compare_outputs(masked, pruned, plan.input_shapes)
+    except VerificationError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise VerificationError(f"the cut model does not run: {reason}; nothing was written") from error
     if not agreement.max_rel <= tolerance:
         raise VerificationError(
             f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "

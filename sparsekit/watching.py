@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sparsekit.calls import Calls, watch_declared_sizes_
+from sparsekit.errors import ModelError
 from sparsekit.modes import flat_tensors
 from sparsekit.operators import apply_rule
 from sparsekit.standardised import is_standardised
@@ -48,7 +49,7 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
 def watch(model: nn.Module, inputs: Sequence[Tensor]) -> Tracer:
     """Run `model` (a copy, of which attributes are replaced) once and return what was seen.
 
-    Channels that reach an output are fixed.
+    Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
     """
     tracer = Tracer(model)
     watch_declared_sizes_(model, tracer)
@@ -56,6 +57,11 @@ def watch(model: nn.Module, inputs: Sequence[Tensor]) -> Tracer:
     with torch.no_grad(), Calls(tracer, apply_rule), _Operators(tracer):
         outputs = model(*inputs)
     results = flat_tensors(outputs)
+    if not results:
+        raise ModelError(
+            f"{type(model).__name__} returns no tensor but {type(outputs).__name__}; return a tensor, or a tuple, list "
+            "or dictionary of tensors"
+        )
     for tensor in results:
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:

@@ -23,11 +23,6 @@ from sparsekit.surgery import apply_plan, mask_model, verify_cut
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def still_open(reason: str) -> Any:
-    """What is right, but not done yet."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 class TwoLayers(nn.Module):
     """Two convolutions in whatever forward pass a test gives it."""
 
@@ -97,9 +92,7 @@ def _fails_at_length(model: TwoLayers, images: Tensor) -> Tensor:
     [
         (_fails, "ZeroDivisionError: division by zero"),
         (_fails_late, "RuntimeError: Given groups=1"),
-        pytest.param(
-            _fails_at_length, "ValueError: the first line$", marks=still_open("all lines are passed on")
-        ),
+        (_fails_at_length, "ValueError: the first line$"),
     ],
 )
 def test_a_model_that_fails_on_the_example_is_refused(run: Any, message: str) -> None:
@@ -110,7 +103,6 @@ def test_a_model_that_fails_on_the_example_is_refused(run: Any, message: str) ->
         find_groups(model, IMAGE)
 
 
-@still_open("a model without outputs comes back with groups, or with none")
 @pytest.mark.parametrize("output", [None, "logits", [], {}, 3.0, {"logits": None}])
 def test_a_model_that_returns_no_tensor_is_refused(output: Any) -> None:
     def run(model: TwoLayers, images: Tensor) -> Any:
@@ -250,14 +242,12 @@ def test_an_example_on_another_device_is_refused(place: str) -> None:
         find_groups(model, IMAGE.to("meta") if place == "input" else IMAGE)
 
 
-@still_open("every group is frozen, each because its trial cut failed")
 def test_a_model_without_numbers_is_refused() -> None:
     model = Residual().to("meta")
     with refused(model, ModelError, r"stem\.weight is on the meta device and holds no numbers"):
         find_groups(model, IMAGE.to("meta"))
 
 
-@still_open("the error is an AttributeError of ours")
 @pytest.mark.parametrize(
     "example",
     [
@@ -288,14 +278,12 @@ def test_an_example_that_the_model_does_not_take_is_refused(example: Tensor) -> 
         find_groups(model, example)
 
 
-@still_open("it is said to lack an attribute")
 @pytest.mark.parametrize("model", [Residual, lambda images: images, None, "resnet18", {"weight": IMAGE}])
 def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(InputError, match=r"model must be a torch\.nn\.Module, got "):
         find_groups(model, IMAGE)
 
 
-@still_open("its parameters are made by the forward pass, in the caller's model")
 def test_a_model_whose_parameters_are_not_there_yet_is_refused() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with refused(model, ModelError, r"0\.weight is not initialised; run the model once"):
@@ -314,7 +302,6 @@ class _HoldsAResult(Residual):
         self.doubled = 2 * self.stem.weight
 
 
-@still_open("the error of the copy goes through")
 @pytest.mark.parametrize("make", [_HoldsALock, _HoldsAResult])
 def test_a_model_that_cannot_be_copied_is_refused(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -322,7 +309,6 @@ def test_a_model_that_cannot_be_copied_is_refused(make: Callable[[], nn.Module])
         find_groups(model, IMAGE)
 
 
-@still_open("the error of torch.jit goes through")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_a_scripted_model_is_refused() -> None:
     model = torch.jit.trace(TwoLayers(_plain).eval(), IMAGE)
@@ -344,7 +330,6 @@ class _Counts(Residual):
         return super().forward(images)
 
 
-@still_open("the first pass is one of the caller's model")
 def test_what_a_forward_pass_changes_is_changed_in_copies() -> None:
     model = _Counts()
     with untouched(model):
@@ -385,10 +370,8 @@ def _changed(plan: PrunePlan, change: Callable[[dict[str, Any]], Any]) -> dict[s
     "use",
     [
         apply_plan,
-        pytest.param(mask_model, marks=still_open("an AttributeError")),
-        pytest.param(
-            lambda model, plan: verify_cut(model, model, plan), marks=still_open("an AttributeError")
-        ),
+        mask_model,
+        lambda model, plan: verify_cut(model, model, plan),
     ],
     ids=["apply_plan", "mask_model", "verify_cut"],
 )
@@ -427,7 +410,6 @@ def _empty_all(data: dict[str, Any]) -> None:
         cut["keep"], cut["drop"] = [], sorted(cut["keep"] + cut["drop"])
 
 
-@still_open("the cut fails in torch")
 @pytest.mark.parametrize("change", [_empty_one, _empty_all])
 @pytest.mark.parametrize("name", ["Residual", "AttentionOfNamedSizes"])
 def test_a_plan_that_would_empty_a_layer_is_refused(
@@ -440,7 +422,6 @@ def test_a_plan_that_would_empty_a_layer_is_refused(
         PrunePlan.from_json(_changed(plan, change))
 
 
-@still_open("values are taken as they come")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -461,7 +442,6 @@ def test_a_plan_with_a_cut_of_the_wrong_types_is_refused(key: str, value: Any) -
         PrunePlan.from_json(_changed(plan, lambda data: data["cuts"][0].update({key: value})))
 
 
-@still_open("values are taken as they come")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -482,7 +462,6 @@ def test_a_plan_with_other_wrong_types_is_refused(key: str, value: Any) -> None:
         PrunePlan.from_json(_changed(plan, lambda data: data.update({key: value})))
 
 
-@still_open("the comparison with the weight fails")
 def test_a_plan_that_takes_a_weight_for_a_size_is_refused() -> None:
     model, plan = _planned()
     strange = PrunePlan.from_json(_changed(plan, lambda data: data["cuts"][0].update(role="size")))
@@ -490,14 +469,12 @@ def test_a_plan_that_takes_a_weight_for_a_size_is_refused() -> None:
         apply_plan(model, strange)
 
 
-@still_open("the second cut fails in torch")
 def test_a_plan_that_cuts_a_tensor_twice_is_refused() -> None:
     _, plan = _planned()
     with pytest.raises(FileError, match=r"no pruning plan: .*cuts \S+ twice in dimension"):
         PrunePlan.from_json(_changed(plan, lambda data: data["cuts"].append(data["cuts"][0])))
 
 
-@still_open("the error of the model goes through")
 @pytest.mark.parametrize("shapes", [[], [[1, 4, 8, 8]], [[1, 3]], [[1, 3, 8, 8], [1, 3, 8, 8]]])
 def test_a_plan_with_inputs_that_the_model_does_not_take_is_refused(shapes: list[list[int]]) -> None:
     model, plan = _planned()
@@ -512,7 +489,7 @@ def test_a_plan_with_inputs_that_the_model_does_not_take_is_refused(shapes: list
         ("qkv", "forward"),
         ("", "nothing"),
         ("", "num_heads"),
-        pytest.param("nowhere", "forward", marks=still_open("an AttributeError")),
+        ("nowhere", "forward"),
     ],
 )
 def test_a_plan_that_rewrites_what_the_model_does_not_have_is_refused(module: str, method: str) -> None:
@@ -523,7 +500,6 @@ def test_a_plan_that_rewrites_what_the_model_does_not_have_is_refused(module: st
         apply_plan(model, strange)
 
 
-@still_open("the error of the forward pass goes through")
 def test_a_cut_that_left_a_model_which_does_not_run_is_reported_as_wrong() -> None:
     model, plan = _planned()
     half = PrunePlan(plan.cuts[:1], plan.groups, plan.input_shapes)
@@ -538,11 +514,9 @@ def test_a_cut_that_left_a_model_which_does_not_run_is_reported_as_wrong() -> No
         (torch.zeros(6, dtype=torch.bool), "keeps no channel; a layer must not be emptied"),
         (torch.ones(5, dtype=torch.bool), r"must be bool with 6 entries.*\(5,\)"),
         (torch.ones(6), "must be bool with 6 entries.*got float32"),
-        pytest.param([True] * 6, "must be bool with 6 entries.*got list", marks=still_open("AttributeError")),
-        pytest.param(None, "must be bool with 6 entries.*got NoneType", marks=still_open("AttributeError")),
-        pytest.param(
-            np.ones(6, bool), "must be bool with 6 entries.*got ndarray", marks=still_open("not said")
-        ),
+        ([True] * 6, "must be bool with 6 entries.*got list"),
+        (None, "must be bool with 6 entries.*got NoneType"),
+        (np.ones(6, bool), "must be bool with 6 entries.*got ndarray"),
     ],
 )
 def test_a_mask_that_is_none_or_keeps_nothing_is_refused(mask: Any, message: str) -> None:
