@@ -76,7 +76,11 @@ class ChannelGroup:
 
     @property
     def penalised(self) -> tuple[Member, ...]:
-        """The members a penalty shrinks. All of them zero makes the channel exactly zero for every consumer."""
+        """The members a penalty shrinks. All of them zero makes the channel exactly zero for every consumer.
+
+        Unless something adds to it that is not its own, like the bias of a layer over tokens: the report's logit
+        change at the cut shows that.
+        """
         return tuple(member for member in self.members if member.penalised)
 
 

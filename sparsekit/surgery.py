@@ -50,10 +50,10 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
     """Where a response norm looks at all channels, those that go have to be zero, not only unread; in place."""
     if not any(cut.role == "response" for cut in plan.cuts):
         return
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict(model.named_parameters())
     with torch.no_grad():
         for cut in plan.cuts:
-            if cut.role in ("producer", "parameter") and cut.tensor in tensors:
+            if cut.role not in ("consumer", "response") and cut.tensor in tensors:
                 tensor = tensors[cut.tensor]
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
