@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from sparsekit.complexity import attention_in_the_open, layer_costs
 from sparsekit.coupling import decide
-from sparsekit.errors import InputError, ModelError, VerificationError
+from sparsekit.errors import InputError, ModelError
 from sparsekit.grouping import form_groups
 from sparsekit.groups import ChannelGroup, ChannelGroups, LayerCost
-from sparsekit.modes import evaluating, random_inputs
-from sparsekit.plan import PrunePlan, make_plan
+from sparsekit.modes import evaluating
+from sparsekit.proof import prove
 from sparsekit.sizes import name_integers_, read_sizes
-from sparsekit.surgery import compare_outputs, cut_masked_, detached
 from sparsekit.watching import watch
-
-# In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
-_PROOF_TOLERANCE = 1e-6
-_FLOAT32_TOLERANCE = 1e-4
 
 
 def find_groups(
@@ -65,7 +58,7 @@ def find_groups(
             parameters=tuple(name for name, _ in model.named_parameters()),
             attributes={path: read_sizes(model, path) for path in sorted(sized)},
         )
-        return _prove(model, groups)
+        return prove(model, groups)
 
 
 def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
@@ -151,151 +144,3 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     parts = name.split(".")
     prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(fnmatch.fnmatch(prefix, pattern) for prefix in prefixes for pattern in patterns)
-
-
-def _prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
-    if not groups.free:
-        return groups
-    trial = _Trial(_randomised(model, groups.input_shapes), _without_places(groups, None))
-    failures: dict[str, str] = {}
-    if trial.cut([group.name for group in groups.free]):
-        trial.groups = groups
-        failures = trial.search(trial.cut)
-        trial.groups = _with_fewest_rewrites(trial, [g.name for g in groups.free if g.name not in failures])
-    groups = trial.groups
-    passed = [group.name for group in groups.free if group.name not in failures]
-    if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
-        failures |= trial.search(trial.cut_and_train, passed)
-    proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
-    return replace(groups, groups=tuple(proved))
-
-
-def _with_fewest_rewrites(trial: _Trial, names: list[str]) -> ChannelGroups:
-    """The groups without the rewrites that the cut does not need; those of one class of modules stand together."""
-    modules = dict(trial.model.named_modules())
-    kinds = {type(modules[place.module]): None for g in trial.groups for place in g.rewrites}
-    for kind in kinds:
-        before = trial.groups
-        trial.groups = _without_places(before, {n for n, module in modules.items() if type(module) is kind})
-        if trial.cut(names):
-            trial.groups = before
-    return trial.groups
-
-
-def _without_places(groups: ChannelGroups, modules: set[str] | None) -> ChannelGroups:
-    """The groups without the rewrites in these modules (None: in any)."""
-    fewer = [
-        replace(g, rewrites=tuple(p for p in g.rewrites if modules is not None and p.module not in modules))
-        for g in groups
-    ]
-    return replace(groups, groups=tuple(fewer))
-
-
-class _Trial:
-    """Trial cuts of a copy of the model: half the channels of some groups at a time."""
-
-    def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
-        self.model, self.groups = model, groups
-        self._trains: bool | None = None
-
-    def search(
-        self, attempt: Callable[[list[str]], str], names: Sequence[str] | None = None
-    ) -> dict[str, str]:
-        """The groups that fail, with the reason, by bisection.
-
-        Groups of layers that differ in a number only (the blocks of a stage) are tried together; if their first and
-        their last fail, all of them are taken to fail for the same reason.
-        """
-        failures: dict[str, str] = {}
-        alike: dict[str, list[str]] = defaultdict(list)
-        for name in names if names is not None else [group.name for group in self.groups.free]:
-            alike[re.sub(r"\d+", "#", name)].append(name)
-
-        def bisect(classes: list[list[str]]) -> None:
-            names = [name for one in classes for name in one]
-            reason = attempt(names)
-            if not reason:
-                return
-            if len(names) == 1:
-                failures[names[0]] = f"a trial cut failed: {reason}"
-            elif len(classes) > 1:
-                bisect(classes[: len(classes) // 2])
-                bisect(classes[len(classes) // 2 :])
-            elif (first := attempt(names[:1])) and attempt(names[-1:]):
-                failures.update(dict.fromkeys(names, f"a trial cut failed: {first}"))
-            else:
-                middle = len(names) // 2
-                bisect([names[:middle]])
-                bisect([names[middle:]])
-
-        bisect(list(alike.values()))
-        passed = [name for one in alike.values() for name in one if name not in failures]
-        if failures and passed and (reason := attempt(passed)):
-            failures |= dict.fromkeys(passed, f"a trial cut of several groups together failed: {reason}")
-        return failures
-
-    def cut(self, names: list[str]) -> str:
-        """An empty string if the masked and the cut model agree, else what went wrong."""
-        plan = self._plan(names)
-        try:
-            masked = detached(self.model, plan)
-            agreement = compare_outputs(
-                masked, cut_masked_(copy.deepcopy(masked), plan), plan.input_shapes, batches=(1,)
-            )
-        except VerificationError as error:
-            return str(error)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-        exact = next(self.model.parameters()).dtype == torch.float64
-        if not agreement.max_rel <= (_PROOF_TOLERANCE if exact else _FLOAT32_TOLERANCE):
-            return f"the cut model's outputs are off by {agreement.max_rel:.2g} of the largest"
-        return ""
-
-    def cut_and_train(self, names: list[str]) -> str:
-        """An empty string if the cut model runs in training mode on two inputs, as the uncut one does."""
-        if self._trains is None:
-            self._trains = not self._training_pass(copy.deepcopy(self.model))
-        if not self._trains:
-            return ""
-        plan = self._plan(names)
-        return self._training_pass(cut_masked_(detached(self.model, plan), plan))
-
-    def _training_pass(self, model: nn.Module) -> str:
-        model = model.float().train()
-        try:
-            with torch.no_grad():
-                model(*random_inputs(self.groups.input_shapes, 0, model, batch=2))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
-        return ""
-
-    def _plan(self, names: Sequence[str]) -> PrunePlan:
-        generator = torch.Generator().manual_seed(len(names))
-        masks = {}
-        for name in names:
-            n = self.groups[name].n_channels
-            masks[name] = torch.zeros(n, dtype=torch.bool)
-            masks[name][torch.randperm(n, generator=generator)[: n - n // 2]] = True
-        return make_plan(self.groups, masks)
-
-
-def _randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> nn.Module:
-    """A copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right.
-
-    In float64, where a wrong index cannot pass for rounding, if the model runs in it; else as it is.
-    """
-    trial = copy.deepcopy(model).double()
-    try:
-        with evaluating(trial):
-            trial(*random_inputs(input_shapes, 0, trial))
-    except Exception:
-        trial = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in trial.state_dict().items():
-            if tensor.dim() == 1 and tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-                centred = name.endswith(("bias", "running_mean"))
-                tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
-    return trial

@@ -40,12 +40,11 @@ class Calls(TorchFunctionMode):
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            getattr(func, "__name__", "") == "pad"
-        ):  # in some modes it copies into an empty tensor, piece by piece
+        name = getattr(func, "__name__", "")
+        if name == "pad":  # in some modes it copies into an empty tensor, piece by piece
             return self._pad(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
-        rule = _SIZE_RULES.get(getattr(func, "__name__", ""))
+        rule = _SIZE_RULES.get(name)
         if rule is not None and args and isinstance(args[0], Tensor):
             rule(self._tracer, args, kwargs or {}, result)
         return result
@@ -57,10 +56,7 @@ _OF_OUTPUT = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim"
 
 
 def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
-    """Note, when modules run, the attributes that declare their sizes; in place, the model is a copy.
-
-    Among them what timm models tell their users: `num_features`, `head_hidden_size` and `feature_info`.
-    """
+    """Note, when modules run, the attributes that declare their sizes; in place, the model is a copy."""
 
     def declare(module: nn.Module, args: Any, output: Any) -> None:
         for names, tensors in ((_OF_INPUT, flat_tensors(args)), (_OF_OUTPUT, flat_tensors(output))):
@@ -70,17 +66,24 @@ def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
 
     for module in model.modules():
         module.register_forward_hook(declare)
+    _watch_classifier_(model, tracer)
+    _watch_features_(model, tracer)
+
+
+def _watch_classifier_(model: Any, tracer: Tracer) -> None:
+    """What a timm model reads before its classifier: `head_hidden_size`, and `num_features` of the head."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, nn.Module):
-        hidden = [vars(model).get("head_hidden_size")]
-        owners = [
-            module for module in model.modules() if classifier in module.children() and module is not model
-        ]
-        hidden += [vars(owner).get("num_features") for owner in owners]
-        for size in hidden:
+        heads = [m for m in model.modules() if m is not model and classifier in m.children()]
+        widths = [vars(model).get("head_hidden_size"), *(vars(head).get("num_features") for head in heads)]
+        for size in widths:
             classifier.register_forward_hook(
                 lambda m, args, out, size=size: _note_silently(tracer, size, args[0])
             )
+
+
+def _watch_features_(model: Any, tracer: Tracer) -> None:
+    """What a timm model says of its features: `num_features` at the end, and `feature_info` of its stages."""
     if hasattr(model, "forward_features") and "num_features" in vars(model):
         forward_features, width = model.forward_features, vars(model)["num_features"]
 

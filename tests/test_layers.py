@@ -23,6 +23,7 @@ watching
 masks penalties
 fold
 surgery
+proof
 analysis sparsifier continuation
 checkpoint models machine
 data train session
