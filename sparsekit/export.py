@@ -155,7 +155,7 @@ def _trace(
     # fails instead of baking in one branch. Once ONNX Runtime has fused them, the graphs of both run equally
     # fast (resnet18, mobilenetv3_small_050, test_convnext, test_vit: within 2 %, the difference of a file to
     # itself).
-    try:
+    def attempt() -> onnx.ModelProto:
         with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
             program = torch.onnx.export(
                 model,
@@ -170,6 +170,16 @@ def _trace(
             )
         assert program is not None  # it is None only for the TorchScript exporter
         proto: onnx.ModelProto = program.model_proto
+        return proto
+
+    try:
+        try:
+            return attempt()
+        except Exception:
+            # The exporter has attention only for queries of three or four dimensions; written out it has all.
+            if not _write_attention_out_(model):
+                raise
+            return attempt()
     # The exporter's errors have no common base, and the model's own code may raise anything.
     except Exception as error:
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
@@ -177,7 +187,14 @@ def _trace(
             f"{type(model).__name__} cannot be exported to ONNX: {cause[0]}; its forward must be traceable "
             "by torch.export" + (" with an open batch size" if dynamic_shapes else "")
         ) from error
-    return proto
+
+
+def _write_attention_out_(model: nn.Module) -> bool:
+    """Switch timm's attention from the fused operator to its matrix products, in place; whether there was any."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    return bool(fused)
 
 
 @contextlib.contextmanager

@@ -221,9 +221,6 @@ def test_a_damaged_artifact_is_one_line(text: str, tmp_path: Path) -> None:
     assert line.startswith(f"error: {tmp_path / 'structure.json'} ")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the size is taken as it comes, and a wrong one reported as a bug of ours"
-)
 @pytest.mark.parametrize("size", ["3x8x8", 8, [3, 8], [3, 8, -8], [3, 8, "8"]])
 def test_an_artifact_whose_notes_give_no_input_size_is_one_line(size: object, tmp_path: Path) -> None:
     import timm

@@ -242,3 +242,27 @@ def test_session_refuses_more_threads_than_cores(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="threads"):
         open_session(path, threads=usable_cores() + 1)
     assert open_session(path).get_session_options().intra_op_num_threads == 1
+
+
+class _WindowedAttention(nn.Module):
+    """Attention over windows as a dimension of its own, which the exporter's fused operator does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fused_attn = nn.Linear(8, 24), True
+
+    def forward(self, windows: Tensor) -> Tensor:
+        q, k, v = self.qkv(windows).unflatten(-1, (3, 2, 4)).permute(3, 0, 4, 1, 2, 5).unbind(0)
+        if self.fused_attn:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q @ k.transpose(-2, -1) / 2).softmax(-1) @ v
+        return mixed.mean((1, 2, 3))
+
+
+def test_attention_that_the_exporter_does_not_know_is_written_out(tmp_path: Path) -> None:
+    model, windows = _WindowedAttention().eval(), torch.randn(1, 3, 5, 8)
+    path = export_onnx(model, tmp_path / "windows.onnx", windows)
+    assert model.fused_attn
+    (found,) = open_session(path, threads=1).run(None, {"input": windows.numpy()})
+    assert np.allclose(found, model(windows).detach().numpy(), atol=1e-6)
