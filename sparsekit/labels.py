@@ -3,7 +3,8 @@
 A label array has as many dimensions as the tensor it describes, with size 1 wherever the label is the same all
 along. Its entries are the numbers of *atoms* (one index of one dimension of a parameter), or `FIXED` where an
 element belongs to nothing that could go. Operators that move values move labels the same way: they are run on the
-array, expanded (without a copy) to the tensor's shape.
+array, expanded (without a copy) to the tensor's shape. Entries are float32, the type that every moving operator takes;
+whole numbers are exact in it up to 2^24, far more than any model has rows and columns.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 
 FIXED = 0
-# Labels are kept as float32, the type that every moving operator takes; whole numbers are exact below this.
-MAX_LABEL = 2**24
 
 
 def span(labels: Tensor) -> tuple[int, ...]:
