@@ -31,9 +31,9 @@ def find_groups(
     Every group comes back; those that must stay whole say why in `frozen`: they reach the model's output, pass
     through something sparsekit cannot cut, match a name pattern of `ignore`, or failed the proof. The proof cuts
     half the channels of every free group of a copy with randomised norms, in float64 (float32 above 8 GMACs), and
-    compares it with the masked copy. The model keeps its mode, parameters, buffers and random state: all of it happens to copies.
-    Raises ModelError if the model cannot be copied, does not run on the example or returns no tensor, InputError for
-    arguments of other types and for a pattern of `ignore` that matches no module.
+    compares it with the masked copy. The model keeps its mode, parameters, buffers and random state: all of it
+    happens to copies. Raises ModelError if the model cannot be copied, does not run on the example or returns no
+    tensor, InputError for arguments of other types and for a pattern of `ignore` that matches no module.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check_types(model, inputs)
