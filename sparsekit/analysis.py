@@ -24,16 +24,26 @@ from sparsekit.watching import watch
 
 
 def find_groups(
-    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], *, ignore: Sequence[str] = ()
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    ignore: Sequence[str] = (),
+    through_layer_norm: bool = False,
 ) -> ChannelGroups:
     """Find the coupled channels of a model that runs on `example_input`.
 
     Every group comes back; those that must stay whole say why in `frozen`: they reach the model's output, pass
-    through something sparsekit cannot cut, match a name pattern of `ignore`, or failed the proof. The proof cuts
-    half the channels of every free group of a copy with randomised norms, in float64 (float32 above 8 GMACs), and
-    compares it with the masked copy. The model keeps its mode, parameters, buffers and random state: all of it
-    happens to copies. Raises ModelError if the model cannot be copied, does not run on the example or returns no
-    tensor, InputError for arguments of other types and for a pattern of `ignore` that matches no module.
+    through something sparsekit cannot cut, match a name pattern of `ignore`, or failed the proof. The proof cuts a
+    half, a third or a quarter of every free group of a copy with randomised norms, in float64 (float32 above 8 GMACs),
+    and compares it with the masked copy.
+
+    Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them: with one of them gone the
+    norm's mean and variance are others, so such a cut is not lossless even where the channel is zero
+    (`ChannelGroup.lossless`), and has to be fine-tuned.
+
+    The model keeps its mode, parameters, buffers and random state: all of it happens to copies. Raises ModelError if
+    the model cannot be copied, does not run on the example or returns no tensor, InputError for arguments of other
+    types and for a pattern of `ignore` that matches no module.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check_types(model, inputs)
@@ -47,7 +57,8 @@ def find_groups(
                     f"ignore: the pattern {pattern!r} matches no module of {type(model).__name__}"
                 )
         parametrised = _parametrised(model)
-        formed = [_frozen_if_needed(group, ignore, parametrised) for group in _trace(model, inputs)]
+        traced = _trace(model, inputs, through_layer_norm=through_layer_norm)
+        formed = [_frozen_if_needed(group, ignore, parametrised) for group in traced]
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         sized = {m.tensor for group in formed for m in group.members if m.role == "size"}
         groups = ChannelGroups(
@@ -105,13 +116,15 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, 
         ) from error
 
 
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ChannelGroup, ...]:
+def _trace(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, through_layer_norm: bool
+) -> tuple[ChannelGroup, ...]:
     """The groups one forward pass of a copy shows."""
     traced = copy.deepcopy(model)
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
         name_integers_(traced)
-        facts = watch(traced, inputs).facts
+        facts = watch(traced, inputs, through_layer_norm=through_layer_norm).facts
     return form_groups(facts, decide(facts), parameters)
 
 

@@ -71,11 +71,14 @@ def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
 
 
 def _watch_classifier_(model: Any, tracer: Tracer) -> None:
-    """What a timm model reads before its classifier: `head_hidden_size`, and `num_features` of the head."""
+    """What a timm model makes its classifier of: `head_hidden_size`, `embed_dim`, and `num_features` of the head."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, nn.Module):
         heads = [m for m in model.modules() if m is not model and classifier in m.children()]
-        widths = [vars(model).get("head_hidden_size"), *(vars(head).get("num_features") for head in heads)]
+        widths = [
+            *(vars(model).get(name) for name in ("head_hidden_size", "embed_dim")),
+            *(vars(head).get("num_features") for head in heads),
+        ]
         for size in widths:
             classifier.register_forward_hook(
                 lambda m, args, out, size=size: _note_silently(tracer, size, args[0])
@@ -202,6 +205,20 @@ def _convolved(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     _note(tracer, args[6] if len(args) > 6 else kwargs.get("groups"), args[0], 1)
 
 
+def _attended(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+    """Without a `scale`, torch takes the width of a head for it: within a head everything stays together."""
+    if kwargs.get("scale") is None:
+        for tensor in (args[0], args[1]) if len(args) > 1 else (args[0], kwargs["key"]):
+            width = tensor.dim() - 1
+            for labels in tracer.known(tensor).labels:
+                tracer.facts.couple(labels.narrow(width, 0, 1), labels)
+
+
+def _layer_normed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+    if tracer.through_layer_norm and len(args) > 1 and len(args[1]) == 1:
+        _note(tracer, args[1][0], args[0], args[0].dim() - 1)
+
+
 def _narrowed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     if len(args) == 4:
         _note(tracer, args[2], args[0].narrow(args[1], 0, int(args[2])), args[1])
@@ -239,6 +256,8 @@ _SIZE_RULES = {
     "split_with_sizes": _split,
     "chunk": _chunked,
     "narrow": _narrowed,
+    "scaled_dot_product_attention": _attended,
+    "layer_norm": _layer_normed,
     "conv2d": _convolved,
     "__getitem__": _indexed,
 }

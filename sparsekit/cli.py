@@ -186,6 +186,9 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A timm model name, or a recipe.")],
     image_size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    through_layer_norm: Annotated[
+        bool, typer.Option("--through-layer-norm", help="Free widths under LayerNorm too; not lossless.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Show the channel groups of a model.
@@ -200,7 +203,9 @@ def inspect(
     from sparsekit import pipeline
 
     name = recipe.model.name if recipe else model
-    inspection = pipeline.inspect_model(name, image_size=image_size, recipe=recipe)
+    inspection = pipeline.inspect_model(
+        name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm
+    )
     if json:
         _print_json(inspection.to_json())
     else:

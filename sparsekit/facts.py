@@ -19,7 +19,7 @@ from sparsekit.rewriting import Place
 from sparsekit.sizes import Attribute
 
 Atoms = NDArray[np.int64]
-Mark = Literal["consumed", "produced", "grouped", "normalises", "multiplies", "gates", "responds"]
+Mark = Literal["consumed", "produced", "grouped", "normalises", "multiplies", "gates", "responds", "shifts"]
 
 
 @dataclass(frozen=True)

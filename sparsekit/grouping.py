@@ -60,6 +60,7 @@ class _Marks:
         self.produced, self.grouped = flags("produced"), flags("grouped")
         self.consumed, self.normalises = flags("consumed"), flags("normalises")
         self.multiplies, self.responds = flags("multiplies"), flags("responds")
+        self.shifts = flags("shifts")
 
     def role(self, atom: int) -> Role:
         if self.grouped[atom]:
@@ -70,6 +71,8 @@ class _Marks:
             return "consumer"
         if self.responds[atom]:
             return "response"
+        if self.shifts[atom]:
+            return "layer_norm"
         return "norm" if self.normalises[atom] else "parameter"
 
 
@@ -128,7 +131,9 @@ def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], paramet
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
     multiplies = role == "parameter" and bool(marks.multiplies[atoms[0][0]])
-    penalised = role not in ("consumer", "response") and norm is None and not part[1] and not multiplies
+    penalised = (
+        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not multiplies
+    )
     return Member(
         axis.tensor,
         axis.dim,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sparsekit.rewriting import Place
 
-Role = Literal["producer", "norm", "depthwise", "consumer", "parameter", "response", "size"]
+Role = Literal["producer", "norm", "depthwise", "consumer", "parameter", "response", "layer_norm", "size"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Member:
     Roles: "producer" (output side: rows and bias), "norm" (scale, shift and running statistics), "depthwise"
     (one filter a channel or a block of them, passed through), "consumer" (input side of the next layer: columns),
     "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "response" (the scale
-    of a global response norm, which divides by the mean over all channels and is made up for it when some go), "size"
+    of a norm that divides by the mean over all channels (RMS, global response) and is made up for it when some go),
+    "layer_norm" (scale and shift of a layer norm, whose statistics change with a cut: it is not lossless), "size"
     (`tensor` is an integer attribute that gives the number of positions; `dim` is its place in a tuple of them).
     `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
     producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
@@ -73,6 +74,11 @@ class ChannelGroup:
     def multiple(self, round_to: int) -> int:
         """Of which multiples of the group's channels are the layers' channels multiples of `round_to`."""
         return round_to // gcd(round_to, self.width)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether removing channels that are zero changes nothing else: not where a layer norm runs over them."""
+        return not self.of_role("layer_norm")
 
     @property
     def penalised(self) -> tuple[Member, ...]:

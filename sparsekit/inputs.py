@@ -114,7 +114,12 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     loader = make_loader(few, config, training=True, batch_size=count, augment=augmentation(recipe))
     images, _ = next(iter(loader))
     _check_forward(recipe, model, images, len(data.class_names))
-    groups = find_groups(model, images[:1], ignore=recipe.cut.ignore)
+    groups = find_groups(
+        model,
+        images[:1],
+        ignore=recipe.cut.ignore,
+        through_layer_norm=recipe.cut.through_layer_norm,
+    )
     if recipe.sparsify.epochs:
         make_sparsifier(recipe, model, groups, total_steps=1)
     elif not groups.free:

@@ -23,7 +23,7 @@ from sparsekit.groups import ChannelGroup, ChannelGroups, Role
 _PARTS: dict[str, tuple[Role, ...]] = {
     "made by": ("producer",),
     "filtered by": ("depthwise",),
-    "normalised by": ("norm", "response"),
+    "normalised by": ("norm", "response", "layer_norm"),
     "along with": ("parameter",),
     "read by": ("consumer",),
 }
@@ -68,6 +68,7 @@ class Inspection:
             "macs_share": lost_macs / self.macs if self.macs else 0.0,
             "params_share": lost_params / self.params if self.params else 0.0,
             "members": _members(group),
+            "lossless": group.lossless,
             "frozen": group.frozen,
         }
 
@@ -94,10 +95,15 @@ class Inspection:
 
 
 def inspect_module(
-    name: str, model: nn.Module, example_input: Tensor, ignore: tuple[str, ...] = ()
+    name: str,
+    model: nn.Module,
+    example_input: Tensor,
+    ignore: tuple[str, ...] = (),
+    *,
+    through_layer_norm: bool = False,
 ) -> Inspection:
     """Analyse a model on one example input (1, channels, height, width)."""
-    groups = find_groups(model, example_input, ignore=ignore)
+    groups = find_groups(model, example_input, ignore=ignore, through_layer_norm=through_layer_norm)
     shape = tuple(example_input.shape[1:])
     return Inspection(name, shape, count_macs(model, example_input), count_params(model), groups)
 
@@ -136,6 +142,10 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
     """What stands under a group's name: why it stays whole, and who belongs to it."""
     if row["frozen"]:
         yield Text(f"stays whole: {row['frozen']}", style="italic")
+    elif not row["lossless"]:
+        yield Text(
+            "not lossless: a layer norm's statistics change with every channel removed", style="italic"
+        )
     parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []
     for phrase, roles in _PARTS.items():
         tensors = [member["tensor"] for member in row["members"] if member["role"] in roles]

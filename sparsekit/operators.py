@@ -41,14 +41,14 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
 
 def _unknown(tracer: Tracer, call: Call) -> None:
     weights = bool(call.tensors) and all(tracer.known(tensor).weight for tensor in call.tensors)
-    for output in call.outputs:
-        tracer.learn(output, Known(weight=weights))
-    for tensor in call.tensors:
+    for tensor in call.tensors:  # before the outputs, of which one may be the same tensor
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:
             tracer.facts.fix(
                 labels, f"it passes through {call.name}, which mixes channels in a way of its own"
             )
+    for output in call.outputs:
+        tracer.learn(output, Known(weight=weights))
 
 
 def _nothing(tracer: Tracer, call: Call) -> None:
@@ -172,6 +172,15 @@ def _held(feeds: Atoms | None, labels: Sequence[Tensor]) -> Atoms | None:
 # What these leave of labels over several dimensions is what was there before.
 _KEEP_DIMENSIONS = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
 _AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
+
+
+def _striding(tracer: Tracer, call: Call) -> None:
+    """Torch itself restrides what it pooled to one place, in place: nothing moves where there is one dimension."""
+    out = call.outputs[0]
+    long = [dim for dim, size in enumerate(out.shape) if size > 1]
+    whole = out.untyped_storage().nbytes() == out.numel() * out.element_size()
+    if not (call.name == "as_strided_" and out is call.args[0] and whole and len(long) == 1):
+        _unknown(tracer, call)
 
 
 def _padding(tracer: Tracer, call: Call) -> None:
@@ -382,7 +391,10 @@ def _batch_norm(tracer: Tracer, call: Call) -> None:
 def _layer_norm(tracer: Tracer, call: Call) -> None:
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
-    _mixing_norm(tracer, call, dims, [call.arg(2, "weight"), call.arg(3, "bias")], len(shape))
+    weight = call.arg(2, "weight")
+    # Whoever computes the scale or has none gives a cut nothing to hold on to.
+    lets_through = tracer.through_layer_norm and len(shape) == 1 and tracer.name_of(weight) is not None
+    _mixing_norm(tracer, call, dims, [weight, call.arg(3, "bias")], len(shape), lets_through=lets_through)
 
 
 def _rms_norm(tracer: Tracer, call: Call) -> None:
@@ -397,31 +409,53 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
 
 
 def _mixing_norm(
-    tracer: Tracer, call: Call, dims: set[int], affine: Sequence[Tensor | None], tail: int
+    tracer: Tracer,
+    call: Call,
+    dims: set[int],
+    affine: Sequence[Tensor | None],
+    tail: int,
+    *,
+    lets_through: bool = False,
 ) -> None:
     """Statistics over several channels: those stay, or go together where one norm serves many units.
 
-    `tail`: how many trailing dimensions scale and shift lie along; 0 for dimension 1.
+    `tail`: how many trailing dimensions scale and shift lie along; 0 for dimension 1. `lets_through`: channels may
+    go all the same, the statistics being those of what stays.
     """
     tensor = call.args[0]
     known = tracer.known(tensor)
     parameters = [t for t in affine if isinstance(t, Tensor)]
     label = next((tracer.name_of(t) for t in parameters if tracer.name_of(t)), None)
     reason = _MIXES.format((label or "").removesuffix(".weight") or "a normalisation")
-    labels = list(known.labels)
+    labels, through = list(known.labels), False
     for one in known.labels:
         inside = [d for d in span(one) if d in dims]
         if inside and set(inside) == set(span(one)):
-            tracer.facts.fix(one, reason)
+            through = lets_through or through
+            if not lets_through:
+                tracer.facts.fix(one, reason)
         elif inside:
             _together(tracer, one, inside)
     for t in parameters:
         for one in tracer.known(t).labels:
             labels.append(aligned(one, tensor.dim()) if tail else along(one, 1, tensor.dim()))
-            tracer.facts.mark("normalises", one)
+            tracer.facts.mark("shifts" if through else "normalises", one)
     tracer.read(tensor)
     merged = _uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))
+
+
+def _root_mean_square_norm(tracer: Tracer, call: Call) -> None:
+    """y = scale x / sqrt(mean of x^2 + eps): zero channels only lower the mean, and `surgery` makes up for that."""
+    tensor, module = call.args
+    known, dim = tracer.known(tensor), 1 if "2d" in type(module).__name__ else tensor.dim() - 1
+    labels = [_together(tracer, one, [dim]) if span(one) != (dim,) else one for one in known.labels]
+    labels += [along(one, dim, tensor.dim()) for one in tracer.known(module.weight).labels]
+    for one in tracer.known(module.weight).labels:
+        tracer.facts.mark("responds", one)
+    tracer.read(tensor)
+    merged = _uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
 
 
 def _response_norm(tracer: Tracer, call: Call) -> None:
@@ -711,11 +745,13 @@ _KINDS: dict[Rule, str] = {
     _rms_norm: "_fused_rms_norm rms_norm",
     _group_norm: "native_group_norm group_norm",
     _response_norm: "global_response_norm",
+    _root_mean_square_norm: "root_mean_square_norm",
     _matrix_product: "mm addmm bmm baddbmm",
     _linear: "linear",
     _convolution: "convolution _convolution",
     _standardised_convolution: "standardised_convolution",
-    _unknown: "as_strided view_as_real view_as_complex",
+    _striding: "as_strided",
+    _unknown: "view_as_real view_as_complex",
     _nothing: "arange zeros ones empty full new_zeros new_ones new_empty new_full rand randn eye linspace "
     "scalar_tensor empty_strided empty_permuted",
 }

@@ -428,7 +428,8 @@ def _loader(run: _Run, images: Images, training: bool) -> Loader:
 
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:
-    return find_groups(model, run.example, ignore=run.recipe.cut.ignore)
+    cut = run.recipe.cut
+    return find_groups(model, run.example, ignore=cut.ignore, through_layer_norm=cut.through_layer_norm)
 
 
 def _keep_weights(run: _Run, model: nn.Module, name: str) -> None:
@@ -526,16 +527,20 @@ def report_again(run: Path) -> RunReport:
     return write_report(run)
 
 
-def inspect_model(name: str, *, image_size: int | None, recipe: Recipe | None) -> Inspection:
-    """Groups of a timm model, or of a recipe's model as its data, arguments and ignore patterns make it."""
+def inspect_model(
+    name: str, *, image_size: int | None, recipe: Recipe | None, through_layer_norm: bool = False
+) -> Inspection:
+    """Groups of a timm model, or of a recipe's model as its data, arguments and section `cut` make it."""
     if recipe is not None:
         inputs = open_inputs(recipe)
         model = build_model(recipe, len(inputs.data.class_names), weights=False)
         example = torch.zeros(1, *inputs.config.input_size)
-        return inspect_module(name, model, example, recipe.cut.ignore)
+        through_layer_norm = through_layer_norm or recipe.cut.through_layer_norm
+        return inspect_module(name, model, example, recipe.cut.ignore, through_layer_norm=through_layer_norm)
     model = create_model(name, num_classes=1000, image_size=image_size)
     config = input_config(model, image_size=image_size)
-    return inspect_module(name, model, torch.zeros(1, *config.input_size))
+    example = torch.zeros(1, *config.input_size)
+    return inspect_module(name, model, example, through_layer_norm=through_layer_norm)
 
 
 def export_again(

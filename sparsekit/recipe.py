@@ -278,6 +278,11 @@ class CutSpec(_Spec):
     ignore: tuple[Name, ...] = Field(
         default=(), description="name patterns of modules to leave whole, such as layer4.*"
     )
+    through_layer_norm: bool = Field(
+        default=False,
+        description="cut widths that a LayerNorm runs over too; that changes its mean and variance, so it is not "
+        "lossless and needs fine-tuning",
+    )
 
 
 class DistillSpec(_Spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import ModelError, VerificationError
 from sparsekit.fold import blank_columns_, fold_constants_
+from sparsekit.layer_norms import normalise_all_, normalise_what_stays_
 from sparsekit.modes import evaluating, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
 from sparsekit.rewriting import leave_sizes_to_torch_
@@ -27,6 +29,7 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     masked = _with_plain_readers(model, plan)
     fold_constants_(masked, plan)
     _silence_(masked, plan)
+    _confine_layer_norms_(masked, plan)
     return masked
 
 
@@ -35,6 +38,7 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     copied = _with_plain_readers(model, plan)
     blank_columns_(copied, plan)
     _silence_(copied, plan)
+    _confine_layer_norms_(copied, plan)
     return copied
 
 
@@ -58,6 +62,13 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
+def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
+    """Layer norms that lose channels look at those that stay, as the cut ones will; in place."""
+    for cut in plan.cuts:
+        if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
+            normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)
+
+
 def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
 
@@ -72,20 +83,23 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     """Take out of a masked model what nothing reads any more, in place."""
     leave_sizes_to_torch_(masked, plan.rewrites)
     planned = {cut.tensor for cut in plan.cuts}
+    holders = _holders(masked)
     for cut in plan.cuts:
         if cut.role == "size":
             _resize_(masked, cut)
             continue
         if _is_gone(masked, cut):
             continue
-        _slice_(masked, cut)
+        _slice_(masked, cut, holders)
+        if cut.role == "layer_norm":
+            normalise_all_(masked.get_submodule(cut.tensor.rpartition(".")[0]))
         if cut.role == "response":
             _make_up_for_the_mean_(masked, cut)
         bias = f"{cut.tensor.removesuffix('weight')}bias"
         if cut.role == "producer" and cut.tensor.endswith("weight") and bias not in planned:
             module = masked.get_submodule(cut.tensor.rpartition(".")[0])
             if isinstance(getattr(module, "bias", None), Tensor):  # made for a folded constant
-                _slice_(masked, replace(cut, tensor=bias, dim=0))
+                _slice_(masked, replace(cut, tensor=bias, dim=0), holders)
     return masked
 
 
@@ -120,7 +134,19 @@ def _resize_(model: nn.Module, cut: TensorCut) -> None:
     write_size_(model, Attribute(module, name, item), len(cut.keep))
 
 
-def _slice_(model: nn.Module, cut: TensorCut) -> None:
+Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _holders(model: nn.Module) -> Holders:
+    """By the identity of each parameter and buffer, the modules that hold it and its name there."""
+    holders: Holders = defaultdict(list)
+    for module in model.modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            holders[id(tensor)].append((module, key))
+    return holders
+
+
+def _slice_(model: nn.Module, cut: TensorCut, holders: Holders) -> None:
     """Cut a tensor for every module that holds it: tied weights stay tied."""
     owner_name, _, name = cut.tensor.rpartition(".")
     old = getattr(model.get_submodule(owner_name), name)
@@ -129,25 +155,28 @@ def _slice_(model: nn.Module, cut: TensorCut) -> None:
         new = old.index_select(cut.dim, keep).contiguous()
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for key, tensor in held.items():
-                if tensor is old:
-                    held[key] = new
-                    refit_attributes_(module, rows=cut.keep if (key, cut.dim) == ("weight", 0) else None)
+    held = holders.pop(id(old))
+    for module, key in held:
+        (module._parameters if key in module._parameters else module._buffers)[key] = new
+        refit_attributes_(module, rows=cut.keep if (key, cut.dim) == ("weight", 0) else None)
+    holders[id(new)] = held
 
 
 def _make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
-    """Of a global response norm over d channels, of which k stay: scale and epsilon times d / k.
+    """Of a norm over d channels, of which k stay: epsilon times d / k, and the scale to suit.
 
-    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d, and so
-    x / (m + eps) = (d / k) x / (m' + eps d / k), exactly.
+    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d. So for
+    a global response norm x / (m + eps) = (d / k) x / (m' + eps d / k), and for a root mean square norm, m being that
+    of squares, x / sqrt(m + eps) = sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
     """
     module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
     ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
+    is_root_mean_square = hasattr(module, "normalized_shape")
     with torch.no_grad():
-        module.weight.mul_(ratio)
+        module.weight.mul_(ratio**0.5 if is_root_mean_square else ratio)
     module.eps *= ratio
+    if is_root_mean_square:
+        module.normalized_shape = (len(cut.keep),)
 
 
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
@@ -198,21 +227,35 @@ def compare_outputs(
 
     Raises VerificationError if the outputs differ in number, in shape or in being finite.
     """
-    max_abs = scale = 0.0
+    found = []
     for batch in batches:
         inputs = random_inputs(input_shapes, seed + batch, first, batch)
-        with evaluating(first), evaluating(second):
-            ours, theirs = flat_tensors(first(*inputs)), flat_tensors(second(*inputs))
-        shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
-        if shapes[0] != shapes[1]:
-            raise VerificationError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
-        for mine, other in zip(ours, theirs, strict=True):
-            if not mine.numel():
-                continue
-            difference = float((mine - other).abs().max())
-            if difference != difference:
-                raise VerificationError("an output is not a number")
-            max_abs, scale = max(max_abs, difference), max(scale, float(mine.abs().max()))
+        found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
+    return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
+
+
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors the model returns, in eval mode."""
+    with evaluating(model):
+        return flat_tensors(model(*inputs))
+
+
+def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
+    """Largest difference of two models' outputs on the same inputs.
+
+    Raises VerificationError if they differ in number, in shape or in being finite.
+    """
+    max_abs = scale = 0.0
+    shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
+    for mine, other in zip(ours, theirs, strict=True):
+        if not mine.numel():
+            continue
+        difference = float((mine - other).abs().max())
+        if difference != difference:
+            raise VerificationError("an output is not a number")
+        max_abs, scale = max(max_abs, difference), max(scale, float(mine.abs().max()))
     return Agreement(max_abs, scale)
 
 

@@ -60,8 +60,9 @@ class Call:
 class Tracer:
     """Knows, while the model runs, what is known of every live tensor."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, through_layer_norm: bool = False) -> None:
         self.facts = Facts()
+        self.through_layer_norm = through_layer_norm
         self.places = PlaceFinder(model)
         self._known: Any = WeakTensorKeyDictionary()
         self._names: Any = WeakIdKeyDictionary()

@@ -21,7 +21,11 @@ from sparsekit.standardised import is_standardised
 from sparsekit.tracing import Call, Tracer
 
 # Modules that are told of as a whole: what their operators do to channels one by one says less than what they do.
-_WHOLE_MODULES = {"GlobalResponseNorm": "global_response_norm"}
+_ROOT_MEAN_SQUARE = "root_mean_square_norm"
+_WHOLE_MODULES = {
+    "GlobalResponseNorm": "global_response_norm",
+    **dict.fromkeys(("RMSNorm", "RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32"), _ROOT_MEAN_SQUARE),
+}
 _STANDARDISED = "standardised_convolution"
 
 
@@ -42,16 +46,22 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
 
     for module in model.modules():
         name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
-        if name is not None:
+        if name is not None and not (name == _ROOT_MEAN_SQUARE and not _can_make_up(module)):
             vars(module)["forward"] = wrap(module, name)
 
 
-def watch(model: nn.Module, inputs: Sequence[Tensor]) -> Tracer:
+def _can_make_up(module: Any) -> bool:
+    """Whether a root mean square norm has the scale and the epsilon that a cut has to change, for one dimension."""
+    scale, shape = getattr(module, "weight", None), getattr(module, "normalized_shape", ())
+    return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
+
+
+def watch(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
     """Run `model` (a copy, of which attributes are replaced) once and return what was seen.
 
     Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
     """
-    tracer = Tracer(model)
+    tracer = Tracer(model, through_layer_norm=through_layer_norm)
     watch_declared_sizes_(model, tracer)
     _watch_whole_modules_(model, tracer)
     with torch.no_grad(), Calls(tracer, apply_rule), _Operators(tracer):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the commands that tests start
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)

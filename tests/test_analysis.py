@@ -492,3 +492,52 @@ def test_what_meets_a_fixed_size_inside_a_unit_can_still_go_by_units(
 def test_an_instance_norm_with_scale_and_shift_is_cut() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 2, 1))
     assert not find_groups(model, torch.randn(1, 3, 8, 8))["0"].frozen
+
+
+def test_a_norm_behind_pooled_maps_in_channels_last_is_seen() -> None:
+    """Torch gives what it pooled other strides, in place."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Linear(8, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = self.conv(images.contiguous(memory_format=torch.channels_last))
+            return self.head(self.norm(nn.functional.adaptive_avg_pool2d(maps, 1).flatten(1)))
+
+    group = find_groups(Pooled(), torch.randn(1, 3, 8, 8))["conv"]
+    assert "norm mixes channels" in group.frozen
+    assert {member.module for member in group.members} == {"conv", "norm", "head"}
+
+
+def test_what_an_unknown_operator_changes_in_place_stays() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.conv(images).mean((2, 3))
+            return self.head(features.as_strided_((1, 8), (8, 1)).renorm_(2, 0, 1.0))
+
+    assert (
+        "mixes channels in a way of its own" in find_groups(InPlace(), torch.randn(1, 3, 8, 8))["conv"].frozen
+    )
+
+
+def test_within_a_head_nothing_goes_if_the_scale_is_left_to_torch() -> None:
+    """Torch takes the width of a head for it, so queries and keys with fewer entries would attend otherwise."""
+
+    class OneHead(nn.Module):
+        def __init__(self, scale: float | None) -> None:
+            super().__init__()
+            self.scale = scale
+            self.q, self.k, self.v, self.head = (nn.Linear(n, m) for n, m in ((6, 8), (6, 8), (6, 8), (8, 3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return self.head(nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale))
+
+    units = [find_groups(OneHead(scale), torch.randn(2, 5, 6))["q"].n_channels for scale in (None, 0.3)]
+    assert units == [1, 8]

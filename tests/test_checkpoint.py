@@ -68,7 +68,11 @@ def test_optimizer_state_round_trips(tmp_path: Path) -> None:
     assert same(load_state(tmp_path / "s"), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("value", [object(), {1.5: 1}, {True: 1}, {1, 2}, b"bytes"], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1.5: 1}, {True: 1}, {1, 2}, b"bytes"],
+    ids=["object", "float", "bool", "set", "bytes"],
+)
 def test_what_cannot_be_stored_is_refused_and_the_old_file_stays(tmp_path: Path, value: object) -> None:
     save_state(tmp_path / "s", "old")
     with pytest.raises(TypeError, match=r"state\['x'\]\[0\]"):

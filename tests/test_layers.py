@@ -14,7 +14,7 @@ LAYERS = """
 errors files
 recipe
 rewriting
-groups modes labels sizes standardised
+groups modes labels sizes standardised layer_norms
 prox schedules controller
 facts plan complexity
 tracing coupling
