@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekit.analysis import find_groups
     from sparsekit.artifact import load, save
+    from sparsekit.complexity import channel_macs
     from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
     from sparsekit.export import export_onnx
     from sparsekit.latency import compare_latency
@@ -22,6 +23,7 @@ __all__ = [
     "PrunePlan",
     "Sparsifier",
     "apply_plan",
+    "channel_macs",
     "compare_latency",
     "export_onnx",
     "find_groups",
@@ -40,6 +42,7 @@ _HOMES = {
     "PrunePlan": "plan",
     "Sparsifier": "sparsifier",
     "apply_plan": "surgery",
+    "channel_macs": "complexity",
     "compare_latency": "latency",
     "export_onnx": "export",
     "find_groups": "analysis",

@@ -87,6 +87,19 @@ def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, .
     return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
 
 
+def channel_macs(groups: ChannelGroups) -> dict[str, float]:
+    """MACs that one channel of each free group costs in the layers that make, filter and read it, by group name.
+
+    At the widths the model has now; a layer between two groups counts in both.
+    """
+    macs = {layer.weight: (layer.macs, layer.shape) for layer in groups.layers}
+    costs = {}
+    for group in groups.free:
+        shares = ((macs[m.tensor], m) for m in group.members if m.role != "size" and m.tensor in macs)
+        costs[group.name] = sum(n * m.repeat / shape[m.dim] for (n, shape), m in shares)
+    return costs
+
+
 @dataclass(frozen=True)
 class CostShare:
     """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsekit.analysis import find_groups
+from sparsekit.complexity import channel_macs
 from sparsekit.data import Augment, ImageData, fingerprint, make_loader, open_data
 from sparsekit.errors import InputError, ModelError
 from sparsekit.groups import ChannelGroups
@@ -162,6 +163,7 @@ def make_sparsifier(
         round_to=channel_rounding(recipe),
         min_channels=recipe.cut.min_channels,
         adaptive=spec.adaptive,
+        costs=channel_macs(groups) if spec.weigh_by == "macs" else None,
     )
 
 

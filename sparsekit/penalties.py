@@ -1,4 +1,15 @@
-"""A penalty is a pair: the weights of each channel seen as one group, and the proximal map that shrinks them."""
+"""A penalty is a pair: which weights of a channel form a group, and the proximal map that shrinks them.
+
+    penalty             weights of a channel                    proximal map
+    group_lasso         all that make it, as one vector         block soft threshold
+    l1                  all that make it, one by one            soft threshold
+    scale_l1            its BatchNorm scales, one by one        soft threshold
+    sparse_group_lasso  all that make it                        soft threshold, then block soft threshold
+    group_mcp           all that make it, as one vector         that of MCP: far from zero nothing shrinks
+
+What makes a channel is its `ChannelGroup.penalised` members: with a BatchNorm behind it scale and shift, because there
+the size of the filter means nothing, else the filter and bias.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +20,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsekit.groups import ChannelGroup
-from sparsekit.prox import block_shrinkage, soft_threshold
+from sparsekit.groups import ChannelGroup, Member
+from sparsekit.prox import block_shrinkage, mcp_shrinkage, soft_threshold
 
-Penalty = Literal["group_lasso", "l1"]
+Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
+# Penalties whose map acts on single weights: they need no factor for how many a channel has.
+ELEMENTWISE: tuple[Penalty, ...] = ("l1", "scale_l1")
+# Of a sparse group lasso, the share of the threshold that acts on single weights.
+_ELEMENT_SHARE = 0.5
+
+
+def penalised_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
+    """The members of a group that the penalty acts on; none if it has nothing to act on."""
+    if penalty == "scale_l1":
+        return tuple(m for m in group.penalised if m.role == "norm" and m.tensor.endswith("weight"))
+    return group.penalised
 
 
 @dataclass(frozen=True)
@@ -48,10 +70,12 @@ class Slots:
         return spread.view([-1 if dim == self.dim else 1 for dim in range(tensor.dim())])
 
 
-def penalised_slots(tensors: Mapping[str, Tensor], group: ChannelGroup) -> tuple[Slots, ...]:
-    """The slots of a group's penalised members, on their tensors' devices."""
+def penalised_slots(
+    tensors: Mapping[str, Tensor], group: ChannelGroup, penalty: Penalty = "group_lasso"
+) -> tuple[Slots, ...]:
+    """The slots of the members that the penalty acts on, on their tensors' devices."""
     slots = []
-    for member in group.penalised:
+    for member in penalised_members(group, penalty):
         tensor = tensors[member.tensor]
         whole = member.positions == tuple(range(tensor.shape[member.dim]))
         index = None if whole else torch.tensor(member.positions, device=tensor.device)
@@ -71,29 +95,51 @@ def channel_sizes(tensors: Mapping[str, Tensor], slots: Sequence[Slots]) -> int:
 
 
 def distances_to_zero(tensors: Mapping[str, Tensor], slots: Sequence[Slots], penalty: Penalty) -> Tensor:
-    """The threshold (n_channels,) at which one proximal step makes each channel zero.
+    """The threshold (n_channels,) up to which one proximal step leaves each channel alive.
 
-    group_lasso: the channel's Euclidean norm; l1: its largest absolute weight.
+    Largest absolute weight for the elementwise penalties, else the channel's Euclidean norm n. For a sparse group
+    lasso with half of the threshold on each part it is 2 n / (1 + s / (n sqrt(p))), s the sum of the p absolute
+    weights: of the tangent to a convex function, so a lower bound; exact if all weights but zeros are equally large.
     """
-    if penalty == "group_lasso":
-        return channel_norms(tensors, slots)
-    return torch.stack([slot.rows(tensors[slot.parameter]).abs().amax(1) for slot in slots]).amax(0)
+    if penalty in ELEMENTWISE:
+        return torch.stack([slot.rows(tensors[slot.parameter]).abs().amax(1) for slot in slots]).amax(0)
+    norms = channel_norms(tensors, slots)
+    if penalty == "sparse_group_lasso":
+        sums = torch.stack([slot.rows(tensors[slot.parameter]).abs().sum(1) for slot in slots]).sum(0)
+        ratio = sums / (norms * channel_sizes(tensors, slots) ** 0.5).clamp_min(torch.finfo(norms.dtype).tiny)
+        norms = norms / ((1 - _ELEMENT_SHARE) + _ELEMENT_SHARE * ratio)
+    return norms
 
 
 def shrink_(
-    tensors: Mapping[str, Tensor], slots: Sequence[Slots], penalty: Penalty, thresholds: Tensor
+    tensors: Mapping[str, Tensor],
+    slots: Sequence[Slots],
+    penalty: Penalty,
+    thresholds: Tensor,
+    *,
+    rate: float = 1.0,
 ) -> None:
     """One proximal step on a group's penalised weights, in place.
 
-    `thresholds` (n_channels,) >= 0. group_lasso: each channel's weights, as one vector, by block soft threshold;
-    l1: each weight by soft threshold.
+    `thresholds` (n_channels,) >= 0 are `rate` x strength x weight of each channel. A sparse group lasso spends half
+    of them on single weights, divided by the square root of their number, and half on the channel as one vector.
     """
-    if penalty == "l1":
-        for slot in slots:
-            tensor = tensors[slot.parameter]
-            tensor.copy_(soft_threshold(tensor, slot.spread(thresholds, tensor, outside=0.0)))
-    else:
-        scale_channels_(tensors, slots, block_shrinkage(channel_norms(tensors, slots), thresholds))
+    if penalty in ELEMENTWISE:
+        _soften_(tensors, slots, thresholds)
+        return
+    if penalty == "sparse_group_lasso":
+        _soften_(tensors, slots, thresholds * (_ELEMENT_SHARE / channel_sizes(tensors, slots) ** 0.5))
+        thresholds = thresholds * (1 - _ELEMENT_SHARE)
+    norms = channel_norms(tensors, slots)
+    convex = penalty != "group_mcp"
+    factors = block_shrinkage(norms, thresholds) if convex else mcp_shrinkage(norms, thresholds, rate)
+    scale_channels_(tensors, slots, factors)
+
+
+def _soften_(tensors: Mapping[str, Tensor], slots: Sequence[Slots], thresholds: Tensor) -> None:
+    for slot in slots:
+        tensor = tensors[slot.parameter]
+        tensor.copy_(soft_threshold(tensor, slot.spread(thresholds, tensor, outside=0.0)))
 
 
 def scale_channels_(tensors: Mapping[str, Tensor], slots: Sequence[Slots], factors: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Proximal maps: argmin_x 1/2 ||x - v||^2 + t * Omega(x), in closed form. Pure mathematics on tensors.
 
-Source: Parikh and Boyd, "Proximal Algorithms", 2014, sections 6.5.2 (l1) and 6.5.4 (sums of norms).
+Sources: Parikh and Boyd, "Proximal Algorithms", 2014, sections 6.5.2 (l1) and 6.5.4 (sums of norms); Simon et al., "A
+Sparse-Group Lasso", 2013 (soft threshold first, then the block); Zhang, "Nearly unbiased variable selection under
+minimax concave penalty", 2010 (MCP; of groups: Huang, Breheny and Ma, 2012).
 """
 
 from __future__ import annotations
@@ -22,3 +24,24 @@ def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
     """
     t = torch.as_tensor(t, dtype=norms.dtype, device=norms.device)
     return torch.clamp(1 - t / norms.clamp_min(torch.finfo(norms.dtype).tiny), min=0)
+
+
+def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: float, concavity: float = 3.0) -> Tensor:
+    """Factor by which the proximal map of rate * MCP(||x||_2) scales a whole group, with strength lam = t / rate.
+
+    MCP(r) = lam r - r^2 / (2 concavity) up to r = concavity x lam, and constant from there on: it pulls like a group
+    lasso at 0, less the further away, and groups beyond keep their size, so survivors are not biased. The factor is
+
+        0                                                     for norm <= t
+        concavity / (concavity - rate) x (1 - t / norm)       for norm <= concavity x lam
+        1                                                     beyond
+
+    `norms` and `t` as in `block_shrinkage`, `rate` > 0. From `rate` = `concavity` on the objective is concave between
+    0 and the norm, and the map a hard threshold at lam sqrt(rate x concavity).
+    """
+    t = torch.as_tensor(t, dtype=norms.dtype, device=norms.device)
+    if rate >= concavity:
+        survives: Tensor = norms > t * (concavity / rate) ** 0.5
+        return survives.to(norms.dtype)
+    inner = block_shrinkage(norms, t) * (concavity / (concavity - rate))
+    return torch.where(norms > concavity / rate * t, 1.0, inner).to(norms.dtype)

@@ -225,8 +225,10 @@ class DenseSpec(_Phase):
 class SparsifySpec(_Phase):
     """Training with the penalty. The shares of the phase that warmup, ramp and debias leave are the hold."""
 
-    penalty: Literal["group_lasso", "l1"] = Field(
-        default="group_lasso", description="whole coupled groups, or elements"
+    penalty: Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"] = Field(
+        default="group_lasso",
+        description="group_lasso: channels as whole vectors; l1: single weights; scale_l1: BatchNorm scales; "
+        "sparse_group_lasso: both; group_mcp: channels, without shrinking those far from zero",
     )
     strength: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         default="auto", description="coefficient of the penalty; auto steers it towards cut.target"
@@ -236,6 +238,9 @@ class SparsifySpec(_Phase):
         ge=0,
         description="channels are shrunk faster the lower their score at the start, by (mean / score) to this "
         "power; 0 shrinks all alike",
+    )
+    weigh_by: Literal["size", "macs"] = Field(
+        default="size", description="macs: channels that cost more MACs are shrunk faster, by the square root"
     )
     warmup: Share = Field(default=0.1, description="share of the phase with strength 0 at the start")
     ramp: Share = Field(default=0.3, description="share of the phase in which the strength rises")

@@ -55,12 +55,18 @@ def _folded_scale(norm: nn.Module) -> Tensor:
 
 
 def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
-    """Which channels (bool (n_channels,), on the CPU) of each free group have all their penalised weights at 0."""
+    """Which channels (bool (n_channels,), on the CPU) of each free group have all their penalised weights at 0.
+
+    The shift of a norm does not count beside its scale: a channel of scale 0 is constant, and the cut folds that.
+    """
     state = model.state_dict()
     zeros = {}
     for group in groups.free:
-        dead = torch.full((group.n_channels,), bool(group.penalised))
-        for member in group.penalised:
+        scales = [m for m in group.penalised if m.role == "norm" and m.tensor.endswith("weight")]
+        shifts = {f"{member.module}.bias" for member in scales}
+        members = [m for m in group.penalised if not (m.role == "norm" and m.tensor in shifts)]
+        dead = torch.full((group.n_channels,), bool(members))
+        for member in members:
             dead &= (rows(state[member.tensor], member) == 0).all(1).cpu()
         zeros[group.name] = dead
     return zeros

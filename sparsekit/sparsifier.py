@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,11 +15,13 @@ from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
 from sparsekit.penalties import (
+    ELEMENTWISE,
     Penalty,
     Slots,
     channel_norms,
     channel_sizes,
     distances_to_zero,
+    penalised_members,
     penalised_slots,
     scale_channels_,
     shrink_,
@@ -35,13 +38,15 @@ _PLANNED_SHARE = 0.9
 class Sparsifier:
     """Shrinks whole coupled channels (or single weights) to exact zeros while a model trains.
 
+    `penalty` says which weights and how: see `penalties`, whose table has all of them.
+
     Call `step(optimizer)` after every `optimizer.step()`. The threshold of channel g is
 
         t_g = rate x strength x factor(progress) x w_g
 
-    with w_g = sqrt(p_g), p_g its number of penalised weights (w_g = 1 for "l1"), and `rate` the optimizer's
-    current learning rate of those weights (the mean over their tensors), times (1 - dampening) / (1 - momentum)
-    for SGD: torch does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and
+    with w_g = sqrt(p_g), p_g its number of penalised weights (w_g = 1 for "l1" and "scale_l1"), and `rate` the
+    optimizer's current learning rate of those weights (the mean over their tensors), for SGD times (1 - dampening)
+    / (1 - momentum): torch does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and
     its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean
     gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
 
@@ -61,7 +66,9 @@ class Sparsifier:
         w_g = mean norm x clamp((mean score / score_g) ^ adaptive, 0.05, 20)
 
     takes that place, with norms and scores at the start and means over the channel's group: weak channels fall early
-    and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace.
+    and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace. `costs`
+    (what one channel of each group costs, for example `channel_macs`) multiplies w_g by sqrt(cost / mean cost of a
+    channel), capped to [0.05, 20], so that zeros appear where they save most.
 
     Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach,
     groups of another model, or groups with nothing free.
@@ -80,12 +87,13 @@ class Sparsifier:
         round_to: int = 1,
         min_channels: int = 1,
         adaptive: float = 0.0,
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         _check_arguments(penalty, strength, total_steps, target, round_to)
         self._tensors = dict(model.named_parameters())
         self._groups = groups
-        self._active = _trainable(groups, self._tensors)
         self._penalty: Penalty = penalty
+        self._active = _trainable(groups, self._tensors, penalty)
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
         self._target = dict(target) if target else None
@@ -95,17 +103,19 @@ class Sparsifier:
         self._strength: float | None = None if strength == "auto" else float(strength)
         self._steps = 0
         self._done = False
-        self._slots = {g.name: penalised_slots(self._tensors, g) for g in self._active}
+        self._slots = {g.name: penalised_slots(self._tensors, g, penalty) for g in self._active}
         self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
-        self._weights = self._channel_weights(model, adaptive)
+        self._weights = self._channel_weights(model, adaptive, _cost_factors(self._active, costs))
         if self._auto:
             self._distance_to_target(self._active)  # raises if it is out of reach
 
     def _device(self, group: ChannelGroup) -> torch.device:
-        return self._tensors[group.penalised[0].tensor].device
+        return self._tensors[penalised_members(group, self._penalty)[0].tensor].device
 
     @torch.no_grad()
-    def _channel_weights(self, model: nn.Module, adaptive: float) -> dict[str, Tensor]:
+    def _channel_weights(
+        self, model: nn.Module, adaptive: float, cost_factors: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         scores = channel_scores(model, self._groups) if adaptive > 0 else {}
         weights = {}
         for group in self._active:
@@ -116,8 +126,9 @@ class Sparsifier:
                 relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
                 weights[group.name] = norms.mean() * relative
             else:
-                size = channel_sizes(self._tensors, slots) if self._penalty == "group_lasso" else 1
+                size = 1 if self._penalty in ELEMENTWISE else channel_sizes(self._tensors, slots)
                 weights[group.name] = torch.full_like(norms, size**0.5)
+            weights[group.name] *= cost_factors[group.name]
         return weights
 
     @property
@@ -142,9 +153,10 @@ class Sparsifier:
         strength = self._current_strength(self._steps)
         for group in self._active:
             slots, alive = self._slots[group.name], self._alive[group.name]
-            step_length = strength * rates.get(group.name, 0.0)
-            if step_length > 0:
-                shrink_(self._tensors, slots, self._penalty, self._thresholds(group, step_length))
+            rate = rates.get(group.name, 0.0)
+            if strength * rate > 0:
+                thresholds = self._thresholds(group, strength * rate)
+                shrink_(self._tensors, slots, self._penalty, thresholds, rate=rate)
                 alive.mul_(channel_norms(self._tensors, slots) > 0)
             scale_channels_(self._tensors, slots, alive)
             _clear_momenta_(optimizer, self._tensors, slots, alive)
@@ -249,11 +261,11 @@ def _check_arguments(
     round_to: int,
 ) -> None:
     if penalty not in get_args(Penalty):
-        raise InputError(f"penalty must be 'group_lasso' or 'l1', got {penalty!r}")
+        raise InputError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
     if strength == "auto" and (total_steps is None or not target):
         raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
-    if strength != "auto" and not (isinstance(strength, (int, float)) and strength >= 0):
-        raise InputError(f"strength must be a number >= 0 or 'auto', got {strength!r}")
+    if strength != "auto" and not (isinstance(strength, (int, float)) and 0 <= strength < math.inf):
+        raise InputError(f"strength must be a finite number >= 0 or 'auto', got {strength!r}")
     if total_steps is not None and total_steps < 1:
         raise InputError(f"total_steps must be at least 1, got {total_steps}")
     if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
@@ -264,23 +276,45 @@ def _check_arguments(
         raise InputError(f"round_to must be at least 1, got {round_to}")
 
 
-def _trainable(groups: ChannelGroups, tensors: Mapping[str, Tensor]) -> tuple[ChannelGroup, ...]:
-    """The free groups whose penalised weights all require gradients."""
+def _trainable(
+    groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty
+) -> tuple[ChannelGroup, ...]:
+    """The free groups with weights the penalty acts on, all of which require gradients."""
     active = []
     for group in groups.free:
-        missing = [member.tensor for member in group.penalised if member.tensor not in tensors]
+        members = penalised_members(group, penalty)
+        missing = [member.tensor for member in members if member.tensor not in tensors]
         if missing:
             raise InputError(
                 f"the model has no parameter {missing[0]}, which its channel groups name; give the model that "
                 "find_groups was given, not a wrapper around it"
             )
-        if group.penalised and all(tensors[member.tensor].requires_grad for member in group.penalised):
+        if members and all(tensors[member.tensor].requires_grad for member in members):
             active.append(group)
+    if not active and penalty == "scale_l1" and groups.free:
+        raise InputError(
+            "penalty 'scale_l1' acts on the scales of BatchNorms, and no channel group that is free to be cut and "
+            "trained has any; take 'group_lasso', which acts on filters where there is no BatchNorm"
+        )
     if not active:
         raise InputError(
             "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
         )
     return tuple(active)
+
+
+def _cost_factors(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
+    """sqrt(cost / mean cost of a channel), in [0.05, 20]; 1 without costs. Raises InputError for impossible ones."""
+    if costs is None:
+        return {group.name: 1.0 for group in groups}
+    for group in groups:
+        if not 0 <= costs.get(group.name, -1.0) < math.inf:
+            raise InputError(
+                f"costs must have a number >= 0 for every group, got {costs.get(group.name)} for {group.name}; "
+                "see sparsekit.channel_macs"
+            )
+    mean = sum(costs[g.name] * g.n_channels for g in groups) / sum(g.n_channels for g in groups)
+    return {g.name: min(max((costs[g.name] / mean) ** 0.5, 0.05), 20.0) if mean else 1.0 for g in groups}
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

@@ -6,6 +6,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the commands that tests start
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from sparsekit.groups import ChannelGroup, Member
 from sparsekit.penalties import (
+    Penalty,
     channel_norms,
     channel_sizes,
     distances_to_zero,
+    penalised_members,
     penalised_slots,
     scale_channels_,
     shrink_,
@@ -99,6 +103,63 @@ def test_the_distance_to_zero_is_the_smallest_threshold_that_kills(penalty: str)
         assert bool(((channel_norms(tensors, slots) == 0) == dies).all())
 
 
+def test_a_sparse_group_lasso_spends_half_on_single_weights_and_half_on_the_vector() -> None:
+    tensors, expected = _tensors(), _tensors()
+    thresholds = torch.tensor([0.0, 0.3, 1.1, 100.0]).double()
+    for channel, t in enumerate(thresholds.tolist()):
+        vector = _channel_vector(expected, channel)
+        soft = vector.sign() * (vector.abs() - t / 2 / len(vector) ** 0.5).relu()
+        factor = max(1 - t / 2 / max(float(soft.norm()), 1e-300), 0)
+        for tensor, index in _owned(expected, channel):
+            old = tensor[index].clone()
+            tensor[index] = old.sign() * (old.abs() - t / 2 / len(vector) ** 0.5).relu() * factor
+    slots = penalised_slots(tensors, GROUP, "sparse_group_lasso")
+    lowest = distances_to_zero(tensors, slots, "sparse_group_lasso")
+    shrink_(tensors, slots, "sparse_group_lasso", thresholds)
+    for name in tensors:
+        assert torch.allclose(tensors[name], expected[name], atol=1e-14), name
+    again = _tensors()
+    shrink_(again, slots, "sparse_group_lasso", lowest * (1 - 1e-9))
+    assert bool((channel_norms(again, slots) > 0).all())
+    one_hot = {name: torch.zeros_like(tensor) for name, tensor in again.items()}
+    one_hot["rows"][:, 0, 0] = 3.0
+    exact = distances_to_zero(one_hot, slots, "sparse_group_lasso")
+    shrink_(one_hot, slots, "sparse_group_lasso", exact * torch.tensor([0.99, 0.99, 1.01, 1.01]))
+    assert (channel_norms(one_hot, slots) > 0).tolist() == [True, True, False, False]
+
+
+def test_mcp_takes_small_channels_to_zero_and_leaves_large_ones_as_they_are() -> None:
+    tensors, before = _tensors(), _tensors()
+    slots = penalised_slots(tensors, GROUP, "group_mcp")
+    norms = channel_norms(tensors, slots)
+    # strength x weight of each channel: three times that is the norm from which nothing shrinks.
+    strengths = torch.stack([norms[0] / 3.001, norms[1] / 2.999, norms[2] * 10.001, norms[3] * 9.999])
+    shrink_(tensors, slots, "group_mcp", strengths * 0.1, rate=0.1)
+    after = channel_norms(tensors, slots)
+    assert torch.equal(_channel_vector(tensors, 0), _channel_vector(before, 0))
+    assert 0.999 * norms[1] < after[1] < norms[1]
+    assert after[2] == 0
+    assert 0 < after[3] < 0.01 * norms[3]
+
+
+def test_scale_l1_acts_on_the_scales_of_norms_alone() -> None:
+    members = (
+        Member("conv.weight", 0, (0, 1), 1, "producer", norm="norm"),
+        Member("norm.weight", 0, (0, 1), 1, "norm", penalised=True),
+        Member("norm.bias", 0, (0, 1), 1, "norm", penalised=True),
+        Member("plain.weight", 0, (0, 1), 1, "producer", penalised=True),
+    )
+    group = ChannelGroup("g", 2, members)
+    assert [m.tensor for m in penalised_members(group, "scale_l1")] == ["norm.weight"]
+    assert penalised_members(group, "l1") == group.penalised
+    tensors = {"norm.weight": torch.tensor([0.5, -2.0]), "norm.bias": torch.tensor([1.0, 1.0])}
+    slots = penalised_slots(tensors, group, "scale_l1")
+    assert distances_to_zero(tensors, slots, "scale_l1").tolist() == [0.5, 2.0]
+    shrink_(tensors, slots, "scale_l1", torch.tensor([0.6, 0.5]))
+    assert tensors["norm.weight"].tolist() == [0.0, -1.5]
+    assert tensors["norm.bias"].tolist() == [1.0, 1.0]
+
+
 def test_scaling_multiplies_each_channel_and_leaves_other_positions() -> None:
     tensors, before = _tensors(), _tensors()
     factors = torch.tensor([1.0, 0.0, 2.0, -1.0])  # float32 on float64 tensors
@@ -112,7 +173,7 @@ def test_scaling_multiplies_each_channel_and_leaves_other_positions() -> None:
 def test_low_precision_weights_keep_their_type() -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in _tensors().items()}
     slots = penalised_slots(tensors, GROUP)
-    for penalty in ("group_lasso", "l1"):
+    for penalty in get_args(Penalty):
         shrink_(tensors, slots, penalty, torch.full((4,), 0.1))
     scale_channels_(tensors, slots, torch.tensor([1.0, 0.0, 1.0, 1.0]))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from sparsekit.prox import block_shrinkage, soft_threshold
+from sparsekit.prox import block_shrinkage, mcp_shrinkage, soft_threshold
 
 
 def _prox_group_lasso(v: torch.Tensor, t: float) -> torch.Tensor:
@@ -36,6 +36,53 @@ def test_no_nearby_point_has_a_smaller_objective(size: int, seed: int) -> None:
         )
         assert objective(ours) <= best.fun + 1e-10
         assert np.allclose(ours, best.x, atol=1e-4)
+
+
+@pytest.mark.parametrize("concavity", [1.5, 3.0])
+@pytest.mark.parametrize("rate", [0.01, 0.5, 1.4, 1.5, 2.9, 3.0, 10.0])
+def test_the_map_of_mcp_is_the_best_of_a_fine_grid(rate: float, concavity: float) -> None:
+    """A point along the ray through v is best, so one dimension says it all."""
+    lam, grid = 0.7, np.linspace(0, 4, 40_001)
+    penalty = np.where(
+        grid <= concavity * lam, lam * grid - grid**2 / (2 * concavity), concavity * lam**2 / 2
+    )
+    for norm in np.linspace(0.013, 3.9, 61):
+        objective = 0.5 * (grid - norm) ** 2 + rate * penalty
+        found = norm * float(
+            mcp_shrinkage(torch.tensor([norm]), rate * lam, rate, concavity)
+        )  # where two points are equally good, either will do
+        ours = 0.5 * (found - norm) ** 2 + rate * np.interp(found, grid, penalty)
+        assert ours <= objective.min() + 1e-7
+
+
+def test_mcp_leaves_alone_what_is_far_from_zero_and_is_group_lasso_for_a_large_concavity() -> None:
+    norms = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 9.0], dtype=torch.float64)
+    factors = mcp_shrinkage(norms, 0.1 * 0.1, 0.1)
+    assert torch.equal(factors[-2:], torch.ones(2, dtype=torch.float64))
+    assert bool((factors[1:-2] <= 1).all())
+    large = mcp_shrinkage(norms, 0.1, 1.0, concavity=1e9)
+    assert torch.allclose(large, block_shrinkage(norms, 0.1))
+    for t in (0.0, torch.zeros(7, dtype=torch.float64)):
+        assert torch.equal(
+            mcp_shrinkage(norms[1:], t if isinstance(t, float) else t[1:], 0.1), torch.ones(6).double()
+        )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_soft_threshold_and_then_the_block_is_the_map_of_the_sparse_group_lasso(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    v, t1, t2 = rng.normal(size=3), float(rng.uniform(0.05, 0.8)), float(rng.uniform(0.05, 0.8))
+
+    def objective(x: np.ndarray) -> float:
+        return float(0.5 * ((x - v) ** 2).sum() + t1 * np.abs(x).sum() + t2 * np.sqrt((x * x).sum()))
+
+    soft = soft_threshold(torch.tensor(v), t1)
+    ours = (soft * block_shrinkage(soft.norm()[None], t2)).numpy()
+    options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000, "maxfev": 4000}
+    found = [
+        minimize(objective, x, method="Nelder-Mead", options=options).fun for x in (v, np.zeros(3), ours)
+    ]
+    assert objective(ours) <= min(found) + 1e-10
 
 
 def test_soft_threshold_meets_the_optimality_condition_in_every_coordinate() -> None:

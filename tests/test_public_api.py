@@ -17,6 +17,7 @@ def test_the_public_names_are_these() -> None:
         "PrunePlan",
         "Sparsifier",
         "apply_plan",
+        "channel_macs",
         "compare_latency",
         "export_onnx",
         "find_groups",

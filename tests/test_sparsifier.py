@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.modes import evaluating
+from sparsekit.penalties import Penalty
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores, zero_channels
 
@@ -549,8 +550,10 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strength": -1.0}, "strength must be a number >= 0"),
-        ({"strength": float("nan")}, "strength must be a number >= 0"),
+        ({"strength": -1.0}, "strength must be a finite number >= 0"),
+        ({"strength": float("nan")}, "strength must be a finite number >= 0"),
+        ({"strength": float("inf")}, "strength must be a finite number >= 0"),
+        ({"costs": {}}, "costs must have a number >= 0 for every group"),
         ({"strength": "high"}, "got 'high'"),
         ({"penalty": "lasso"}, "got 'lasso'"),
         ({"strength": "auto", "target": {"macs": 0.5}}, "needs total_steps and a target"),
@@ -566,6 +569,55 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], mes
     model = _convnet()
     with pytest.raises(InputError, match=message):
         sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), **arguments)
+
+
+def test_a_penalty_on_scales_needs_batchnorms_and_names_the_alternative() -> None:
+    model = _convnet(batchnorm=False)
+    with pytest.raises(InputError, match="take 'group_lasso'"):
+        sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), penalty="scale_l1")
+
+
+@pytest.mark.parametrize("penalty", get_args(Penalty))
+@pytest.mark.parametrize("optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.01)])
+def test_every_penalty_makes_zeros_whose_removal_changes_nothing(
+    penalty: Penalty, optimizer: Callable[[Any], Optimizer]
+) -> None:
+    model = _convnet()
+    groups = sk.find_groups(model, EXAMPLE)
+    sparsifier = sk.Sparsifier(
+        model, groups, penalty=penalty, strength="auto", total_steps=60, target={"macs": 0.4}, adaptive=2.0
+    )
+    _train(model, optimizer(model.parameters()), range(60), sparsifier)
+    masks = sk.keep_masks(model, groups, method="zeros")
+    assert kept_share(groups, masks).macs <= 0.42
+    plan = sk.make_plan(groups, masks)
+    pruned = sk.apply_plan(model, plan)
+    sk.verify_cut(model, pruned, plan)
+    # Shifts of channels without a scale are constants; those that feed the padded convolution may be lost.
+    exact = penalty != "scale_l1" or sum(int((~masks[g.name]).sum()) for g in groups.free[:1]) == 0
+    with evaluating(model), evaluating(pruned):
+        change = (model(IMAGES) - pruned(IMAGES)).abs().max() / model(IMAGES).abs().max()
+    assert not exact or change < 1e-5
+
+
+def test_costs_multiply_the_weights_by_the_root_of_their_ratio_to_the_mean() -> None:
+    model = Points(x=torch.full((2, 4), 5.0), y=torch.full((2, 4), 5.0))
+    groups = _groups(("x",), ("y",), n=2)
+    sparsifier = sk.Sparsifier(model, groups, strength=0.1, min_channels=0, costs={"x": 3.0, "y": 1.0})
+    optimizer = SGD(model.parameters(), lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    sparsifier.step(optimizer)
+    lost = [10.0 - float(p[0].detach().norm()) for p in (model.x, model.y)]
+    assert lost == pytest.approx([0.1 * 2 * (3 / 2) ** 0.5, 0.1 * 2 * (1 / 2) ** 0.5], rel=1e-5)
+
+
+def test_the_macs_of_a_channel_are_those_of_the_layers_that_make_and_read_it() -> None:
+    model = _convnet()
+    costs = sk.channel_macs(sk.find_groups(model, EXAMPLE))
+    # 3x3 filters on 8x8 maps from 3 channels, and on 4x4 maps into 16; 3x3 on 4x4 from 12, and 4 outputs.
+    assert list(costs.values()) == [64 * 27 + 16 * 9 * 16, 16 * 9 * 12 + 4]
 
 
 def test_models_that_cannot_be_sparsified_are_refused() -> None:
