@@ -48,6 +48,9 @@ class Clock:
     def project_(self, model: nn.Module) -> None:
         pass
 
+    def check_processes(self) -> None:
+        pass
+
     def progress(self) -> dict[str, float]:
         return {}
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsekit.complexity import kept_share
 from sparsekit.controller import shrink_budget_strength
-from sparsekit.errors import InputError
+from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
 from sparsekit.penalties import (
@@ -40,7 +41,8 @@ class Sparsifier:
 
     `penalty` says which weights and how: see `penalties`, whose table has all of them.
 
-    Call `step(optimizer)` after every `optimizer.step()`. The threshold of channel g is
+    Call `step(optimizer)` after every `optimizer.step()`, or `attach(optimizer)` once. `model` may be wrapped by
+    torch.compile or DistributedDataParallel. The threshold of channel g is
 
         t_g = rate x strength x factor(progress) x w_g
 
@@ -90,6 +92,7 @@ class Sparsifier:
         costs: Mapping[str, float] | None = None,
     ) -> None:
         _check_arguments(penalty, strength, total_steps, target, round_to)
+        model = _unwrapped(model)
         self._tensors = dict(model.named_parameters())
         self._groups = groups
         self._penalty: Penalty = penalty
@@ -162,6 +165,33 @@ class Sparsifier:
             _clear_momenta_(optimizer, self._tensors, slots, alive)
         self._steps += 1
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Take a step after every `optimizer.step()` from now on, in whoever's loop; `remove()` the handle to stop.
+
+        Updates that a gradient scaler skips are skipped here too. Do not call `step` yourself then.
+        """
+        return optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self.step(optimizer))
+
+    @torch.no_grad()
+    def check_processes(self) -> None:
+        """See that all processes of a distributed run hold the same zeros; does nothing in a single one.
+
+        Every process has to call it, and waits for the others. Raises TrainingError if they differ: then the weights
+        do as well, and the processes no longer train one model.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        least = torch.cat([alive.flatten() for alive in self._alive.values()])
+        most = least.clone()
+        distributed.all_reduce(least, distributed.ReduceOp.MIN)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        if not torch.equal(least, most):
+            raise TrainingError(
+                f"the processes disagree on {int((least != most).sum())} channels that are zero; give every process "
+                "the same model at the start, and average gradients or weights in every step "
+                "(DistributedDataParallel)"
+            )
+
     def _thresholds(self, group: ChannelGroup, step_length: float) -> Tensor:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
         thresholds = self._weights[group.name] * step_length
@@ -220,7 +250,7 @@ class Sparsifier:
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
-        tensors = dict(model.named_parameters())
+        tensors = dict(_unwrapped(model).named_parameters())
         for group in self._active:
             scale_channels_(tensors, self._slots[group.name], self._alive[group.name])
 
@@ -274,6 +304,17 @@ def _check_arguments(
         )
     if round_to < 1:
         raise InputError(f"round_to must be at least 1, got {round_to}")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def _trainable(

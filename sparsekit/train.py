@@ -92,6 +92,9 @@ class StepHook(Protocol):
         only.
         """
 
+    def check_processes(self) -> None:
+        """Called by every process at the end of an epoch; raises TrainingError if they have drifted apart."""
+
     def state_dict(self) -> dict[str, Any]:
         """All that has to be stored to go on after an interruption."""
 
@@ -441,6 +444,8 @@ def _difference(key: str, state: Any, wanted: Any) -> str:
 def _run_epoch(parts: _Parts, display: _Display, phase: str, epoch: int) -> EpochMetrics:
     start = time.perf_counter()
     loss, train_accuracy, lr = _train_epoch(parts, display, phase, epoch)
+    if parts.hook is not None:
+        parts.hook.check_processes()
     if parts.accelerator.num_processes > 1:
         # BatchNorm statistics differ between processes; the first one's are stored, so all use them.
         for module in (parts.model, *([] if parts.ema is None else [parts.ema.module])):

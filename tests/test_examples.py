@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import onnx
+import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -30,6 +31,26 @@ def test_the_training_loop_prunes_saves_exports_and_measures(tmp_path: Path) -> 
     for name in ("dense", "pruned"):
         onnx.checker.check_model(onnx.load(tmp_path / f"{name}.onnx"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.onnx", "pruned", "pruned.onnx"]
+
+
+@pytest.mark.parametrize("name", ["lightning_trainer.py", "hugging_face_trainer.py"])
+def test_the_trainers_of_others_leave_zeros_that_can_be_cut(tmp_path: Path, name: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / name, "--epochs", "2"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = re.search(
+        r"parameters ([\d,]+) -> ([\d,]+); masked and cut model differ by (\S+)", finished.stdout
+    )
+    assert found is not None
+    before, after = (int(found[i].replace(",", "")) for i in (1, 2))
+    assert after < 0.8 * before
+    assert float(found[3]) < 1e-4
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_example_is_run_by_a_test() -> None:

@@ -30,6 +30,7 @@ data train session
 artifact export parity latency
 report run_directory inspection
 inputs summary
+lightning transformers
 pipeline
 cli
 __main__

@@ -103,6 +103,9 @@ class Shrink:
         with torch.no_grad():
             model[0].weight[0] = 0  # type: ignore[index]
 
+    def check_processes(self) -> None:
+        pass
+
     def progress(self) -> dict[str, float]:
         return {"zero_share": float((self.weight == 0).float().mean()), "strength": 1e-3 * self.steps}
 

@@ -1,0 +1,556 @@
+"""CIFAR-10: accuracy at equal measured speed, our penalties against their peers and against dense training.
+
+    python benchmarks/cifar10.py --data DIR --seeds 0 1
+
+DIR holds the tars (or folders) cifar10_train and cifar10_val of class folders. All arms of a seed start from one dense
+network and see the same images, changed in the same way, in the same order, at the same learning rates, for the same
+number of epochs:
+
+    start      the dense network                              --start epochs
+    sparsify   with the arm's penalty, or none                --sparsify epochs
+    cut        to the speed asked for
+    finetune   without penalty                                --finetune epochs
+
+    dense                        no penalty, no cut
+    group_lasso, scale_l1, l1    sparsekit's penalties, proximal, strength "auto"
+    tp_group_norm, tp_bn_scale   Torch-Pruning's GroupNormPruner and BNScalePruner, with their authors' coefficients
+    magnitude                    one-shot, Torch-Pruning's global magnitude pruning
+    random                       one-shot, the same share of every group
+
+The cut of every arm is the smallest (by bisection, channels in multiples of 16) that ONNX Runtime runs `asked` times as
+fast as the dense network, measured interleaved with it, one thread. A tenth of the training images is set aside for
+choices made while this script was written; the figures are those of the test images, looked at once an arm.
+
+Training is in bfloat16 autocast and channels_last. Results are written after every arm; `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsekit as sk
+from sparsekit.complexity import count_macs
+from sparsekit.data import Images, open_data
+from sparsekit.errors import InputError
+from sparsekit.files import write_json, write_text
+from sparsekit.fold import keep_carriers
+from sparsekit.latency import Interval
+from sparsekit.machine import describe_machine, library_versions
+from sparsekit.masks import Masks, round_up
+from sparsekit.schedules import PhaseShares
+
+HERE = Path(__file__).parent
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+MULTIPLE = 16
+BATCH = 128
+TIMED_BATCH = 16
+PENALTIES = ("group_lasso", "scale_l1", "l1")
+# Coefficients: reproduce/main.py of Torch-Pruning; network slimming's on CIFAR.
+PEERS: dict[str, tuple[Any, Any, float]] = {
+    "tp_group_norm": (tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance, 5e-4),
+    "tp_bn_scale": (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance, 1e-4),
+}
+ARMS = ("dense", *PENALTIES, *PEERS, "magnitude", "random")
+
+
+# ---- network and images ----------------------------------------------------------------------------------------------
+
+
+def build_network(width: int) -> ResNet:
+    """timm's ResNet with a stem for 32 px: four stages of one basic block, `width` channels in the first."""
+    network = ResNet(
+        BasicBlock, (1, 1, 1, 1), num_classes=10, channels=(width, 2 * width, 4 * width, 8 * width)
+    )
+    network.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+    network.bn1 = nn.BatchNorm2d(width)
+    network.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    # The first convolution reads `width` channels whatever timm's stem had.
+    first = network.layer1[0]
+    first.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+    first.downsample = None
+    for module in network.modules():
+        if isinstance(module, BasicBlock):
+            nn.init.ones_(module.bn2.weight)  # timm starts it at zero; a penalty would take that for dead
+    return network
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """Images as uint8 (n, 3, 32, 32) and labels (n,)."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def read_images(folder: Path, n_train: int | None) -> Cifar:
+    """All images in memory; a tenth of those for training is left out (for choices), then `n_train` are taken."""
+    data = open_data(
+        "folder", root=folder, train="cifar10_train", test="cifar10_val", limits=(n_train, None, None)
+    )
+
+    def stacked(images: Images) -> tuple[Tensor, Tensor]:
+        pictures = [np.asarray(images[i][0].convert("RGB")) for i in range(len(images))]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
+            images.labels
+        )
+
+    return Cifar(stacked(data.train), stacked(data.test))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """float32, channels last."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    scaled = (images.float() / 255 - mean) / std
+    return scaled.contiguous(memory_format=torch.channels_last)
+
+
+def batches(data: tuple[Tensor, Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A training epoch: shuffled, flipped and shifted by up to 4 px, the same for everyone who asks."""
+    images, labels = data
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    order = torch.randperm(len(images), generator=generator)
+    for chunk in order.split(BATCH):
+        if len(chunk) < BATCH:
+            return
+        padded = F.pad(images[chunk], (4, 4, 4, 4))
+        flip = torch.rand(len(chunk), generator=generator) < 0.5
+        shift = torch.randint(9, (len(chunk), 2), generator=generator)
+        rows = shift[:, :1] + torch.arange(32)
+        columns = shift[:, 1:] + torch.arange(32)
+        columns = torch.where(flip[:, None], columns.flip(1), columns)
+        index = torch.arange(len(chunk))[:, None, None]
+        cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        yield normalised(cropped), labels[chunk]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+After = Callable[[torch.optim.Optimizer], None]
+
+
+def train(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    *,
+    seed: int,
+    epochs: range,
+    lr: float,
+    before_step: Callable[[nn.Module], object] | None = None,
+    after_step: After | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """SGD with Nesterov momentum; the rate rises for a tenth of the steps and falls linearly to 0."""
+    model.to(memory_format=torch.channels_last).train()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 5e-4}, {"params": others}], lr=lr, momentum=0.9, nesterov=True
+    )
+    total = len(epochs) * (len(data[0]) // BATCH)
+    warmup = max(total // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(total - step, 0) / (total - warmup))
+    )
+    for epoch in epochs:
+        for images, labels in batches(data, seed, epoch):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if before_step is not None:
+                before_step(model)
+            optimizer.step()
+            if after_step is not None:
+                after_step(optimizer)
+            schedule.step()
+        tick()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    """Fraction of the images classified right, in float32."""
+    model.eval()
+    right = 0
+    for images, labels in zip(data[0].split(1000), data[1].split(1000), strict=True):
+        right += int((model(normalised(images)).argmax(1) == labels).sum())
+    return right / len(data[1])
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Speed:
+    """Measures how much faster than the dense network a cut one runs; equal shapes are measured once in a search."""
+
+    dense: nn.Module
+    folder: Path
+    known: dict[tuple[Any, ...], Interval] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._export(self.dense, "dense.onnx")
+
+    def _export(self, model: nn.Module, name: str) -> Path:
+        plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
+        return sk.export_onnx(plain, self.folder / name, torch.zeros(TIMED_BATCH, 3, 32, 32))
+
+    def of(self, model: nn.Module, *, rounds: int = 60) -> Interval:
+        """Speed-up with its interval; looked up for a search (60 rounds), measured anew for more."""
+        key = tuple(tuple(p.shape) for p in model.parameters())
+        if rounds > 60 or key not in self.known:
+            files = [self.folder / "dense.onnx", self._export(model, "cut.onnx")]
+            self.known[key] = sk.compare_latency(files, threads=1, rounds=rounds).speedups[0]
+        return self.known[key]
+
+
+def cut_to_speed(cut_at: Callable[[float], nn.Module], asked: float, speed: Speed) -> nn.Module:
+    """The smallest cut that is fast enough; `cut_at` takes the share to remove."""
+    low, high, best = 0.0, 0.98, None
+    for _ in range(9):
+        level = (low + high) / 2
+        try:
+            candidate = cut_at(level)
+        except InputError:  # more than there is to remove
+            high = level
+            continue
+        if speed.of(candidate).value >= asked:
+            high, best = level, candidate
+        else:
+            low = level
+    if best is None:
+        raise InputError(f"no cut reaches a speed-up of {asked}")
+    return best
+
+
+# ---- the arms --------------------------------------------------------------------------------------------------------
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+def by_masks(
+    model: nn.Module, masks_at: Callable[[float], Masks], groups: Any
+) -> Callable[[float], nn.Module]:
+    """A cut of sparsekit, proved."""
+
+    def cut(level: float) -> nn.Module:
+        masks = keep_carriers(model, groups, masks_at(level), round_to=MULTIPLE)
+        plan = sk.make_plan(groups, masks)
+        pruned = sk.apply_plan(model, plan)
+        sk.verify_cut(model, pruned, plan)
+        return pruned
+
+    return cut
+
+
+def ours(model: nn.Module) -> Callable[[float], nn.Module]:
+    """Zeros first, then the lowest scores."""
+    groups = sk.find_groups(model, EXAMPLE)
+
+    def masks_at(level: float) -> Masks:
+        return sk.keep_masks(
+            model,
+            groups,
+            method="budget",
+            target={"macs": 1 - level},
+            round_to=MULTIPLE,
+            min_channels=MULTIPLE,
+        )
+
+    return by_masks(model, masks_at, groups)
+
+
+def at_random(model: nn.Module, seed: int) -> Callable[[float], nn.Module]:
+    """The same share of every group, drawn."""
+    groups = sk.find_groups(model, EXAMPLE)
+    generator = torch.Generator().manual_seed(seed)
+    ranks = {g.name: torch.rand(g.n_channels, generator=generator) for g in groups.free}
+
+    def masks_at(level: float) -> Masks:
+        return {
+            name: round_up(rank.argsort().argsort() >= round(level * len(rank)), rank, MULTIPLE, MULTIPLE)
+            for name, rank in ranks.items()
+        }
+
+    return by_masks(model, masks_at, groups)
+
+
+def by_peer(model: nn.Module, importance: Any) -> Callable[[float], nn.Module]:
+    """Torch-Pruning's cut: global, in the same multiples, the classifier left alone."""
+
+    def cut(level: float) -> nn.Module:
+        pruned = copy.deepcopy(model)
+        pruner = tp.pruner.MagnitudePruner(
+            pruned,
+            EXAMPLE,
+            importance=importance(),
+            global_pruning=True,
+            pruning_ratio=level,
+            max_pruning_ratio=0.95,
+            round_to=MULTIPLE,
+            ignored_layers=[pruned.fc],
+        )
+        pruner.step()
+        return pruned
+
+    return cut
+
+
+@dataclass
+class Seed:
+    """What the arms of one seed share."""
+
+    number: int
+    data: Cifar
+    arguments: argparse.Namespace
+    speed: Speed
+    cache: Path
+    tick: Callable[[], None]
+
+    def phase(self, name: str) -> dict[str, Any]:
+        """Epochs and rate of a phase; the images of epoch 7 are the same for every arm."""
+        a = self.arguments
+        first = {"start": 0, "sparsify": a.start, "finetune": a.start + a.sparsify}[name]
+        length = {"start": a.start, "sparsify": a.sparsify, "finetune": a.finetune}[name]
+        return {
+            "seed": self.number,
+            "epochs": range(first, first + length),
+            "lr": a.lr if name == "start" else a.lr / 2,
+            "tick": self.tick,
+        }
+
+    def trained(self, key: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """What `make` trains, or what it trained before."""
+        a = self.arguments
+        size = f"w{a.width}-n{a.n_train}-{a.start}-{a.sparsify}-{a.finetune}-lr{a.lr}"
+        file = self.cache / f"{key}-seed{self.number}-{size}.safetensors"
+        if file.exists():
+            model = build_network(a.width)
+            model.load_state_dict(load_file(file))
+            return model
+        model = make()
+        self.cache.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
+        return model
+
+    def start(self) -> nn.Module:
+        """The network that all arms start from."""
+
+        def make() -> nn.Module:
+            torch.manual_seed(self.number)
+            model = build_network(self.arguments.width)
+            train(model, self.data.train, **self.phase("start"))
+            return model
+
+        return self.trained("start", make)
+
+    def without_penalty(self) -> nn.Module:
+        """Through the second phase without penalty."""
+
+        def make() -> nn.Module:
+            model = self.start()
+            train(model, self.data.train, **self.phase("sparsify"))
+            return model
+
+        return self.trained("plain", make)
+
+    def with_peer(self, arm: str) -> nn.Module:
+        """With Torch-Pruning's regulariser between the backward pass and the step, as its documentation has it."""
+
+        def make() -> nn.Module:
+            model = self.start()
+            kind, importance, coefficient = PEERS[arm]
+            pruner = kind(
+                model,
+                EXAMPLE,
+                importance=importance(),
+                reg=coefficient,
+                global_pruning=True,
+                round_to=MULTIPLE,
+                ignored_layers=[model.fc],
+            )
+            train(model, self.data.train, before_step=pruner.regularize, **self.phase("sparsify"))
+            return model
+
+        return self.trained(arm, make)
+
+    def with_penalty(self, penalty: Any, asked: float) -> nn.Module:
+        """Ours: the MACs to reach are those at which magnitudes cut from the start are as fast as asked."""
+
+        def make() -> nn.Module:
+            model = self.start()
+            groups = sk.find_groups(model, EXAMPLE)
+            share = count_macs(cut_to_speed(ours(model), asked, self.speed), EXAMPLE) / count_macs(
+                model, EXAMPLE
+            )
+            sparsifier = sk.Sparsifier(
+                model,
+                groups,
+                penalty=penalty,
+                strength="auto",
+                total_steps=self.arguments.sparsify * (len(self.data.train[0]) // BATCH),
+                shares=PhaseShares(0.05, 0.25, 0.3),
+                target={"macs": share},
+                round_to=MULTIPLE,
+                min_channels=MULTIPLE,
+                adaptive=self.arguments.adaptive,
+                costs=sk.channel_macs(groups) if self.arguments.weigh_by_macs else None,
+            )
+            train(model, self.data.train, after_step=sparsifier.step, **self.phase("sparsify"))
+            return model
+
+        return self.trained(f"{penalty}-{asked:g}", make)
+
+    def run(self, arm: str, asked: float) -> dict[str, Any]:
+        """One row of the results."""
+        row: dict[str, Any] = {"arm": arm, "seed": self.number, "asked": asked}
+        if arm in PENALTIES:
+            model = self.with_penalty(arm, asked)
+        else:
+            model = self.with_peer(arm) if arm in PEERS else self.without_penalty()
+        before = accuracy(model, self.data.test)
+        if arm == "dense":
+            cut = copy.deepcopy(model)
+        else:
+            cuts: Mapping[str, Callable[[], Callable[[float], nn.Module]]] = {
+                "magnitude": lambda: by_peer(model, lambda: tp.importance.GroupMagnitudeImportance(p=2)),
+                "random": lambda: at_random(model, self.number),
+            }
+            how = cuts.get(arm, lambda: by_peer(model, PEERS[arm][1]) if arm in PEERS else ours(model))
+            cut = cut_to_speed(how(), asked, self.speed)
+        after = accuracy(cut, self.data.test)
+        speed = Interval(1.0, 1.0, 1.0) if arm == "dense" else self.speed.of(cut, rounds=200)
+        ratio = count_macs(model, EXAMPLE) / count_macs(cut, EXAMPLE)
+        train(cut, self.data.train, **self.phase("finetune"))
+        return row | {
+            "accuracy_before_cut": before,
+            "accuracy_after_cut": after,
+            "accuracy": accuracy(cut, self.data.test),
+            "speedup": speed.value,
+            "speedup_low": speed.low,
+            "speedup_high": speed.high,
+            "macs_ratio": ratio,
+            "params_ratio": sum(p.numel() for p in model.parameters())
+            / sum(p.numel() for p in cut.parameters()),
+        }
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def page(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """The results as Markdown: for each arm and speed, means over the seeds and their spread."""
+    machine, versions = describe_machine(), library_versions()
+    lines = [
+        "# CIFAR-10: accuracy at equal measured speed",
+        "",
+        "Written by `benchmarks/cifar10.py`, whose docstring says what each arm does. Accuracy is that on the test "
+        "images: before the cut, right after it, and after fine-tuning; the mean over seeds, and the spread (largest "
+        "less smallest). Dense training goes on for as many epochs.",
+        "",
+        "- settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()),
+        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "
+        + ", ".join(
+            f"{n} {versions[n]}" for n in ("torch", "timm", "torch-pruning", "onnxruntime") if n in versions
+        ),
+        "",
+        "| asked | arm | seeds | before the cut | after it | fine-tuned | spread | speed-up | MACs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for asked, arm in sorted(
+        {(row["asked"], row["arm"]) for row in rows}, key=lambda k: (k[0], ARMS.index(k[1]))
+    ):
+        found = [row for row in rows if (row["asked"], row["arm"]) == (asked, arm)]
+        mean = {
+            key: statistics.mean(row[key] for row in found) for key in found[0] if key not in ("arm", "seed")
+        }
+        spread = max(r["accuracy"] for r in found) - min(r["accuracy"] for r in found)
+        lines.append(
+            f"| {asked:g} | {arm} | {len(found)} | {mean['accuracy_before_cut']:.4f} "
+            f"| {mean['accuracy_after_cut']:.4f} | {mean['accuracy']:.4f} | {spread:.4f} "
+            f"| {mean['speedup']:.2f} | {mean['macs_ratio']:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="accuracy at equal measured speed on CIFAR-10")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of cifar10_train.tar and cifar10_val.tar"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--asked", type=float, nargs="+", default=[2.0, 3.0], help="speed-ups")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--width", type=int, default=64, help="channels of the first stage")
+    parser.add_argument("--n-train", type=int, default=None, help="of 45,000 training images")
+    parser.add_argument("--start", type=int, default=8, help="epochs of dense training before")
+    parser.add_argument("--sparsify", type=int, default=6, help="epochs with penalty")
+    parser.add_argument("--finetune", type=int, default=6, help="epochs after the cut")
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--adaptive", type=float, default=2.0)
+    parser.add_argument("--weigh-by-macs", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--cache", type=Path, default=Path("runs") / "cifar10", help="trained networks")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "cifar10.json")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "cifar10.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the arms, print and write the rows."""
+    a = parse()
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    console = Console()
+    rows: list[dict[str, Any]] = json.loads(a.output.read_text()) if a.resume and a.output.exists() else []
+    data = read_images(a.data, a.n_train)
+    shown = ("width", "start", "sparsify", "finetune", "lr", "adaptive", "weigh_by_macs", "threads")
+    settings = {key: getattr(a, key) for key in shown} | {
+        "training images": len(data.train[0]),
+        "batch": BATCH,
+    }
+    plans = [(s, arm, x) for s in a.seeds for arm in a.arms for x in ([1.0] if arm == "dense" else a.asked)]
+    done = {(row["seed"], row["arm"], row["asked"]) for row in rows}
+    with TemporaryDirectory() as folder, Progress(console=console) as progress:
+        speed = Speed(build_network(a.width), Path(folder))
+        task = progress.add_task("cifar10", total=None)
+        for number, arm, asked in plans:
+            if (number, arm, asked) in done:
+                continue
+            progress.update(task, description=f"seed {number}, {arm}, {asked:g}x")
+            seed = Seed(number, data, a, speed, a.cache, lambda: progress.advance(task))
+            started = time.perf_counter()
+            rows.append(seed.run(arm, asked) | {"seconds": round(time.perf_counter() - started)})
+            write_json(a.output, rows)
+            write_text(a.docs, page(rows, settings))
+            text = ", ".join(
+                f"{k} {v:.4f}" for k, v in rows[-1].items() if isinstance(v, float) and math.isfinite(v)
+            )
+            progress.console.print(f"seed {number}, {arm}: {text}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

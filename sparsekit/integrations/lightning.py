@@ -1,0 +1,71 @@
+"""A callback for Lightning's `Trainer`: proximal steps while it trains, state in its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.hooks import RemovableHandle
+
+from sparsekit.sparsifier import Sparsifier
+
+MakeSparsifier = Callable[[lightning.LightningModule, int], Sparsifier]
+
+
+class SparsifierCallback(lightning.Callback):
+    """Makes a Sparsifier when training starts and takes a proximal step after every step of the optimizer.
+
+    `make(module, total_steps)` gets the LightningModule, on its device, and the number of optimizer steps that the
+    trainer expects; it returns the Sparsifier, of the module or of a model inside it. Gradient accumulation and
+    steps that a gradient scaler skips are seen to. `zero_share` and `strength` are logged once an epoch.
+    """
+
+    def __init__(self, make: MakeSparsifier) -> None:
+        self._make = make
+        self._handles: list[RemovableHandle] = []
+        self._loaded: Mapping[str, Any] | None = None
+        self.sparsifier: Sparsifier | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Make the Sparsifier, or give it the state of a checkpoint, and attach it to the optimizers."""
+        total_steps = trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise MisconfigurationException(
+                "a sparsifier needs max_epochs or max_steps: its phase has an end"
+            )
+        self.sparsifier = self._make(pl_module, int(total_steps))
+        if self._loaded is not None:
+            self.sparsifier.load_state_dict(self._loaded)
+            self._loaded = None
+        self._handles = [self.sparsifier.attach(optimizer) for optimizer in trainer.optimizers]
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Log how far it is, and see that all processes have the same zeros."""
+        assert self.sparsifier is not None
+        self.sparsifier.check_processes()
+        pl_module.log_dict(self.sparsifier.progress())
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Let the optimizers go."""
+        self._detach()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Let the optimizers go."""
+        self._detach()
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning puts into its checkpoints."""
+        return {} if self.sparsifier is None else self.sparsifier.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until training starts, when there is a Sparsifier to take it."""
+        self._loaded = state_dict or None

@@ -1,0 +1,75 @@
+"""A callback for Hugging Face's `Trainer`: proximal steps while it trains, state beside its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sparsekit.checkpoint import load_state, save_state
+from sparsekit.sparsifier import Sparsifier
+
+_FILE = "sparsifier.safetensors"
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of the step it is at."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+class SparsifierCallback(TrainerCallback):
+    """Makes a Sparsifier when training starts and takes a proximal step after every step of the optimizer.
+
+    `make(model, total_steps)` gets the model, on its device, and the number of optimizer steps to come; it returns the
+    Sparsifier, of the model or of one inside it. Gradient accumulation and steps that a gradient scaler skips are seen
+    to. Each checkpoint folder gets the Sparsifier's state, and a run that is resumed from it goes on with it.
+    `zero_share` and `strength` are added to what the Trainer logs.
+    """
+
+    def __init__(self, make: Callable[[nn.Module, int], Sparsifier]) -> None:
+        self._make = make
+        self._handle: RemovableHandle | None = None
+        self.sparsifier: Sparsifier | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the Sparsifier, or give it the state of a checkpoint, and attach it to the optimizer."""
+        optimizer = kwargs["optimizer"]
+        self.sparsifier = self._make(kwargs["model"], state.max_steps)
+        if state.global_step:
+            folder = args.resume_from_checkpoint or _checkpoint(args, state)
+            self.sparsifier.load_state_dict(load_state(Path(str(folder)) / _FILE))
+        self._handle = self.sparsifier.attach(getattr(optimizer, "optimizer", optimizer))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add how far it is."""
+        if self.sparsifier is not None:
+            progress = self.sparsifier.progress()
+            for logged in (kwargs.get("logs"), *state.log_history[-1:]):
+                if logged is not None:
+                    logged.update(progress)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the state into the checkpoint's folder."""
+        assert self.sparsifier is not None
+        self.sparsifier.check_processes()
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            save_state(folder / _FILE, self.sparsifier.state_dict())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the optimizer go."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
