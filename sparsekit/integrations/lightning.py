@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.hooks import RemovableHandle
 
+from sparsekit.errors import InputError
 from sparsekit.sparsifier import Sparsifier
 
 MakeSparsifier = Callable[[lightning.LightningModule, int], Sparsifier]
@@ -32,8 +32,8 @@ class SparsifierCallback(lightning.Callback):
         """Make the Sparsifier, or give it the state of a checkpoint, and attach it to the optimizers."""
         total_steps = trainer.estimated_stepping_batches
         if total_steps == float("inf"):
-            raise MisconfigurationException(
-                "a sparsifier needs max_epochs or max_steps: its phase has an end"
+            raise InputError(
+                "the trainer has neither max_epochs nor max_steps, and a sparsifying phase has an end; set one of them"
             )
         self.sparsifier = self._make(pl_module, int(total_steps))
         if self._loaded is not None:
