@@ -704,6 +704,10 @@ def page(records: Sequence[Record]) -> str:
         f"Python {machine['python']}",
         f"command: `{shlex.join(['python', 'benchmarks/zoo.py', *sys.argv[1:]])}`",
     ]
+    if "--only" in sys.argv:
+        circumstances.append(
+            "this command ran one of the two; the other's results are those of an earlier run"
+        )
     failures = [
         f"- `{record['model']}`, {record['status']}: {_escaped(record['error'] or '')}"
         for record in records

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import VerificationError
-from sparsekit.groups import ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.modes import evaluating, random_inputs
 from sparsekit.plan import PrunePlan, make_plan
+from sparsekit.rewriting import Place
 from sparsekit.surgery import agreement, cut_masked_, detached, outputs
 
 # In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
@@ -28,14 +29,20 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
     if not groups.free:
         return groups
-    groups = _with_all_rewrites_for_widths(groups)
+    groups = _with_rewrites_of_what_they_run_through(groups)
     exact = sum(layer.macs for layer in groups.layers) <= _MOST_MACS_IN_DOUBLE
-    trial = _Trial(_randomised(model, groups.input_shapes, exact=exact), _without_places(groups, None))
+    trial = _Trial(_randomised(model, groups.input_shapes, exact=exact), replace(groups, groups=()))
     failures: dict[str, str] = {}
-    if trial.cut([group.name for group in groups.free]):
-        trial.groups = groups
+    every = [group.name for group in groups.free]
+    for variant in (_rewritten(groups, ()), _rewritten(groups, (-1,)), groups):
+        if variant == trial.groups:
+            continue
+        trial.groups = variant
+        if not trial.cut(every):
+            break
+    else:
         failures = trial.search(trial.cut)
-        trial.groups = _with_fewest_rewrites(trial, [g.name for g in groups.free if g.name not in failures])
+    trial.groups = _with_fewest_rewrites(trial, [g.name for g in groups.free if g.name not in failures])
     groups = trial.groups
     passed = [group.name for group in groups.free if group.name not in failures]
     if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
@@ -44,10 +51,22 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     return replace(groups, groups=tuple(proved))
 
 
-def _with_all_rewrites_for_widths(groups: ChannelGroups) -> ChannelGroups:
-    """A width that layer norms run over is what attention computes sizes from, of its heads too."""
-    places = tuple(sorted({place for group in groups for place in group.rewrites}))
-    return replace(groups, groups=tuple(g if g.lossless else replace(g, rewrites=places) for g in groups))
+def _with_rewrites_of_what_they_run_through(groups: ChannelGroups) -> ChannelGroups:
+    """A group also gets the rewrites of modules that hold a member of it: widths are what sizes are computed from."""
+    places = sorted({place for group in groups for place in group.rewrites})
+
+    def own(group: ChannelGroup) -> tuple[Place, ...]:
+        held = (m.tensor for m in group.members)
+        through = {p for name in held for p in places if name.startswith(f"{p.module}.") and p.size == -1}
+        return tuple(sorted({*group.rewrites, *through}))
+
+    return replace(groups, groups=tuple(replace(group, rewrites=own(group)) for group in groups))
+
+
+def _rewritten(groups: ChannelGroups, sizes: tuple[int, ...]) -> ChannelGroups:
+    """The groups with those rewrites only that put one of these sizes into the code; -1 is one left to torch."""
+    some = [replace(g, rewrites=tuple(p for p in g.rewrites if p.size in sizes)) for g in groups]
+    return replace(groups, groups=tuple(some))
 
 
 def _with_fewest_rewrites(trial: _Trial, names: list[str]) -> ChannelGroups:
@@ -62,12 +81,9 @@ def _with_fewest_rewrites(trial: _Trial, names: list[str]) -> ChannelGroups:
     return trial.groups
 
 
-def _without_places(groups: ChannelGroups, modules: set[str] | None) -> ChannelGroups:
-    """The groups without the rewrites in these modules (None: in any)."""
-    fewer = [
-        replace(g, rewrites=tuple(p for p in g.rewrites if modules is not None and p.module not in modules))
-        for g in groups
-    ]
+def _without_places(groups: ChannelGroups, modules: set[str]) -> ChannelGroups:
+    """The groups without the rewrites in these modules."""
+    fewer = [replace(g, rewrites=tuple(p for p in g.rewrites if p.module not in modules)) for g in groups]
     return replace(groups, groups=tuple(fewer))
 
 
