@@ -56,8 +56,9 @@ def _with_rewrites_of_what_they_run_through(groups: ChannelGroups) -> ChannelGro
     places = sorted({place for group in groups for place in group.rewrites})
 
     def own(group: ChannelGroup) -> tuple[Place, ...]:
-        held = (m.tensor for m in group.members)
-        through = {p for name in held for p in places if name.startswith(f"{p.module}.") and p.size == -1}
+        held = [m.tensor for m in group.members]
+        prefixes = {p: f"{p.module}." if p.module else "" for p in places if p.size == -1}
+        through = {p for p, prefix in prefixes.items() if any(name.startswith(prefix) for name in held)}
         return tuple(sorted({*group.rewrites, *through}))
 
     return replace(groups, groups=tuple(replace(group, rewrites=own(group)) for group in groups))

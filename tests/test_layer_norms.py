@@ -147,3 +147,35 @@ def test_the_width_of_a_transformer_with_root_mean_square_norms_is_free() -> Non
     groups = find_groups(model, torch.randn(1, *model.pretrained_cfg["input_size"], dtype=torch.float64))
     (width,) = (group for group in groups.free if group.of_role("response"))
     assert width.n_channels == model.num_features
+
+
+class AttentionOfComputedWidth(nn.Module):
+    """Attention that writes its heads side by side into as many columns as its *input* has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.num_heads, self.head_dim = 4, 2
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.embed(tokens))
+        batch, n, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, n, width)).mean(1)
+
+
+@pytest.mark.parametrize("share", [(0.5, 1.0), (1.0, 0.5), (0.5, 0.5), (0.75, 0.25)])
+def test_width_and_heads_can_go_apart_where_one_is_computed_from_the_other(
+    share: tuple[float, float],
+) -> None:
+    model = AttentionOfComputedWidth().double().eval()
+    groups = find_groups(model, torch.randn(2, 5, 6, dtype=torch.float64), through_layer_norm=True)
+    assert {g.name: g.n_channels for g in groups.free} == {"embed": 8, "qkv": 4}
+    kept = {
+        g.name: torch.arange(g.n_channels) < part * g.n_channels
+        for g, part in zip(groups.free, share, strict=True)
+    }
+    plan = make_plan(groups, kept)
+    verify_cut(model, apply_plan(model, plan), plan, tolerance=1e-9)
