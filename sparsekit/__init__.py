@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsekit.latency import compare_latency
     from sparsekit.masks import keep_masks
     from sparsekit.plan import PrunePlan, make_plan
+    from sparsekit.recalibration import recalibrate_batchnorms
     from sparsekit.sparsifier import Sparsifier
     from sparsekit.surgery import apply_plan, verify_cut
 
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "make_plan",
     "rebind_scheduler",
+    "recalibrate_batchnorms",
     "save",
     "transplant",
     "transplant_ema",
@@ -50,6 +52,7 @@ _HOMES = {
     "load": "artifact",
     "make_plan": "plan",
     "rebind_scheduler": "continuation",
+    "recalibrate_batchnorms": "recalibration",
     "save": "artifact",
     "transplant": "continuation",
     "transplant_ema": "continuation",

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -57,6 +58,7 @@ from sparsekit.models import (
 from sparsekit.modes import evaluating
 from sparsekit.parity import check_parity, onnx_accuracy
 from sparsekit.plan import PrunePlan, make_plan
+from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run_directory import RunDirectory
@@ -293,6 +295,7 @@ def _finetune(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     spec = run.recipe.finetune
     cut = run.files.checkpoints / "cut"
     model = artifact.load(cut).to(run.accelerator.device)
+    _recalibrate(run, model)
     teacher = None
     if spec.distill is not None and spec.epochs:
         teacher = Distillation(_with_weights(run, "dense"), spec.distill.weight, spec.distill.temperature)
@@ -425,6 +428,19 @@ def _loader(run: _Run, images: Images, training: bool) -> Loader:
         augment=augmentation(run.recipe) if training else None,
         pin_memory=run.accelerator.device.type == "cuda",
     )
+
+
+def _recalibrate(run: _Run, model: nn.Module) -> None:
+    """BatchNorm statistics from random training images, if the recipe asks for it."""
+    images, spec = run.inputs.data.train, run.recipe.data
+    size = spec.eval_batch_size or spec.batch_size
+    n = min(run.recipe.cut.recalibrate, len(images))
+    if n:
+        chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[
+            : max(n - n % size, min(n, size))
+        ]
+        loader = _loader(run, images.subset(chosen), training=False)
+        recalibrate_batchnorms(model, (batch.to(run.accelerator.device) for batch, _ in loader))
 
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:

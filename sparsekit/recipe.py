@@ -283,6 +283,12 @@ class CutSpec(_Spec):
     ignore: tuple[Name, ...] = Field(
         default=(), description="name patterns of modules to leave whole, such as layer4.*"
     )
+    recalibrate: int = Field(
+        default=0,
+        ge=0,
+        description="training images from which BatchNorm statistics are measured anew after the cut, before "
+        "fine-tuning; worth it if channels go that are not zero",
+    )
     through_layer_norm: bool = Field(
         default=False,
         description="cut widths that a LayerNorm runs over too; that changes its mean and variance, so it is not "

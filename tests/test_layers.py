@@ -24,7 +24,7 @@ masks penalties
 fold
 surgery
 proof
-analysis sparsifier continuation
+analysis sparsifier continuation recalibration
 checkpoint models machine
 data train session
 artifact export parity latency

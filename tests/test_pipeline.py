@@ -226,7 +226,7 @@ def test_a_finished_checkpoint_is_only_evaluated_and_compared_without_a_baseline
     done = sparsekit(
         *("prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"),
         *("--set", "dense.epochs=0", "--set", "training.optimizer=adamw", "--set", "training.lr=0.003"),
-        *("--set", "export.dynamic_batch=true", "--set", "training.ema=0.9"),
+        *("--set", "export.dynamic_batch=true", "--set", "training.ema=0.9", "--set", "cut.recalibrate=200"),
     )
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path / "run" / "report.json")

@@ -25,6 +25,7 @@ def test_the_public_names_are_these() -> None:
         "load",
         "make_plan",
         "rebind_scheduler",
+        "recalibrate_batchnorms",
         "save",
         "transplant",
         "transplant_ema",
