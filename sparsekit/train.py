@@ -458,7 +458,7 @@ def _run_epoch(parts: _Parts, display: _Display, phase: str, epoch: int) -> Epoc
             parts.hook.project_(validated)
     result = _evaluate(validated, parts.validation, parts.accelerator)
     if not math.isfinite(result.loss):
-        raise _not_finite(phase, f"after epoch {epoch + 1}, on the validation data")
+        raise _not_finite(phase, f"after epoch {epoch + 1}, on the validation data", parts.hook)
     shown = {} if parts.hook is None else parts.hook.progress()
     return EpochMetrics(
         phase=phase,
@@ -495,11 +495,11 @@ def _train_epoch(
             lr = parts.optimizer.param_groups[0]["lr"]
             update += _update(parts, loss, update)
         if time.perf_counter() >= next_log:
-            recent = _finite_mean(losses[logged : batch + 1], phase, epoch, logged, n_batches)
+            recent = _finite_mean(losses[logged : batch + 1], phase, epoch, logged, n_batches, parts.hook)
             display.step(epoch * n_batches + batch + 1, recent, parts.hook)
             logged, next_log = batch + 1, time.perf_counter() + _LOG_SECONDS
     losses = accelerator.reduce(losses, reduction="mean")
-    loss_mean = _finite_mean(losses, phase, epoch, 0, n_batches)
+    loss_mean = _finite_mean(losses, phase, epoch, 0, n_batches, parts.hook)
     correct, seen = accelerator.reduce(counts, reduction="sum").tolist()
     return loss_mean, correct / seen if seen else None, lr
 
@@ -550,17 +550,21 @@ def _update(parts: _Parts, loss: torch.Tensor, update: int) -> bool:
     return True
 
 
-def _finite_mean(losses: torch.Tensor, phase: str, epoch: int, first: int, n_batches: int) -> float:
+def _finite_mean(
+    losses: torch.Tensor, phase: str, epoch: int, first: int, n_batches: int, hook: StepHook | None
+) -> float:
     values = losses.cpu()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
-        raise _not_finite(phase, f"in epoch {epoch + 1}, step {first + int(bad[0]) + 1} of {n_batches}")
+        raise _not_finite(phase, f"in epoch {epoch + 1}, step {first + int(bad[0]) + 1} of {n_batches}", hook)
     return float(values.mean())
 
 
-def _not_finite(phase: str, where: str) -> TrainingError:
+def _not_finite(phase: str, where: str, hook: StepHook | None) -> TrainingError:
+    strength = None if hook is None else hook.progress().get("strength")
+    at = "" if strength is None else f", at a strength of {strength:.3g}"
     return TrainingError(
-        f"{phase}: the loss became NaN or infinite {where}. Lower the learning rate or the strength "
+        f"{phase}: the loss became NaN or infinite {where}{at}. Lower the learning rate or the strength "
         "of the penalty, add warm-up epochs, clip gradients (clip_grad: 1.0), or train in full precision."
     )
 

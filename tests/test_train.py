@@ -250,7 +250,9 @@ def test_weights_ruined_by_the_last_step_are_noticed(tmp_path: Path, accelerator
                 self.weight.data.fill_(math.inf)
 
     model, path = net(), tmp_path / "state"
-    with pytest.raises(TrainingError, match="after epoch 1, on the validation data"):
+    with pytest.raises(
+        TrainingError, match=r"after epoch 1, on the validation data, at a strength of 0.005\."
+    ):
         fit(
             model,
             loaders(),
