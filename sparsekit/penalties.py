@@ -26,6 +26,8 @@ from sparsekit.prox import block_shrinkage, mcp_shrinkage, soft_threshold
 Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
 # Penalties whose map acts on single weights: they need no factor for how many a channel has.
 ELEMENTWISE: tuple[Penalty, ...] = ("l1", "scale_l1")
+# Penalties whose map does nothing but multiply each channel by a number.
+BLOCKWISE: tuple[Penalty, ...] = ("group_lasso", "group_mcp")
 # Of a sparse group lasso, the share of the threshold that acts on single weights.
 _ELEMENT_SHARE = 0.5
 
@@ -49,6 +51,10 @@ class Slots:
     repeat: int
     index: Tensor | None
 
+    def is_vector(self, tensor: Tensor) -> bool:
+        """Whether the tensor has one number for each channel, in order, and nothing else: most scales and shifts."""
+        return self.index is None and self.repeat == 1 and tensor.dim() == 1
+
     def rows(self, tensor: Tensor) -> Tensor:
         """Everything of `tensor` that each channel owns, as (n_channels, elements)."""
         moved = tensor.movedim(self.dim, 0)
@@ -62,6 +68,8 @@ class Slots:
         Positions that no channel of the group owns get `outside`.
         """
         spread = values.to(tensor)
+        if self.is_vector(tensor):
+            return spread
         if self.repeat > 1:
             spread = spread.repeat_interleave(self.repeat)
         if self.index is not None:
@@ -85,8 +93,12 @@ def penalised_slots(
 
 def channel_norms(tensors: Mapping[str, Tensor], slots: Sequence[Slots]) -> Tensor:
     """Euclidean norm (n_channels,) of all penalised weights of each channel, on the tensors' device."""
-    squares = [slot.rows(tensors[slot.parameter]).square().sum(1) for slot in slots]
-    return torch.stack(squares).sum(0).sqrt()
+    total: Tensor | float = 0.0
+    for slot in slots:
+        tensor = tensors[slot.parameter]
+        total = total + (tensor.square() if slot.is_vector(tensor) else slot.rows(tensor).square().sum(1))
+    assert isinstance(total, Tensor), "a group without slots has no norms"
+    return total.sqrt()
 
 
 def channel_sizes(tensors: Mapping[str, Tensor], slots: Sequence[Slots]) -> int:
@@ -130,10 +142,14 @@ def shrink_(
     if penalty == "sparse_group_lasso":
         _soften_(tensors, slots, thresholds * (_ELEMENT_SHARE / channel_sizes(tensors, slots) ** 0.5))
         thresholds = thresholds * (1 - _ELEMENT_SHARE)
-    norms = channel_norms(tensors, slots)
-    convex = penalty != "group_mcp"
-    factors = block_shrinkage(norms, thresholds) if convex else mcp_shrinkage(norms, thresholds, rate)
-    scale_channels_(tensors, slots, factors)
+    scale_channels_(tensors, slots, block_factors(penalty, channel_norms(tensors, slots), thresholds, rate))
+
+
+def block_factors(penalty: Penalty, norms: Tensor, thresholds: Tensor, rate: float) -> Tensor:
+    """What a step of a penalty on whole channels multiplies those of these norms by (n_channels,)."""
+    if penalty == "group_mcp":
+        return mcp_shrinkage(norms, thresholds, rate)
+    return block_shrinkage(norms, thresholds)
 
 
 def _soften_(tensors: Mapping[str, Tensor], slots: Sequence[Slots], thresholds: Tensor) -> None:

@@ -16,9 +16,11 @@ from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
 from sparsekit.penalties import (
+    BLOCKWISE,
     ELEMENTWISE,
     Penalty,
     Slots,
+    block_factors,
     channel_norms,
     channel_sizes,
     distances_to_zero,
@@ -157,11 +159,8 @@ class Sparsifier:
         for group in self._active:
             slots, alive = self._slots[group.name], self._alive[group.name]
             rate = rates.get(group.name, 0.0)
-            if strength * rate > 0:
-                thresholds = self._thresholds(group, strength * rate)
-                shrink_(self._tensors, slots, self._penalty, thresholds, rate=rate)
-                alive.mul_(channel_norms(self._tensors, slots) > 0)
-            scale_channels_(self._tensors, slots, alive)
+            factors = self._shrink_(group, strength * rate, rate) if strength * rate > 0 else alive
+            scale_channels_(self._tensors, slots, factors)
             _clear_momenta_(optimizer, self._tensors, slots, alive)
         self._steps += 1
 
@@ -192,10 +191,22 @@ class Sparsifier:
                 "(DistributedDataParallel)"
             )
 
-    def _thresholds(self, group: ChannelGroup, step_length: float) -> Tensor:
+    def _shrink_(self, group: ChannelGroup, step_length: float, rate: float) -> Tensor:
+        """Take the step's thresholds off a group, note who has died, and return what is left to multiply by."""
+        slots, alive = self._slots[group.name], self._alive[group.name]
+        reach = distances_to_zero(self._tensors, slots, self._penalty)
+        thresholds = self._thresholds(group, step_length, reach)
+        if self._penalty in BLOCKWISE:  # there `reach` is the norm, which saves a look at the weights
+            factors = block_factors(self._penalty, reach, thresholds, rate)
+            alive.mul_((reach * factors).square() > 0)  # squared: a norm that underflows is none
+            return factors * alive
+        shrink_(self._tensors, slots, self._penalty, thresholds, rate=rate)
+        alive.mul_(channel_norms(self._tensors, slots) > 0)
+        return alive
+
+    def _thresholds(self, group: ChannelGroup, step_length: float, reach: Tensor) -> Tensor:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
         thresholds = self._weights[group.name] * step_length
-        reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
         best = reach.topk(min(group.units(self._min_channels), group.n_channels)).indices
         return thresholds.index_copy(0, best, torch.minimum(thresholds[best], reach[best] / 2))
 
