@@ -13,8 +13,9 @@ of constant strength on its filters (no BatchNorm, so that size means something)
 Noted along the way: the share of channels that are exactly zero, and below a thousandth of the median norm at the
 start. At the end, of the channels that the proximal run took to zero, the median norm in the subgradient run beside the
 noise floor predicted for a channel of p weights without a gradient of its own: eta sqrt(p) sigma^2 / (2 strength), with
-eta the learning rate of a steady step and sigma the noise of a step in units of eta (1 for AdamW; the standard
-deviation of the gradient between batches for SGD). Every figure is the mean over the seeds.
+eta the length of a steady step and sigma its noise in units of eta, after momentum. For SGD that is the standard
+deviation of the gradient between batches; AdamW divides it, and the strength, by the root mean square of what it is
+given. Every figure is the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -41,10 +42,17 @@ from sparsekit.penalties import channel_norms, channel_sizes, penalised_slots
 HERE = Path(__file__).parent
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 BATCH = 64
-# Learning rate, length of a steady step, and strengths: SGD's are those of the loss, AdamW's shares of its step.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "SGD": {"lr": 0.02, "steady": 0.2, "l1": 2e-3, "group_lasso": 2e-3},
-    "AdamW": {"lr": 2e-3, "steady": 2e-3, "l1": 0.3, "group_lasso": 0.3},
+# Learning rate and length of a steady step.
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "SGD": {"lr": 0.02, "steady": 0.2},
+    "AdamW": {"lr": 2e-3, "steady": 2e-3},
+}
+# In units of the loss; of a proximal step behind AdamW, in shares of AdamW's own step.
+STRENGTHS = {
+    ("SGD", "subgradient"): {"l1": 3e-4, "group_lasso": 1e-4},
+    ("SGD", "proximal"): {"l1": 3e-4, "group_lasso": 1e-4},
+    ("AdamW", "subgradient"): {"l1": 3e-4, "group_lasso": 1e-4},
+    ("AdamW", "proximal"): {"l1": 0.1, "group_lasso": 0.03},
 }
 Run = dict[str, Any]
 
@@ -120,7 +128,7 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
     model = network()
     groups = sk.find_groups(model, EXAMPLE)
     optimizer = optimizer_of(kind, model)
-    strength = OPTIMIZERS[kind][penalty]
+    strength = STRENGTHS[kind, where][penalty]
     hook = sk.Sparsifier(model, groups, penalty=penalty, strength=strength, min_channels=1)  # type: ignore[arg-type]
     start = float(all_norms(model, groups).median())
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +162,7 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
         "small_share": curve[-1][2],
         "norms": all_norms(model, groups).tolist(),
         "sizes": sizes.tolist(),
-        "noise": 1.0 if kind == "AdamW" else gradient_noise(model, training, groups),
+        "noise": gradient_noise(model, training, groups),
     }
 
 
@@ -176,11 +184,14 @@ def floors(runs: Sequence[Run]) -> list[Run]:
         dead = [i for i, norm in enumerate(proximal["norms"]) if norm == 0]
         if not dead:
             continue
-        eta, sigma = OPTIMIZERS[key[0]]["lr"], other["noise"]
-        if key[0] == "SGD":
-            eta = OPTIMIZERS["SGD"]["steady"]
-            sigma *= ((1 - 0.9) / (1 + 0.9)) ** 0.5  # a momentum of 0.9 averages the noise of a steady step
-        predicted = [eta * other["sizes"][i] ** 0.5 * sigma**2 / (2 * other["strength"]) for i in dead]
+        eta, sigma, strength = OPTIMIZERS[key[0]]["steady"], other["noise"], other["strength"]
+        if (
+            key[0] == "AdamW"
+        ):  # it divides by the root mean square of what it is given, the subgradient included
+            strength /= (sigma**2 + strength**2) ** 0.5
+            sigma = 1.0
+        sigma *= ((1 - 0.9) / (1 + 0.9)) ** 0.5  # a momentum of 0.9 averages the noise
+        predicted = [eta * other["sizes"][i] ** 0.5 * sigma**2 / (2 * strength) for i in dead]
         rows.append(
             {
                 "optimizer": key[0],
@@ -244,7 +255,8 @@ def page(runs: Sequence[Run], rows: Sequence[Run], command: str) -> str:
     lines += [
         "",
         "Of the channels that the proximal run took to zero, how large the subgradient left them, and the noise floor "
-        "predicted for channels without a gradient of their own:",
+        "predicted for channels without a gradient of their own. The formula is that of a group lasso; L1, which pulls "
+        "every weight by itself, is beside it for comparison:",
         "",
         "| optimizer | penalty | channels | median norm | predicted floor |",
         "|---|---|---|---|---|",
