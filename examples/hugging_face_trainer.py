@@ -1,7 +1,9 @@
 """sparsekit in Hugging Face's Trainer: one callback, and the zeros are there when training ends.
 
-pip install 'sparsekit[transformers]'
-python examples/hugging_face_trainer.py
+From the repository's root:
+
+    pip install -e '.[transformers]'
+    python examples/hugging_face_trainer.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """sparsekit in Lightning's Trainer: one callback, and the zeros are there when training ends.
 
-pip install 'sparsekit[lightning]'
-python examples/lightning_trainer.py
+From the repository's root:
+
+    pip install -e '.[lightning]'
+    python examples/lightning_trainer.py
 """
 
 from __future__ import annotations

@@ -89,6 +89,11 @@ class ChannelGroup:
         """
         return tuple(member for member in self.members if member.penalised)
 
+    @property
+    def scales(self) -> tuple[Member, ...]:
+        """The penalised members that are scales of norms."""
+        return tuple(m for m in self.penalised if m.role == "norm" and m.tensor.endswith("weight"))
+
 
 @dataclass(frozen=True)
 class LayerCost:

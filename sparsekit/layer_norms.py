@@ -19,7 +19,7 @@ _MARK, _KEPT = "_normalises_what_stays", "_kept"
 
 def normalise_what_stays_(module: nn.Module, keep: tuple[int, ...]) -> None:
     """Give the module a subclass whose layer norms look at the channels `keep` only, in place."""
-    cls = original_class_of_norm(module)
+    cls = _original_class(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _OverWhatStays(self.weight, getattr(self, _KEPT)):
@@ -32,11 +32,11 @@ def normalise_what_stays_(module: nn.Module, keep: tuple[int, ...]) -> None:
 def normalise_all_(module: nn.Module) -> None:
     """Undo `normalise_what_stays_`, in place; any other module is left as it is."""
     if _MARK in vars(type(module)):
-        module.__class__ = original_class_of_norm(module)
+        module.__class__ = _original_class(module)
         delattr(module, _KEPT)
 
 
-def original_class_of_norm(module: nn.Module) -> Any:
+def _original_class(module: nn.Module) -> Any:
     """The module's class before its layer norms were confined to some channels."""
     cls = type(module)
     return cls.__bases__[0] if _MARK in vars(cls) else cls

@@ -35,7 +35,7 @@ _ELEMENT_SHARE = 0.5
 def penalised_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
     """The members of a group that the penalty acts on; none if it has nothing to act on."""
     if penalty == "scale_l1":
-        return tuple(m for m in group.penalised if m.role == "norm" and m.tensor.endswith("weight"))
+        return group.scales
     return group.penalised
 
 

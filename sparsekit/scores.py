@@ -62,9 +62,8 @@ def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
     state = model.state_dict()
     zeros = {}
     for group in groups.free:
-        scales = [m for m in group.penalised if m.role == "norm" and m.tensor.endswith("weight")]
-        shifts = {f"{member.module}.bias" for member in scales}
-        members = [m for m in group.penalised if not (m.role == "norm" and m.tensor in shifts)]
+        shifts = {f"{scale.module}.bias" for scale in group.scales}
+        members = [m for m in group.penalised if m.tensor not in shifts]
         dead = torch.full((group.n_channels,), bool(members))
         for member in members:
             dead &= (rows(state[member.tensor], member) == 0).all(1).cpu()

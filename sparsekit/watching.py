@@ -46,7 +46,9 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
 
     for module in model.modules():
         name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
-        if name is not None and not (name == _ROOT_MEAN_SQUARE and not _can_make_up(module)):
+        if name == _ROOT_MEAN_SQUARE and not _can_make_up(module):
+            name = None
+        if name is not None:
             vars(module)["forward"] = wrap(module, name)
 
 
