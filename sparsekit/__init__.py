@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekit.analysis import find_groups
     from sparsekit.artifact import load, save
-    from sparsekit.complexity import channel_macs
+    from sparsekit.complexity import channel_latencies, channel_macs
     from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
     from sparsekit.export import export_onnx
     from sparsekit.latency import compare_latency
+    from sparsekit.layer_latency import measure_layers
     from sparsekit.masks import keep_masks
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.recalibration import recalibrate_batchnorms
@@ -24,6 +25,7 @@ __all__ = [
     "PrunePlan",
     "Sparsifier",
     "apply_plan",
+    "channel_latencies",
     "channel_macs",
     "compare_latency",
     "export_onnx",
@@ -31,6 +33,7 @@ __all__ = [
     "keep_masks",
     "load",
     "make_plan",
+    "measure_layers",
     "rebind_scheduler",
     "recalibrate_batchnorms",
     "save",
@@ -44,6 +47,7 @@ _HOMES = {
     "PrunePlan": "plan",
     "Sparsifier": "sparsifier",
     "apply_plan": "surgery",
+    "channel_latencies": "complexity",
     "channel_macs": "complexity",
     "compare_latency": "latency",
     "export_onnx": "export",
@@ -51,6 +55,7 @@ _HOMES = {
     "keep_masks": "masks",
     "load": "artifact",
     "make_plan": "plan",
+    "measure_layers": "layer_latency",
     "rebind_scheduler": "continuation",
     "recalibrate_batchnorms": "recalibration",
     "save": "artifact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroups, LayerCost
 from sparsekit.modes import evaluating
 
@@ -92,21 +94,49 @@ def channel_macs(groups: ChannelGroups) -> dict[str, float]:
 
     At the widths the model has now; a layer between two groups counts in both.
     """
-    macs = {layer.weight: (layer.macs, layer.shape) for layer in groups.layers}
-    costs = {}
-    for group in groups.free:
-        shares = ((macs[m.tensor], m) for m in group.members if m.role != "size" and m.tensor in macs)
-        costs[group.name] = sum(n * m.repeat / shape[m.dim] for (n, shape), m in shares)
-    return costs
+    return _channel_costs(groups, {layer.weight: float(layer.macs) for layer in groups.layers})
+
+
+def channel_latencies(groups: ChannelGroups) -> dict[str, float]:
+    """Milliseconds that one channel of each free group costs, like `channel_macs`.
+
+    Raises InputError for groups that `measure_layers` has not measured.
+    """
+    return _channel_costs(groups, {layer.weight: _measured(layer) for layer in groups.layers})
+
+
+def _channel_costs(groups: ChannelGroups, of_layer: Mapping[str, float]) -> dict[str, float]:
+    shapes = {layer.weight: layer.shape for layer in groups.layers}
+    return {
+        group.name: sum(
+            of_layer[m.tensor] * m.repeat / shapes[m.tensor][m.dim]
+            for m in group.members
+            if m.role != "size" and m.tensor in of_layer
+        )
+        for group in groups.free
+    }
+
+
+def _measured(layer: LayerCost) -> float:
+    if layer.ms is None:
+        raise InputError(
+            "the layers' latencies have not been measured; take the groups that sparsekit.measure_layers returns"
+        )
+    return layer.ms
 
 
 @dataclass(frozen=True)
 class CostShare:
-    """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels."""
+    """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels.
+
+    `latency`: of the time that the dense model's layers take, each in proportion to what is left of its weight; NaN
+    where it has not been measured.
+    """
 
     macs: float
     params: float
     channels: float
+    latency: float = math.nan
 
 
 def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
@@ -127,6 +157,11 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
         return prod(size - removed.get((tensor, dim), 0) for dim, size in enumerate(shape))
 
     dense_macs = sum(layer.macs for layer in groups.layers)
+    dense_ms = sum(math.nan if layer.ms is None else layer.ms for layer in groups.layers)
+    ms = sum(
+        math.nan if layer.ms is None else layer.ms * left(layer.weight, layer.shape) / prod(layer.shape)
+        for layer in groups.layers
+    )
     macs = sum(left(layer.weight, layer.shape) * layer.positions for layer in groups.layers)
     dense_params = sum(prod(groups.tensor_shapes[name]) for name in groups.parameters)
     params = sum(left(name, groups.tensor_shapes[name]) for name in groups.parameters)
@@ -138,4 +173,5 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
         macs=macs / dense_macs if dense_macs else 1.0,
         params=params / dense_params if dense_params else 1.0,
         channels=1 - gone_channels / channels if channels else 1.0,
+        latency=ms / dense_ms if dense_ms else math.nan,
     )

@@ -97,11 +97,15 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs of one layer: elements of its weight times the positions the weight is applied at (batch 1)."""
+    """MACs of one layer: elements of its weight times the positions the weight is applied at (batch 1).
+
+    `ms` is what it takes in ONNX Runtime, None until `measure_layers` has measured it.
+    """
 
     weight: str
     shape: tuple[int, ...]
     positions: int
+    ms: float | None = None
 
     @property
     def macs(self) -> int:

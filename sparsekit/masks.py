@@ -15,7 +15,7 @@ from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.scores import channel_scores, zero_channels
 
 Method = Literal["auto", "zeros", "threshold", "gap", "budget"]
-Quantity = Literal["macs", "params", "channels"]
+Quantity = Literal["macs", "params", "channels", "latency"]
 Masks = dict[str, Tensor]
 
 # A gap in the sorted log-norms counts as one when it spans half a decade and splits off a sensible share.
@@ -38,26 +38,25 @@ def keep_masks(
 
     "zeros" removes channels whose penalised weights are all exactly 0. "threshold" removes those with a score
     below `threshold` (times the group's largest score if `relative`). "gap" removes what lies below the largest
-    gap in the log-scores, if it spans half a decade. "budget" removes the lowest scores (each divided by its
-    group's mean) until at most the share `target`, for example {"macs": 0.5}, is left. "auto" takes exact zeros,
+    gap in the log-scores, if it spans half a decade. "budget" removes the blocks of `round_to` channels with the
+    lowest mean of (score / mean score of the group)^2 until at most the share `target`, for example {"macs": 0.5},
+    is left ("latency" needs groups that `measure_layers` has measured). "auto" takes exact zeros,
     then lowers what is left to `target` if one is given; without zeros and target it takes the gap.
 
     The number kept is rounded up to a multiple of `round_to`, the best of the removed coming back, and never
     falls below `min_channels` (or the group's size). Raises InputError for a method without what it needs, an
     unknown quantity, or a target out of reach.
     """
-    if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
-        raise InputError(f"target must name one of macs, params and channels, got {dict(target)}")
+    check_target(groups, target)
     scores = channel_scores(model, groups)
     zeros = zero_channels(model, groups)
     # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
     ranks = {name: torch.where(zeros[name], -1.0, score) for name, score in scores.items()}
 
+    rounding = {g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free}
+
     def finish(masks: Masks) -> Masks:
-        return {
-            g.name: round_up(masks[g.name], ranks[g.name], g.multiple(round_to), g.units(min_channels))
-            for g in groups.free
-        }
+        return {name: round_up(masks[name], ranks[name], *rounding[name]) for name in rounding}
 
     without_zeros = finish({name: ~dead for name, dead in zeros.items()})
     if method == "zeros":
@@ -71,8 +70,21 @@ def keep_masks(
     if method == "budget" and not target:
         raise InputError("the mask method 'budget' needs a target such as {'macs': 0.5}, got none")
     if target:
-        return _within_budget(groups, ranks, target, finish, without_zeros if method == "auto" else None)
+        start = without_zeros if method == "auto" else None
+        return _within_budget(groups, ranks, target, finish, start, rounding)
     return without_zeros if any(bool(dead.any()) for dead in zeros.values()) else finish(_above_gap(ranks))
+
+
+def check_target(groups: ChannelGroups, target: Mapping[Quantity, float] | None) -> None:
+    """Raises InputError for a target that names no quantity, several, or one that was not measured."""
+    if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
+        raise InputError(
+            f"target must name one of {', '.join(get_args(Quantity))} with its share, got {dict(target)}"
+        )
+    if target and "latency" in target and any(layer.ms is None for layer in groups.layers):
+        raise InputError(
+            "a target of latency needs the layers' latencies; take the groups that sparsekit.measure_layers returns"
+        )
 
 
 def round_up(mask: Tensor, ranks: Tensor, multiple: int, min_channels: int) -> Tensor:
@@ -140,14 +152,38 @@ def _within_budget(
     target: Mapping[Quantity, float],
     finish: Callable[[Masks], Masks],
     start: Masks | None,
+    rounding: Mapping[str, tuple[int, int]],
 ) -> Masks:
     """The masks of the smallest global threshold that meets the target, or `start` if that meets it already."""
     ((quantity, wanted),) = target.items()
     if start is not None and getattr(kept_share(groups, start), quantity) <= wanted:
         return start
-    normalised = _normalised(ranks)
-    cut = budget_threshold(groups, normalised, target, finish)
-    return finish(_ranked_above(normalised, cut))
+    worth = block_worth(relative_worth(ranks), rounding)
+    cut = budget_threshold(groups, worth, target, finish)
+    return finish(_ranked_above(worth, cut))
+
+
+def relative_worth(ranks: Masks) -> Masks:
+    """Squared scores over their group's mean, so that groups can be ranked together; 0 for zeros."""
+    return {name: rank.clamp_min(0).square() for name, rank in _normalised(ranks).items()}
+
+
+def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
+    """For each channel the mean worth of its block; infinite for blocks that stay in any case.
+
+    A cut keeps whole blocks of channels, so one that goes alone saves nothing. Blocks are counted from the most
+    valuable channel of a group down and have as many channels as `rounding`'s first number (the last may have fewer);
+    at least as many as its second stay.
+    """
+    ranked = {}
+    for name, values in worth.items():
+        multiple, least = rounding[name]
+        order = values.argsort(descending=True, stable=True)
+        blocks = [block.mean().expand(len(block)) for block in values[order].split(multiple)]
+        ranked[name] = torch.empty_like(values)
+        ranked[name][order] = torch.cat(blocks)
+        ranked[name][order[: -(-max(least, 1) // multiple) * multiple]] = torch.inf
+    return ranked
 
 
 def budget_threshold(

@@ -11,10 +11,18 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsekit.complexity import kept_share
-from sparsekit.controller import shrink_budget_strength
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
-from sparsekit.masks import Masks, Quantity, budget_threshold, round_up
+from sparsekit.importance import note_sensitivities_
+from sparsekit.masks import (
+    Masks,
+    Quantity,
+    block_worth,
+    budget_threshold,
+    check_target,
+    relative_worth,
+    round_up,
+)
 from sparsekit.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
@@ -32,6 +40,7 @@ from sparsekit.penalties import (
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
+Importance = Literal["magnitude", "taylor"]
 # How often an automatic strength is planned anew in the penalised part of a phase.
 _PLANS = 100
 # The plan aims to be done a little before the penalised part ends: what gradients held up dies in the rest.
@@ -91,9 +100,11 @@ class Sparsifier:
         round_to: int = 1,
         min_channels: int = 1,
         adaptive: float = 0.0,
+        importance: Importance = "magnitude",
         costs: Mapping[str, float] | None = None,
     ) -> None:
-        _check_arguments(penalty, strength, total_steps, target, round_to)
+        _check_arguments(penalty, strength, total_steps, target, round_to, importance)
+        check_target(groups, target)
         model = _unwrapped(model)
         self._tensors = dict(model.named_parameters())
         self._groups = groups
@@ -110,9 +121,24 @@ class Sparsifier:
         self._done = False
         self._slots = {g.name: penalised_slots(self._tensors, g, penalty) for g in self._active}
         self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
-        self._weights = self._channel_weights(model, adaptive, _cost_factors(self._active, costs))
+        self._cost_factors = _cost_factors(self._active, costs)
+        self._weights = self._channel_weights(model, adaptive, self._cost_factors)
+        self._learns = self._auto and importance == "taylor"
+        self._worth = {g.name: torch.zeros_like(self._alive[g.name]) for g in self._active}
+        self._start: dict[str, Tensor] = {}
+        self._pace = 0.0
         if self._auto:
-            self._distance_to_target(self._active)  # raises if it is out of reach
+            scores = channel_scores(model, groups)
+            for group in self._active:
+                reach = distances_to_zero(self._tensors, self._slots[group.name], penalty).detach()
+                self._start[group.name] = reach
+                # Groups of bare parameters have no filters to score.
+                score = scores[group.name].to(reach) if scores[group.name].any() else reach
+                self._worth[group.name].copy_(relative_worth({group.name: score})[group.name])
+            self._choose(self._active)  # raises if the target is out of reach
+            if self._learns:
+                for worth_of_group in self._worth.values():
+                    worth_of_group.zero_()
 
     def _device(self, group: ChannelGroup) -> torch.device:
         return self._tensors[penalised_members(group, self._penalty)[0].tensor].device
@@ -153,6 +179,9 @@ class Sparsifier:
         Raises InputError if the optimizer has none of the penalised weights.
         """
         rates = self._group_rates(optimizer)
+        if self._learns and not self._done:
+            for group in self._active:
+                note_sensitivities_(self._worth[group.name], self._tensors, self._slots[group.name])
         if self._auto and not self._done:
             self._plan_strength(rates)
         strength = self._current_strength(self._steps)
@@ -207,7 +236,8 @@ class Sparsifier:
     def _thresholds(self, group: ChannelGroup, step_length: float, reach: Tensor) -> Tensor:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
         thresholds = self._weights[group.name] * step_length
-        best = reach.topk(min(group.units(self._min_channels), group.n_channels)).indices
+        spared = torch.where(self._weights[group.name] > 0, reach, torch.inf)
+        best = spared.topk(min(group.units(self._min_channels), group.n_channels)).indices
         return thresholds.index_copy(0, best, torch.minimum(thresholds[best], reach[best] / 2))
 
     def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -242,17 +272,32 @@ class Sparsifier:
         trained = [group for group in self._active if group.name in rates]
         steps_left = max(first + _PLANNED_SHARE * length - self._steps, interval)
         rate = sum(rates.values()) / len(rates)
-        self._strength = shrink_budget_strength(self._distance_to_target(trained), steps_left, rate)
+        # Never slower than before: what is nearly zero would otherwise be shrunk less and less, and stay in the noise.
+        self._pace = max(self._pace, self._choose(trained) / steps_left)
+        self._strength = self._pace / rate if rate > 0 else 0.0
 
     @torch.no_grad()
-    def _distance_to_target(self, trained: Sequence[ChannelGroup]) -> float:
-        """How far from zero, in units of its weight, the furthest channel is that has to die for the target."""
+    def _choose(self, trained: Sequence[ChannelGroup]) -> float:
+        """Give weights to the blocks that are worth least for their cost, and to no other.
+
+        Returns how far from zero the furthest of their channels is, as a share of where it started.
+        """
         assert self._target is not None
-        distances = {}
+        worth = {}
+        for group in trained:
+            value = self._worth[group.name] * (self._alive[group.name] > 0)
+            worth[group.name] = value / self._cost_factors[group.name] ** 2
+        worth = block_worth(worth, self._rounding)
+        on_cpu = {name: values.cpu() for name, values in worth.items()}
+        threshold = budget_threshold(self._groups, on_cpu, self._target, self._rounded)
+        furthest = 0.0
         for group in trained:
             reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
-            distances[group.name] = (reach / self._weights[group.name]).cpu()
-        return budget_threshold(self._groups, distances, self._target, self._rounded)
+            chosen = worth[group.name] <= threshold
+            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
+            self._weights[group.name] = torch.where(chosen, size, 0.0)
+            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
+        return furthest
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
@@ -281,6 +326,9 @@ class Sparsifier:
             "done": self._done,
             "alive": dict(self._alive),
             "weights": dict(self._weights),
+            "worth": dict(self._worth),
+            "start": dict(self._start),
+            "pace": self._pace,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -292,6 +340,10 @@ class Sparsifier:
         for name in self._alive:
             self._alive[name].copy_(state["alive"][name])
             self._weights[name].copy_(state["weights"][name])
+            self._worth[name].copy_(state["worth"][name])
+        self._pace = state["pace"]
+        for name in self._start:
+            self._start[name].copy_(state["start"][name])
 
 
 def _check_arguments(
@@ -300,19 +352,18 @@ def _check_arguments(
     total_steps: int | None,
     target: Mapping[Quantity, float] | None,
     round_to: int,
+    importance: Importance,
 ) -> None:
     if penalty not in get_args(Penalty):
         raise InputError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
+    if importance not in get_args(Importance):
+        raise InputError(f"importance must be one of {', '.join(get_args(Importance))}, got {importance!r}")
     if strength == "auto" and (total_steps is None or not target):
         raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
     if strength != "auto" and not (isinstance(strength, (int, float)) and 0 <= strength < math.inf):
         raise InputError(f"strength must be a finite number >= 0 or 'auto', got {strength!r}")
     if total_steps is not None and total_steps < 1:
         raise InputError(f"total_steps must be at least 1, got {total_steps}")
-    if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
-        raise InputError(
-            f"target must be one of macs, params and channels with its share, got {dict(target)}"
-        )
     if round_to < 1:
         raise InputError(f"round_to must be at least 1, got {round_to}")
 

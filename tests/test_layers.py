@@ -21,6 +21,7 @@ tracing coupling
 operators calls grouping scores
 watching
 masks penalties
+importance
 fold
 surgery
 proof
@@ -28,7 +29,7 @@ analysis sparsifier continuation recalibration
 checkpoint models machine
 data train session
 artifact export parity latency
-report run_directory inspection
+report run_directory inspection layer_latency
 inputs summary
 lightning transformers
 pipeline

@@ -14,7 +14,7 @@ from sparsekit.analysis import find_groups
 from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroups
-from sparsekit.masks import keep_masks, keep_too, round_up
+from sparsekit.masks import block_worth, keep_masks, keep_too, round_up
 from sparsekit.scores import channel_scores, rows, zero_channels
 
 
@@ -201,14 +201,18 @@ def test_a_budget_is_met_with_the_smallest_threshold(quantity: Any, round_to: in
     model, groups = chain([0.5, 3.0, 0.1, 2.0, 0.7, 1.1, 0.9, 0.2], [4.0, 9.0, 1.0, 0.5, 6.0, 2.0])
     masks = keep_masks(model, groups, method="budget", target={quantity: wanted}, round_to=round_to)
     scores = channel_scores(model, groups)
-    # By brute force: every threshold on scores over their group's mean, from none upwards, rounded the plain way.
-    normalised = {name: score / score.mean() for name, score in scores.items()}
-    thresholds = [-1.0, *torch.cat(list(normalised.values())).sort().values.tolist()]
+    # By brute force: blocks of each group from the best score down, worth the mean square of their relative scores;
+    # every threshold on that, from none upwards; the first block of a group stays.
+    blocks = {}
+    for name, score in scores.items():
+        relative = (score / score.mean()).square().sort(descending=True).values.tolist()
+        parts = [relative[i : i + round_to] for i in range(0, len(relative), round_to)]
+        blocks[name] = [(sum(part) / len(part), len(part)) for part in parts]
     expected = None
-    for threshold in thresholds:
-        counts = {name: int((score > threshold).sum()) for name, score in normalised.items()}
+    for threshold in [-1.0, *sorted(worth for parts in blocks.values() for worth, _ in parts)]:
         rounded = {
-            name: min(-(-max(n, 1) // round_to) * round_to, len(scores[name])) for name, n in counts.items()
+            name: parts[0][1] + sum(n for worth, n in parts[1:] if worth > threshold)
+            for name, parts in blocks.items()
         }
         trial = {}
         for name, n in rounded.items():
@@ -246,8 +250,11 @@ def test_a_target_out_of_reach_says_what_is_in_reach() -> None:
     [
         ({"method": "threshold"}, "needs a threshold"),
         ({"method": "budget"}, "needs a target"),
-        ({"target": {"flops": 0.5}}, "one of macs, params and channels, got {'flops': 0.5}"),
-        ({"target": {"macs": 0.5, "params": 0.5}}, "one of macs, params and channels"),
+        (
+            {"target": {"flops": 0.5}},
+            "one of macs, params, channels, latency with its share, got {'flops': 0.5}",
+        ),
+        ({"target": {"macs": 0.5, "params": 0.5}}, "one of macs, params, channels, latency"),
     ],
 )
 def test_a_method_without_what_it_needs_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -326,3 +333,25 @@ def test_the_model_is_left_alone() -> None:
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(not mask.requires_grad and mask.dtype == torch.bool for mask in masks.values())
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "multiple", "least", "worth"),
+    [
+        ([5.0, 1.0, 3.0, 7.0], 2, 1, [INF, 2, 2, INF]),
+        ([5.0, 1.0, 3.0, 7.0], 1, 1, [5, 1, 3, INF]),
+        ([5.0, 1.0, 3.0, 7.0], 1, 3, [INF, 1, INF, INF]),
+        ([5.0, 1.0, 3.0, 7.0], 2, 3, [INF] * 4),
+        ([5.0, 1.0, 3.0], 2, 1, [INF, 1, INF]),  # the last block is smaller
+        ([5.0, 1.0], 8, 1, [INF, INF]),
+        ([2.0, 2.0, 2.0, 2.0], 2, 1, [INF, INF, 2, 2]),
+        ([5.0, 1.0, 3.0, 7.0, 9.0, 8.0], 2, 1, [6, 2, 2, 6, INF, INF]),
+    ],
+)
+def test_blocks_are_counted_from_the_most_valuable_channel_down(
+    values: list[float], multiple: int, least: int, worth: list[float]
+) -> None:
+    assert block_worth({"g": torch.tensor(values)}, {"g": (multiple, least)})["g"].tolist() == worth

@@ -352,9 +352,9 @@ def test_strength_auto_stops_shrinking_once_the_target_is_met() -> None:
     assert set(strengths[met:]) == {0.0}
 
 
-@pytest.mark.parametrize(("penalty", "furthest"), [("group_lasso", 5.0 / 2**0.5), ("l1", 4.0)])
-def test_strength_auto_is_first_planned_from_the_furthest_channel_that_has_to_die(
-    penalty: str, furthest: float
+@pytest.mark.parametrize(("penalty", "sizes"), [("group_lasso", [5.0, 0.5]), ("l1", [4.0, 0.4])])
+def test_strength_auto_shrinks_the_channels_that_have_to_die_evenly_and_no_other(
+    penalty: str, sizes: list[float]
 ) -> None:
     """In a linear fall to zero over nine tenths of the penalised part, at the rate a step has with momentum."""
     model = Points(x=torch.tensor([[6.0, -8.0], [-3.0, 4.0], [0.3, 0.4], [-60.0, 80.0]]))
@@ -368,8 +368,13 @@ def test_strength_auto_is_first_planned_from_the_furthest_channel_that_has_to_di
         shares=shares,
         target={"channels": 0.5},
     )
+    before = model.x.detach().clone()
     sparsifier.step(SGD(model.parameters(), lr=0.02, momentum=0.8))
-    assert sparsifier.strength == pytest.approx(furthest / (0.9 * 100 * 0.1))
+    assert sparsifier.strength == pytest.approx(1 / (0.9 * 100 * 0.1))
+    assert torch.equal(model.x[[0, 3]], before[[0, 3]])
+    order = 2 if penalty == "group_lasso" else torch.inf
+    lost = before[1:3].norm(order, dim=1) - model.x.detach()[1:3].norm(order, dim=1)
+    assert lost.tolist() == pytest.approx([size / 90 for size in sizes], rel=1e-4)
 
 
 def test_a_penalty_that_has_met_its_target_stays_off_when_it_is_loaded() -> None:
@@ -561,8 +566,8 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
         ({"strength": "auto", "total_steps": 10}, "needs total_steps and a target"),
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"round_to": 0}, "round_to must be at least 1"),
-        ({"target": {"flops": 0.5}}, "macs, params and channels"),
-        ({"target": {"macs": 0.5, "params": 0.5}}, "macs, params and channels"),
+        ({"target": {"flops": 0.5}}, "macs, params, channels, latency"),
+        ({"target": {"macs": 0.5, "params": 0.5}}, "macs, params, channels, latency"),
         ({"strength": "auto", "total_steps": 10, "target": {"macs": 0.001}}, "out of reach"),
     ],
 )
