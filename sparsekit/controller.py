@@ -1,18 +1,186 @@
-"""Choosing the strength so that a target is met: the shrink budget, planned anew as training goes. Pure floats."""
+"""Choosing the strength so that a target is met: which channels have to die for it, and how fast."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-def shrink_budget_strength(distance: float, steps: float, learning_rate: float) -> float:
-    """Strength at which a channel that is `distance` from zero and has no gradient dies in `steps` steps.
+import torch
+from torch import Tensor, nn
 
-    Each step takes strength x learning_rate off a channel's norm in units of its weight, so
-    strength = distance / (steps x learning_rate). `learning_rate` is the effective one: divided by
-    (1 - momentum) for SGD with momentum. Planned anew every few steps with the steps that are left, it makes up
-    for gradients that push back. Returns 0 when nothing can be shrunk.
+from sparsekit.complexity import kept_share
+from sparsekit.errors import TrainingError
+from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.importance import note_sensitivities_
+from sparsekit.masks import Masks, Quantity, block_worth, budget_threshold, relative_worth, round_up
+from sparsekit.penalties import Penalty, Slots, distances_to_zero
+from sparsekit.scores import channel_scores
 
-    >>> shrink_budget_strength(distance=1.0, steps=100, learning_rate=0.1)
-    0.1
+Importance = Literal["magnitude", "taylor"]
+# How often the penalised part of a phase is planned anew.
+_PLANS = 100
+# A plan aims to be done a little before the penalised part ends: what gradients held up dies in the rest.
+_PLANNED_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its weight.
+
+    `weights` (n_channels,) by group: 0 for channels that are to live. `strength` is 0 once the target is met.
     """
-    reach = steps * learning_rate
-    return distance / reach if reach > 0 else 0.0
+
+    weights: Mapping[str, Tensor]
+    strength: float
+    met: bool = False
+
+
+class Controller:
+    """Plans a phase so that channels die until what is left, rounded as a cut rounds it, meets `target`.
+
+    The blocks of `rounding` channels that are worth least for what they cost have to die, and nothing else is shrunk.
+    The *shrink budget*: without a gradient a channel loses rate x strength x weight of its distance to zero in each
+    step. With the distance at the start as its weight, one that is the share d of it away dies in n more steps at
+
+        strength = d / (n x rate)
+
+    so all that are chosen fall evenly, and together. The choice and the pace are made anew a hundred times between the
+    steps `first` and `first + length`; the pace never falls, because what is nearly zero would else be shrunk less and
+    less and stay in the noise of the gradients.
+
+    A channel's worth is, by `importance`, "magnitude": (score / mean score of its group)^2, as the model was at the
+    start; "taylor": the running mean of its squared first-order effect on the loss, from the gradients that `observe`
+    sees (`importance.note_sensitivities_`). `costs` divide it.
+
+    `tensors` and `slots` are where the penalised weights are. Raises InputError if the target is out of reach.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        active: Sequence[ChannelGroup],
+        tensors: Mapping[str, Tensor],
+        slots: Mapping[str, Sequence[Slots]],
+        *,
+        penalty: Penalty,
+        target: Mapping[Quantity, float],
+        rounding: Mapping[str, tuple[int, int]],
+        costs: Mapping[str, float],
+        importance: Importance,
+        first: float,
+        length: float,
+    ) -> None:
+        self._groups, self._tensors, self._slots, self._penalty = groups, tensors, slots, penalty
+        ((self._quantity, self._target),) = target.items()
+        self._rounding, self._costs = rounding, costs
+        self._first, self._length = first, length
+        self._pace = 0.0
+        self._start = {group.name: self._reach(group) for group in active}
+        self._worth = self._magnitudes(model, active)
+        self._choose(active, {group.name: torch.ones_like(self._start[group.name]) for group in active})
+        self._learns = importance == "taylor"
+        if self._learns:
+            for worth in self._worth.values():
+                worth.zero_()
+
+    @torch.no_grad()
+    def _reach(self, group: ChannelGroup) -> Tensor:
+        return distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
+
+    def _magnitudes(self, model: nn.Module, active: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+        scores = channel_scores(model, self._groups)
+        worth = {}
+        for group in active:
+            reach = self._start[group.name]
+            # Groups of bare parameters have no filters to score.
+            score = scores[group.name].to(reach) if scores[group.name].any() else reach
+            worth.update(relative_worth({group.name: score}))
+        return worth
+
+    def observe(self, step: int) -> None:
+        """Learn from the gradients of a step what the channels are worth."""
+        if self._learns and step < self._first + self._length:
+            for name, worth in self._worth.items():
+                note_sensitivities_(worth, self._tensors, self._slots[name])
+
+    @torch.no_grad()
+    def plan(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Plan | None:
+        """The plan to follow from this step on, or None if it is not the time for a new one.
+
+        `alive` (n_channels,) is 0 for channels that are held at zero; `rates` are those of the groups that can be
+        shrunk. Raises TrainingError if there were no gradients to learn from.
+        """
+        past = step - self._first
+        interval = max(int(self._length / _PLANS), 1)
+        if not 0 <= past < self._length or step % interval:
+            return None
+        if self.share_left(alive) <= self._target:
+            return Plan({}, 0.0, met=True)
+        trained = [group for group in self._groups.free if group.name in rates]
+        if self._learns and not any(bool(self._worth[group.name].any()) for group in trained):
+            raise TrainingError(
+                "importance 'taylor' learns from gradients, and there were none when the Sparsifier's step was called; "
+                "call it after optimizer.step() and before zero_grad(), or take importance 'magnitude'"
+            )
+        weights, furthest = self._choose(trained, alive)
+        steps_left = max(_PLANNED_SHARE * self._length - past, interval)
+        self._pace = max(self._pace, furthest / steps_left)
+        rate = sum(rates.values()) / len(rates)
+        return Plan(weights, self._pace / rate if rate > 0 else 0.0)
+
+    def share_left(self, alive: Mapping[str, Tensor]) -> float:
+        """What a cut of the zeros would leave of the target's quantity."""
+        return self._share({name: (values > 0).cpu() for name, values in alive.items()})
+
+    def shortfall(self, alive: Mapping[str, Tensor]) -> str:
+        """ "" if the target is met; else how far the phase got."""
+        left = self.share_left(alive)
+        if left <= self._target:
+            return ""
+        return (
+            f"the zeros would leave {left:.3f} of the {self._quantity}, and {self._target:g} was asked for: gradients "
+            "held up what had to die in the steps there were; take more epochs, a higher learning rate, or less debias"
+        )
+
+    def _share(self, masks: Masks) -> float:
+        return float(getattr(kept_share(self._groups, self._rounded(masks)), self._quantity))
+
+    def _choose(
+        self, trained: Sequence[ChannelGroup], alive: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Weights of the channels, and how far the furthest of the chosen is, as a share of where it started."""
+        worth = block_worth(
+            {g.name: self._worth[g.name] * (alive[g.name] > 0) / self._costs[g.name] for g in trained},
+            self._rounding,
+        )
+        on_cpu = {name: values.cpu() for name, values in worth.items()}
+        threshold = budget_threshold(self._groups, on_cpu, {self._quantity: self._target}, self._rounded)
+        weights, furthest = {}, 0.0
+        for group in trained:
+            reach, chosen = self._reach(group), worth[group.name] <= threshold
+            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
+            weights[group.name] = torch.where(chosen, size, 0.0)
+            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
+        return weights, furthest
+
+    def _rounded(self, masks: Masks) -> Masks:
+        """The masks as the cut will round them; which channels come back does not matter to the cost."""
+        return {name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to plan on as if it had not stopped."""
+        return {
+            "worth": dict(self._worth),
+            "start": dict(self._start),
+            "pace": self._pace,
+            "costs": dict(self._costs),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._pace, self._costs = state["pace"], dict(state["costs"])
+        for name in self._worth:
+            self._worth[name].copy_(state["worth"][name])
+            self._start[name].copy_(state["start"][name])

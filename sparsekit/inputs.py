@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsekit.analysis import find_groups
-from sparsekit.complexity import channel_macs
 from sparsekit.data import Augment, ImageData, fingerprint, make_loader, open_data
 from sparsekit.errors import InputError, ModelError
 from sparsekit.groups import ChannelGroups
@@ -122,7 +121,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         through_layer_norm=recipe.cut.through_layer_norm,
     )
     if recipe.sparsify.epochs:
-        make_sparsifier(recipe, model, groups, total_steps=1)
+        make_sparsifier(recipe, model, groups, total_steps=1, costs=None)
     elif not groups.free:
         raise ModelError(
             f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
@@ -148,7 +147,12 @@ def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: 
 
 
 def make_sparsifier(
-    recipe: Recipe, model: nn.Module, groups: ChannelGroups, *, total_steps: int
+    recipe: Recipe,
+    model: nn.Module,
+    groups: ChannelGroups,
+    *,
+    total_steps: int,
+    costs: Mapping[str, float] | None,
 ) -> Sparsifier:
     """The hook of the sparsify phase. Raises InputError for a target out of reach or a model with nothing free."""
     spec = recipe.sparsify
@@ -163,7 +167,8 @@ def make_sparsifier(
         round_to=channel_rounding(recipe),
         min_channels=recipe.cut.min_channels,
         adaptive=spec.adaptive,
-        costs=channel_macs(groups) if spec.weigh_by == "macs" else None,
+        importance=spec.importance,
+        costs=costs,
     )
 
 

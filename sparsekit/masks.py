@@ -179,9 +179,10 @@ def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
     for name, values in worth.items():
         multiple, least = rounding[name]
         order = values.argsort(descending=True, stable=True)
-        blocks = [block.mean().expand(len(block)) for block in values[order].split(multiple)]
+        sorted_values = values[order]
+        blocks = [sorted_values[i : i + multiple] for i in range(0, len(values), multiple)]
         ranked[name] = torch.empty_like(values)
-        ranked[name][order] = torch.cat(blocks)
+        ranked[name][order] = torch.cat([block.mean().expand(len(block)) for block in blocks])
         ranked[name][order[: -(-max(least, 1) // multiple) * multiple]] = torch.inf
     return ranked
 

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit import artifact
 from sparsekit.analysis import find_groups
-from sparsekit.complexity import count_macs, count_params
+from sparsekit.complexity import channel_latencies, channel_macs, count_macs, count_params
 from sparsekit.data import Images, make_loader
 from sparsekit.errors import FileError, InputError, VerificationError
 from sparsekit.export import export_onnx
@@ -47,6 +48,7 @@ from sparsekit.inputs import (
 )
 from sparsekit.inspection import Inspection, inspect_module
 from sparsekit.latency import compare_latency
+from sparsekit.layer_latency import measure_layers
 from sparsekit.machine import describe_machine, library_versions
 from sparsekit.masks import keep_masks
 from sparsekit.models import (
@@ -236,11 +238,32 @@ def _sparsify(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     if spec.epochs:
         options, loader = train_options(run.recipe, spec), _loader(run, run.inputs.data.train, True)
         steps = spec.epochs * steps_per_epoch(loader, options, run.accelerator)
-        sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps)
+        costs = _channel_costs(run, model, groups)
+        sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
         _train(run, model, spec, "sparsify", tick, hook=sparsifier)
+        shortfall = sparsifier.shortfall()
+    else:
+        shortfall = ""
     _keep_weights(run, model, "sparse")
     zeros = sum(int(dead.sum()) for dead in zero_channels(model, groups).values())
-    return {"zero_channels": zeros, "channels": sum(group.n_channels for group in groups.free)}
+    channels = sum(group.n_channels for group in groups.free)
+    return {"zero_channels": zeros, "channels": channels, "shortfall": shortfall}
+
+
+def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
+    """What a channel of each group costs; measured by the first process, so that all agree."""
+    recipe = run.recipe
+    if recipe.sparsify.weigh_by == "size":
+        return None
+    if recipe.sparsify.weigh_by == "macs":
+        return channel_macs(groups)
+    costs: list[dict[str, float]] = [{}]
+    if run.accelerator.is_main_process:
+        example = torch.zeros(recipe.export.batch_size, *run.inputs.config.input_size)
+        measured = measure_layers(model.cpu(), groups, example, threads=recipe.benchmark.threads)
+        costs = [channel_latencies(measured)]
+    broadcast_object_list(costs)
+    return costs[0]
 
 
 def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:

@@ -233,14 +233,21 @@ class SparsifySpec(_Phase):
     strength: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         default="auto", description="coefficient of the penalty; auto steers it towards cut.target"
     )
+    importance: Literal["taylor", "magnitude"] = Field(
+        default="taylor",
+        description="what decides which channels strength auto takes: taylor, their effect on the loss, learned from "
+        "the gradients of the warmup and after; magnitude, the size of their filters at the start",
+    )
+    weigh_by: Literal["size", "macs", "latency"] = Field(
+        default="size",
+        description="what a channel's importance is weighed against: macs, or its latency in ONNX Runtime, measured "
+        "layer by layer at export.batch_size and benchmark.threads; size: nothing",
+    )
     adaptive: float = Field(
         default=2.0,
         ge=0,
-        description="channels are shrunk faster the lower their score at the start, by (mean / score) to this "
-        "power; 0 shrinks all alike",
-    )
-    weigh_by: Literal["size", "macs"] = Field(
-        default="size", description="macs: channels that cost more MACs are shrunk faster, by the square root"
+        description="at a constant strength, channels are shrunk faster the lower their score at the start, by "
+        "(mean / score) to this power; 0 shrinks all alike",
     )
     warmup: Share = Field(default=0.1, description="share of the phase with strength 0 at the start")
     ramp: Share = Field(default=0.3, description="share of the phase in which the strength rises")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,19 +11,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekit.complexity import kept_share
+from sparsekit.controller import Controller, Importance, Plan
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
-from sparsekit.importance import note_sensitivities_
-from sparsekit.masks import (
-    Masks,
-    Quantity,
-    block_worth,
-    budget_threshold,
-    check_target,
-    relative_worth,
-    round_up,
-)
+from sparsekit.masks import Quantity, check_target
 from sparsekit.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
@@ -40,11 +32,8 @@ from sparsekit.penalties import (
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
-Importance = Literal["magnitude", "taylor"]
-# How often an automatic strength is planned anew in the penalised part of a phase.
-_PLANS = 100
-# The plan aims to be done a little before the penalised part ends: what gradients held up dies in the rest.
-_PLANNED_SHARE = 0.9
+# The channels that are held back are not halved for ever: below this they would be zero one day.
+_NEARLY_NOTHING = 1e-8
 
 
 class Sparsifier:
@@ -63,25 +52,28 @@ class Sparsifier:
     its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean
     gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
 
-    `strength` is the coefficient, or "auto": the channels nearest to zero whose removal meets `target`
-    ({"macs": 0.5}: half of them left, after rounding up to `round_to`) are to die by the end of the penalised
-    part; the strength is what that takes of the furthest of them, planned anew a hundred times. Once the target
-    is met the strength is 0 and the zeros are held. "auto" needs `total_steps` and `target`. With `total_steps`
-    the phase has the parts of `shares`; without, the strength is constant.
+    `strength` is the coefficient, or "auto": then blocks of `round_to` channels are chosen whose removal leaves the
+    share `target` ({"macs": 0.5}: half of the multiply-accumulates), those that are worth least for their cost, and
+    only they are shrunk, evenly, so that they are zero by the end of the penalised part (`Controller`, which plans that
+    anew a hundred times). What channels are worth is, by `importance`, "taylor": their effect on the loss, learned from
+    the gradients, so `step` has to come before `zero_grad`; or "magnitude": their filters' size at the start. Once the
+    target is met the strength is 0 and the zeros are held; `shortfall` tells if it is not. "auto" needs `total_steps`
+    and `target`. With `total_steps` the phase has the parts of `shares`; without, the strength is constant.
 
     Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
     cleared, so neither momentum nor gradient brings them back. The `min_channels` channels of each group that are
     furthest from zero lose at most half of what is left of them in a step: no layer dies out.
     `min_channels` = 0 turns that off. Weights that are zero before any penalty acted
     (timm initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
-    gradients, and are all in the optimizer, are penalised. With `adaptive` > 0 (adaptive lasso, Zou 2006)
+    gradients, and are all in the optimizer, are penalised. At a constant strength, with `adaptive` > 0 (adaptive lasso,
+    Zou 2006)
 
         w_g = mean norm x clamp((mean score / score_g) ^ adaptive, 0.05, 20)
 
     takes that place, with norms and scores at the start and means over the channel's group: weak channels fall early
     and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace. `costs`
-    (what one channel of each group costs, for example `channel_macs`) multiplies w_g by sqrt(cost / mean cost of a
-    channel), capped to [0.05, 20], so that zeros appear where they save most.
+    (what one channel of each group costs: `channel_macs`, `channel_latencies`) make zeros appear where they save most:
+    by them "auto" divides what channels are worth; a constant strength is multiplied by sqrt(cost / mean cost).
 
     Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach,
     groups of another model, or groups with nothing free.
@@ -112,40 +104,40 @@ class Sparsifier:
         self._active = _trainable(groups, self._tensors, penalty)
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
-        self._target = dict(target) if target else None
         self._min_channels = min_channels
-        self._rounding = {g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free}
-        self._auto = strength == "auto"
-        self._strength: float | None = None if strength == "auto" else float(strength)
+        self._strength = 0.0 if strength == "auto" else float(strength)
         self._steps = 0
-        self._done = False
+        self._met = False
+        self._warned = False
         self._slots = {g.name: penalised_slots(self._tensors, g, penalty) for g in self._active}
         self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
-        self._cost_factors = _cost_factors(self._active, costs)
-        self._weights = self._channel_weights(model, adaptive, self._cost_factors)
-        self._learns = self._auto and importance == "taylor"
-        self._worth = {g.name: torch.zeros_like(self._alive[g.name]) for g in self._active}
-        self._start: dict[str, Tensor] = {}
-        self._pace = 0.0
-        if self._auto:
-            scores = channel_scores(model, groups)
-            for group in self._active:
-                reach = distances_to_zero(self._tensors, self._slots[group.name], penalty).detach()
-                self._start[group.name] = reach
-                # Groups of bare parameters have no filters to score.
-                score = scores[group.name].to(reach) if scores[group.name].any() else reach
-                self._worth[group.name].copy_(relative_worth({group.name: score})[group.name])
-            self._choose(self._active)  # raises if the target is out of reach
-            if self._learns:
-                for worth_of_group in self._worth.values():
-                    worth_of_group.zero_()
+        relative_costs = _relative_costs(self._active, costs)
+        self._weights = self._channel_weights(model, adaptive, relative_costs)
+        self._controller: Controller | None = None
+        if strength == "auto":
+            assert target
+            assert total_steps
+            self._controller = Controller(
+                model,
+                groups,
+                self._active,
+                self._tensors,
+                self._slots,
+                penalty=penalty,
+                target=target,
+                rounding={g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free},
+                costs=relative_costs,
+                importance=importance,
+                first=total_steps * self._shares.warmup,
+                length=total_steps * (1 - self._shares.debias - self._shares.warmup),
+            )
 
     def _device(self, group: ChannelGroup) -> torch.device:
         return self._tensors[penalised_members(group, self._penalty)[0].tensor].device
 
     @torch.no_grad()
     def _channel_weights(
-        self, model: nn.Module, adaptive: float, cost_factors: Mapping[str, float]
+        self, model: nn.Module, adaptive: float, relative_costs: Mapping[str, float]
     ) -> dict[str, Tensor]:
         scores = channel_scores(model, self._groups) if adaptive > 0 else {}
         weights = {}
@@ -159,7 +151,7 @@ class Sparsifier:
             else:
                 size = 1 if self._penalty in ELEMENTWISE else channel_sizes(self._tensors, slots)
                 weights[group.name] = torch.full_like(norms, size**0.5)
-            weights[group.name] *= cost_factors[group.name]
+            weights[group.name] *= relative_costs[group.name] ** 0.5
         return weights
 
     @property
@@ -168,8 +160,6 @@ class Sparsifier:
         return self._current_strength(self._steps - 1) if self._steps else 0.0
 
     def _current_strength(self, step: int) -> float:
-        if self._done or self._strength is None:
-            return 0.0
         return self._strength * (self._shares.factor(step / self._total_steps) if self._total_steps else 1.0)
 
     @torch.no_grad()
@@ -179,11 +169,9 @@ class Sparsifier:
         Raises InputError if the optimizer has none of the penalised weights.
         """
         rates = self._group_rates(optimizer)
-        if self._learns and not self._done:
-            for group in self._active:
-                note_sensitivities_(self._worth[group.name], self._tensors, self._slots[group.name])
-        if self._auto and not self._done:
-            self._plan_strength(rates)
+        if self._controller is not None and not self._met:
+            self._controller.observe(self._steps)
+            self._follow(self._controller.plan(self._steps, self._alive, rates))
         strength = self._current_strength(self._steps)
         for group in self._active:
             slots, alive = self._slots[group.name], self._alive[group.name]
@@ -238,7 +226,20 @@ class Sparsifier:
         thresholds = self._weights[group.name] * step_length
         spared = torch.where(self._weights[group.name] > 0, reach, torch.inf)
         best = spared.topk(min(group.units(self._min_channels), group.n_channels)).indices
-        return thresholds.index_copy(0, best, torch.minimum(thresholds[best], reach[best] / 2))
+        most = torch.where(reach[best] > _NEARLY_NOTHING, reach[best] / 2, 0.0)
+        return thresholds.index_copy(0, best, torch.minimum(thresholds[best], most))
+
+    def _warn_if_absurd(self, alive: Sequence[Tensor]) -> None:
+        """Say so, once, if a constant strength has taken all to zero that it could."""
+        least = [min(g.units(self._min_channels), g.n_channels) for g in self._active]
+        if self._warned or any(int(a.sum()) > n for a, n in zip(alive, least, strict=True)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"after {self._steps} steps the strength of {self._strength:.3g} has taken every channel to zero, except "
+            "for the min_channels of each group that are held back; take a far smaller one, or 'auto' with a target",
+            stacklevel=3,
+        )
 
     def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """Mean rate of the penalised weights of each group that the optimizer has all of."""
@@ -255,53 +256,10 @@ class Sparsifier:
             )
         return group_rates
 
-    def _plan_strength(self, rates: Mapping[str, float]) -> None:
-        """Set the strength to what the steps left require; turn the penalty off for good once the target is met."""
-        assert self._total_steps is not None
-        assert self._target is not None
-        first = self._total_steps * self._shares.warmup
-        length = self._total_steps * (1 - self._shares.debias) - first
-        interval = max(int(length / _PLANS), 1)
-        if self._steps < first or self._steps >= first + length or self._steps % interval:
-            return
-        ((quantity, target),) = self._target.items()
-        alive = {name: (alive > 0).cpu() for name, alive in self._alive.items()}
-        if getattr(kept_share(self._groups, self._rounded(alive)), quantity) <= target:
-            self._done = True
-            return
-        trained = [group for group in self._active if group.name in rates]
-        steps_left = max(first + _PLANNED_SHARE * length - self._steps, interval)
-        rate = sum(rates.values()) / len(rates)
-        # Never slower than before: what is nearly zero would otherwise be shrunk less and less, and stay in the noise.
-        self._pace = max(self._pace, self._choose(trained) / steps_left)
-        self._strength = self._pace / rate if rate > 0 else 0.0
-
-    @torch.no_grad()
-    def _choose(self, trained: Sequence[ChannelGroup]) -> float:
-        """Give weights to the blocks that are worth least for their cost, and to no other.
-
-        Returns how far from zero the furthest of their channels is, as a share of where it started.
-        """
-        assert self._target is not None
-        worth = {}
-        for group in trained:
-            value = self._worth[group.name] * (self._alive[group.name] > 0)
-            worth[group.name] = value / self._cost_factors[group.name] ** 2
-        worth = block_worth(worth, self._rounding)
-        on_cpu = {name: values.cpu() for name, values in worth.items()}
-        threshold = budget_threshold(self._groups, on_cpu, self._target, self._rounded)
-        furthest = 0.0
-        for group in trained:
-            reach = distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
-            chosen = worth[group.name] <= threshold
-            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
-            self._weights[group.name] = torch.where(chosen, size, 0.0)
-            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
-        return furthest
-
-    def _rounded(self, masks: Masks) -> Masks:
-        """The masks as the cut will round them; which channels come back does not matter to the cost."""
-        return {name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()}
+    def _follow(self, plan: Plan | None) -> None:
+        if plan is not None:
+            self._strength, self._met = plan.strength, plan.met
+            self._weights.update(plan.weights)
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
@@ -310,25 +268,32 @@ class Sparsifier:
         for group in self._active:
             scale_channels_(tensors, self._slots[group.name], self._alive[group.name])
 
+    def shortfall(self) -> str:
+        """With strength "auto", how far from its target the phase is; "" once it is met, or without one.
+
+        Waits for the device.
+        """
+        return "" if self._controller is None else self._controller.shortfall(self._alive)
+
     def progress(self) -> dict[str, float]:
         """`zero_share`: fraction of penalised channels that are exactly zero; `strength`: as used last.
 
         Waits for the device, so not for every step.
         """
-        alive = torch.cat([alive.cpu() for alive in self._alive.values()])
-        return {"zero_share": float((alive == 0).float().mean()), "strength": self.strength}
+        alive = [alive.cpu() for alive in self._alive.values()]
+        if self._controller is None:
+            self._warn_if_absurd(alive)
+        return {"zero_share": float((torch.cat(alive) == 0).float().mean()), "strength": self.strength}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to be the same run, as plain numbers and tensors."""
         return {
             "steps": self._steps,
             "strength": self._strength,
-            "done": self._done,
+            "met": self._met,
             "alive": dict(self._alive),
             "weights": dict(self._weights),
-            "worth": dict(self._worth),
-            "start": dict(self._start),
-            "pace": self._pace,
+            "controller": {} if self._controller is None else self._controller.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -336,14 +301,12 @@ class Sparsifier:
         sizes = {name: len(alive) for name, alive in self._alive.items()}
         if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
             raise InputError("the sparsifier's state belongs to a model with other channel groups")
-        self._steps, self._strength, self._done = state["steps"], state["strength"], state["done"]
+        self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
         for name in self._alive:
             self._alive[name].copy_(state["alive"][name])
             self._weights[name].copy_(state["weights"][name])
-            self._worth[name].copy_(state["worth"][name])
-        self._pace = state["pace"]
-        for name in self._start:
-            self._start[name].copy_(state["start"][name])
+        if self._controller is not None:
+            self._controller.load_state_dict(state["controller"])
 
 
 def _check_arguments(
@@ -406,8 +369,8 @@ def _trainable(
     return tuple(active)
 
 
-def _cost_factors(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
-    """sqrt(cost / mean cost of a channel), in [0.05, 20]; 1 without costs. Raises InputError for impossible ones."""
+def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
+    """Cost / mean cost of a channel, in [1/400, 400]; 1 without costs. Raises InputError for impossible ones."""
     if costs is None:
         return {group.name: 1.0 for group in groups}
     for group in groups:
@@ -417,7 +380,7 @@ def _cost_factors(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | N
                 "see sparsekit.channel_macs"
             )
     mean = sum(costs[g.name] * g.n_channels for g in groups) / sum(g.n_channels for g in groups)
-    return {g.name: min(max((costs[g.name] / mean) ** 0.5, 0.05), 20.0) if mean else 1.0 for g in groups}
+    return {g.name: min(max(costs[g.name] / mean, 1 / 400), 400.0) if mean else 1.0 for g in groups}
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

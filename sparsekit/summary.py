@@ -109,6 +109,8 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
     found = []
     cut = files.result("cut")
+    if files.result("sparsify")["shortfall"]:
+        found.append(f"The penalty fell short of its target: {files.result('sparsify')['shortfall']}.")
     if cut["removed_live"]:
         found.append(
             f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."

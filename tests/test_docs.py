@@ -27,7 +27,7 @@ def test_the_examples_in_docstrings_are_right(name: str) -> None:
 
 
 def test_some_docstrings_have_examples() -> None:
-    found = doctest.DocTestFinder().find(importlib.import_module("sparsekit.controller"))
+    found = doctest.DocTestFinder().find(importlib.import_module("sparsekit.schedules"))
     assert any(test.examples for test in found)
 
 

@@ -1,10 +1,9 @@
-"""The parts of a phase and the shrink budget: pure functions of numbers."""
+"""The parts of a phase: a pure function of the step number."""
 
 from __future__ import annotations
 
 import pytest
 
-from sparsekit.controller import shrink_budget_strength
 from sparsekit.schedules import PhaseShares
 
 SHARES = PhaseShares(warmup=0.1, ramp=0.3, debias=0.25)
@@ -40,16 +39,3 @@ def test_shares_that_fit_no_phase_are_refused(shares: tuple[float, float, float]
 
 def test_shares_that_sum_to_one_up_to_rounding_are_accepted() -> None:
     assert PhaseShares(0.1, 0.2, 0.7).factor(0.2) == pytest.approx(0.5)
-
-
-def test_the_budget_takes_a_distance_to_zero_in_the_given_steps() -> None:
-    strength = shrink_budget_strength(distance=0.8, steps=40, learning_rate=0.05)
-    left = 0.8
-    for _ in range(40):
-        left -= strength * 0.05
-    assert left == pytest.approx(0.0, abs=1e-12)
-
-
-@pytest.mark.parametrize(("steps", "rate"), [(0, 0.1), (10, 0.0), (-3, 0.1)])
-def test_without_steps_or_rate_the_budget_asks_for_nothing(steps: float, rate: float) -> None:
-    assert shrink_budget_strength(distance=1.0, steps=steps, learning_rate=rate) == 0.0

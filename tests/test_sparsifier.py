@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsekit as sk
 from sparsekit.checkpoint import load_state, save_state
 from sparsekit.complexity import kept_share
-from sparsekit.errors import InputError
+from sparsekit.errors import InputError, TrainingError
 from sparsekit.fold import keep_carriers
 from sparsekit.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.modes import evaluating
@@ -182,8 +182,10 @@ def test_sgd_converges_to_the_minimum_of_loss_plus_penalty(kind: str) -> None:
 def test_no_group_dies_out_however_strong_the_penalty(penalty: str, kept: int) -> None:
     model = Points(x=torch.tensor([[1.0, -2.0], [8.0, 9.0], [-7.0, 8.0], [0.5, 0.5]]))
     sparsifier = sk.Sparsifier(model, _groups(("x",), n=4), penalty=penalty, strength=1e3, min_channels=kept)
-    for _ in range(20):
+    for _ in range(500):
         sparsifier.step(SGD(model.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"after 500 steps the strength of 1e\+03 has taken every channel"):
+        sparsifier.progress()
     alive = model.x.detach().abs().sum(1) > 0
     assert alive.sum() == kept
     assert alive[1]  # the furthest from zero
@@ -289,18 +291,18 @@ def _largest_step(groups: ChannelGroups, masks: dict[str, Tensor], round_to: int
 
 
 @pytest.mark.parametrize(
-    ("kind", "penalty", "adaptive", "round_to", "target", "batchnorm"),
+    ("kind", "penalty", "importance", "round_to", "target", "batchnorm"),
     [
-        ("momentum", "group_lasso", 0.0, 1, 0.4, True),
-        ("momentum", "group_lasso", 1.0, 4, 0.5, True),
-        ("adamw", "group_lasso", 0.0, 4, 0.5, True),
-        ("adamw", "l1", 0.0, 1, 0.5, True),
-        ("momentum", "l1", 0.0, 1, 0.6, False),
-        ("momentum", "group_lasso", 0.0, 2, 0.6, False),
+        ("momentum", "group_lasso", "magnitude", 1, 0.4, True),
+        ("momentum", "group_lasso", "taylor", 4, 0.5, True),
+        ("adamw", "group_lasso", "taylor", 4, 0.5, True),
+        ("adamw", "l1", "magnitude", 1, 0.5, True),
+        ("momentum", "l1", "taylor", 1, 0.6, False),
+        ("momentum", "group_lasso", "magnitude", 2, 0.6, False),
     ],
 )
 def test_strength_auto_meets_the_target_within_its_phase_and_the_cut_is_lossless(
-    kind: str, penalty: str, adaptive: float, round_to: int, target: float, batchnorm: bool
+    kind: str, penalty: str, importance: str, round_to: int, target: float, batchnorm: bool
 ) -> None:
     model = _convnet(batchnorm)
     groups = sk.find_groups(model, EXAMPLE)
@@ -317,7 +319,7 @@ def test_strength_auto_meets_the_target_within_its_phase_and_the_cut_is_lossless
         shares=shares,
         target={"macs": target},
         round_to=round_to,
-        adaptive=adaptive,
+        importance=importance,
     )
     _train(model, optimizer, range(20), sparsifier)
     assert sparsifier.progress() == {"zero_share": 0.0, "strength": 0.0}
@@ -377,6 +379,79 @@ def test_strength_auto_shrinks_the_channels_that_have_to_die_evenly_and_no_other
     assert lost.tolist() == pytest.approx([size / 90 for size in sizes], rel=1e-4)
 
 
+@pytest.mark.parametrize(("importance", "survivors"), [("taylor", [0, 1]), ("magnitude", [2, 3])])
+def test_taylor_keeps_what_the_loss_depends_on_and_magnitude_what_is_large(
+    importance: str, survivors: list[int]
+) -> None:
+    model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    sparsifier = sk.Sparsifier(
+        model,
+        _groups(("x",), n=4),
+        strength="auto",
+        total_steps=100,
+        target={"channels": 0.5},
+        importance=importance,
+    )
+    for step in range(100):
+        # Of either sign by turns, so that the first two weights go nowhere.
+        model.x.grad = torch.tensor([1.0, 1.0, 0.0, 0.0]) * (-1) ** step
+        optimizer.step()
+        sparsifier.step(optimizer)
+    assert model.x.nonzero().flatten().tolist() == survivors
+    assert sparsifier.shortfall() == ""
+
+
+def test_costs_decide_between_channels_that_are_worth_the_same() -> None:
+    model = Points(x=torch.ones(4), y=torch.ones(4))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    sparsifier = sk.Sparsifier(
+        model,
+        _groups(("x",), ("y",), n=4),
+        strength="auto",
+        total_steps=50,
+        target={"channels": 0.625},
+        costs={"x": 1.0, "y": 2.0},
+    )
+    for _ in range(50):
+        model.x.grad, model.y.grad = torch.zeros(4), torch.zeros(4)
+        optimizer.step()
+        sparsifier.step(optimizer)
+    assert int((model.x == 0).sum()) == 0
+    assert int((model.y == 0).sum()) == 3
+
+
+def test_a_step_that_comes_after_the_gradients_are_gone_is_refused() -> None:
+    model = Points(x=torch.ones(4))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    sparsifier = sk.Sparsifier(
+        model,
+        _groups(("x",), n=4),
+        strength="auto",
+        total_steps=10,
+        target={"channels": 0.5},
+        importance="taylor",
+    )
+    optimizer.zero_grad()
+    sparsifier.step(optimizer)
+    with pytest.raises(TrainingError, match=r"before zero_grad\(\)"):
+        sparsifier.step(optimizer)
+
+
+def test_a_phase_that_could_not_reach_its_target_says_how_far_it_got() -> None:
+    model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
+    optimizer = SGD(model.parameters(), lr=0.0)
+    sparsifier = sk.Sparsifier(
+        model, _groups(("x",), n=4), strength="auto", total_steps=20, target={"channels": 0.5}
+    )
+    for _ in range(20):
+        sparsifier.step(optimizer)
+    assert sparsifier.shortfall().startswith(
+        "the zeros would leave 1.000 of the channels, and 0.5 was asked for"
+    )
+    assert sk.Sparsifier(model, _groups(("x",), n=4), strength=0.1).shortfall() == ""
+
+
 def test_a_penalty_that_has_met_its_target_stays_off_when_it_is_loaded() -> None:
     def start() -> tuple[nn.Module, Optimizer, sk.Sparsifier]:
         model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
@@ -434,7 +509,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
             total_steps=30,
             shares=PhaseShares(0.1, 0.1, 0.2),
             target={"macs": 0.5},
-            adaptive=0.5,
+            importance="taylor",
         )
         return model, optimizer, sparsifier
 
@@ -591,7 +666,7 @@ def test_every_penalty_makes_zeros_whose_removal_changes_nothing(
     model = _convnet()
     groups = sk.find_groups(model, EXAMPLE)
     sparsifier = sk.Sparsifier(
-        model, groups, penalty=penalty, strength="auto", total_steps=60, target={"macs": 0.4}, adaptive=2.0
+        model, groups, penalty=penalty, strength="auto", total_steps=60, target={"macs": 0.4}
     )
     _train(model, optimizer(model.parameters()), range(60), sparsifier)
     masks = sk.keep_masks(model, groups, method="zeros")
