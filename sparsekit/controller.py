@@ -102,8 +102,7 @@ class Controller:
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step what the channels are worth."""
         if self._learns and step < self._first + self._length:
-            for name, worth in self._worth.items():
-                note_sensitivities_(worth, self._tensors, self._slots[name])
+            note_sensitivities_(self._worth, self._tensors, self._slots)
 
     @torch.no_grad()
     def plan(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Plan | None:

@@ -13,16 +13,30 @@ from sparsekit.penalties import Slots
 _NEWEST = 0.02
 
 
-def note_sensitivities_(running: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slots]) -> None:
-    """Fold the gradients that the tensors have now into `running` (n_channels,), in place.
+def note_sensitivities_(
+    running: Mapping[str, Tensor], tensors: Mapping[str, Tensor], slots: Mapping[str, Sequence[Slots]]
+) -> None:
+    """Fold the gradients that the tensors have now into each group's `running` (n_channels,), in place.
 
     A channel's sensitivity is the mean over steps of (sum of weight x gradient over its penalised weights)^2: to first
     order, the square of what the loss of a batch changes by when the channel goes (Molchanov et al., "Importance
     Estimation for Neural Network Pruning", 2019). Its unit is that of the loss, so it compares across layers.
     """
-    total = torch.zeros_like(running)
-    for slot in slots:
-        weight = tensors[slot.parameter]
-        if weight.grad is not None:
-            total += slot.rows(weight * weight.grad).sum(1)
-    running.lerp_(total.square(), _NEWEST)
+    names = [slot.parameter for group in running for slot in slots[group]]
+    given = {name: gradient for name in names if (gradient := tensors[name].grad) is not None}
+    products: dict[str, Tensor] = {}
+    if given:  # one call for all: most are short vectors, and a call costs more than the work
+        weights = [tensors[name].detach() for name in given]
+        products.update(zip(given, torch._foreach_mul(weights, list(given.values())), strict=True))
+    totals = [
+        sum(
+            (
+                slot.rows(products[slot.parameter]).sum(1)
+                for slot in slots[group]
+                if slot.parameter in products
+            ),
+            start=torch.zeros_like(values),
+        )
+        for group, values in running.items()
+    ]
+    torch._foreach_lerp_(list(running.values()), torch._foreach_mul(totals, totals), _NEWEST)

@@ -36,8 +36,9 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
 
     loss().backward()
     running = torch.zeros(6, dtype=torch.float64)
+    slots = {group.name: penalised_slots(tensors, group)}
     for _ in range(2000):
-        note_sensitivities_(running, tensors, penalised_slots(tensors, group))
+        note_sensitivities_({group.name: running}, tensors, slots)
     with torch.no_grad():
         for channel in range(6):
             values = []
@@ -57,5 +58,5 @@ def test_weights_without_gradients_add_nothing() -> None:
     tensors = dict(model.named_parameters())
     (group,) = sk.find_groups(model, EXAMPLE).free
     running = torch.ones(6)
-    note_sensitivities_(running, tensors, penalised_slots(tensors, group))
+    note_sensitivities_({group.name: running}, tensors, {group.name: penalised_slots(tensors, group)})
     assert torch.allclose(running, torch.full((6,), 0.98))
