@@ -92,7 +92,7 @@ class Sparsifier:
         round_to: int = 1,
         min_channels: int = 1,
         adaptive: float = 0.0,
-        importance: Importance = "magnitude",
+        importance: Importance = "taylor",
         costs: Mapping[str, float] | None = None,
     ) -> None:
         _check_arguments(penalty, strength, total_steps, target, round_to, importance)

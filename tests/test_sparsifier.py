@@ -366,6 +366,7 @@ def test_strength_auto_shrinks_the_channels_that_have_to_die_evenly_and_no_other
         _groups(("x",), n=4),
         penalty=penalty,
         strength="auto",
+        importance="magnitude",
         total_steps=200,
         shares=shares,
         target={"channels": 0.5},
@@ -409,6 +410,7 @@ def test_costs_decide_between_channels_that_are_worth_the_same() -> None:
         model,
         _groups(("x",), ("y",), n=4),
         strength="auto",
+        importance="magnitude",
         total_steps=50,
         target={"channels": 0.625},
         costs={"x": 1.0, "y": 2.0},
@@ -442,7 +444,12 @@ def test_a_phase_that_could_not_reach_its_target_says_how_far_it_got() -> None:
     model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
     optimizer = SGD(model.parameters(), lr=0.0)
     sparsifier = sk.Sparsifier(
-        model, _groups(("x",), n=4), strength="auto", total_steps=20, target={"channels": 0.5}
+        model,
+        _groups(("x",), n=4),
+        strength="auto",
+        importance="magnitude",
+        total_steps=20,
+        target={"channels": 0.5},
     )
     for _ in range(20):
         sparsifier.step(optimizer)
@@ -459,6 +466,7 @@ def test_a_penalty_that_has_met_its_target_stays_off_when_it_is_loaded() -> None
             model,
             _groups(("x",), n=4),
             strength="auto",
+            importance="magnitude",
             total_steps=1000,
             shares=NO_PARTS,
             target={"channels": 0.5},
