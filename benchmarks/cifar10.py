@@ -15,7 +15,7 @@ number of epochs:
     group_lasso, scale_l1, l1    sparsekit's penalties, proximal, strength "auto"
     tp_group_norm, tp_bn_scale   Torch-Pruning's GroupNormPruner and BNScalePruner, with their authors' coefficients
     magnitude                    one-shot, Torch-Pruning's global magnitude pruning
-    random                       one-shot, the same share of every group
+    random                       one-shot, blocks of channels drawn from all layers alike
 
 The cut of every arm is the smallest (channels in multiples of 16) that ONNX Runtime runs `asked` times as
 fast as the dense network, measured interleaved with it, one thread. A tenth of the training images is set aside for
@@ -36,7 +36,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,7 +59,7 @@ from sparsekit.fold import keep_carriers
 from sparsekit.groups import ChannelGroups
 from sparsekit.latency import Interval
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks, round_up
+from sparsekit.masks import Masks
 from sparsekit.schedules import PhaseShares
 
 HERE = Path(__file__).parent
@@ -68,8 +67,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MULTIPLE = 16
 BATCH = 128
 TIMED_BATCH = 16
-# Ours has to choose before it can measure: a little faster than asked, so that no more than zeros has to go.
-MARGIN = 1.04
+# Ours has to choose before all is dead: a little faster than asked, so that no more than zeros has to go.
+MARGIN = 1.02
 PENALTIES = ("group_lasso", "scale_l1", "l1")
 # Coefficients: reproduce/main.py of Torch-Pruning; network slimming's on CIFAR.
 PEERS: dict[str, tuple[Any, Any, float]] = {
@@ -289,26 +288,17 @@ def cut_zeros_first(model: nn.Module, asked: float, speed: Speed) -> nn.Module:
     return zeros if speed.of(zeros).value >= asked else cut_to_speed(cut_at, asked, speed)
 
 
-def layers_left(groups: ChannelGroups, pruned: nn.Module) -> float:
-    """Share of the layers' measured time that a cut network is left with."""
-    state = pruned.state_dict()
-    left = sum((layer.ms or 0) * state[layer.weight].numel() / prod(layer.shape) for layer in groups.layers)
-    return left / sum(layer.ms or 0 for layer in groups.layers)
-
-
 def at_random(model: nn.Module, seed: int) -> Callable[[float], nn.Module]:
-    """The same share of every group, drawn."""
+    """Blocks of channels drawn from all groups alike; the first of each group stays."""
     groups = sk.find_groups(model, EXAMPLE)
     generator = torch.Generator().manual_seed(seed)
-    ranks = {g.name: torch.rand(g.n_channels, generator=generator) for g in groups.free}
-
-    def masks_at(level: float) -> Masks:
-        return {
-            name: round_up(rank.argsort().argsort() >= round(level * len(rank)), rank, MULTIPLE, MULTIPLE)
-            for name, rank in ranks.items()
-        }
-
-    return by_masks(model, masks_at, groups)
+    ranks = {
+        g.name: torch.rand(-(-g.n_channels // MULTIPLE), generator=generator)
+        .index_fill(0, torch.tensor([0]), 1.0)
+        .repeat_interleave(MULTIPLE)[: g.n_channels]
+        for g in groups.free
+    }
+    return by_masks(model, lambda level: {name: rank >= level for name, rank in ranks.items()}, groups)
 
 
 def by_peer(model: nn.Module, importance: Any, at_most: float) -> Callable[[float], nn.Module]:
@@ -419,43 +409,55 @@ class Seed:
         return self.trained(arm, make)
 
     def with_penalty(self, penalty: Any, asked: float) -> nn.Module:
-        """Ours: the MACs to reach are those at which magnitudes cut from the start are as fast as asked."""
+        """Ours. What the plan would leave is cut and timed at the start of the penalised part, and once more in it."""
 
         def make() -> nn.Module:
             model = self.start()
             groups = sk.measure_layers(
                 model, sk.find_groups(model, EXAMPLE), torch.zeros(TIMED_BATCH, 3, 32, 32)
             )
-            share = self.latency_share(model, groups, asked)
+            steps = self.arguments.sparsify * (len(self.data.train[0]) // BATCH)
+            shares = PhaseShares(*self.arguments.shares)
             sparsifier = sk.Sparsifier(
                 model,
                 groups,
                 penalty=penalty,
                 strength="auto",
-                total_steps=self.arguments.sparsify * (len(self.data.train[0]) // BATCH),
-                shares=PhaseShares(*self.arguments.shares),
-                target={"latency": share},
+                total_steps=steps,
+                shares=shares,
+                target={"latency": 1 / asked},
                 round_to=MULTIPLE,
                 min_channels=MULTIPLE,
-                adaptive=self.arguments.adaptive,
                 importance=self.arguments.importance,
                 costs=sk.channel_latencies(groups) if self.arguments.weigh_by == "latency" else None,
             )
-            print(penalty, asked, "share", share)
-            train(model, self.data.train, after_step=sparsifier.step, **self.phase("sparsify"))
+            penalised = 1 - shares.warmup - shares.debias
+            looks = {round((shares.warmup + part * penalised) * steps) for part in (0.01, 0.5)}
+            step = 0
+
+            def after_step(optimizer: torch.optim.Optimizer) -> None:
+                nonlocal step
+                sparsifier.step(optimizer)
+                step += 1
+                if step in looks:
+                    model.eval()
+                    self.aim(sparsifier, model, groups, MARGIN * asked)
+                    model.train()
+
+            train(model, self.data.train, after_step=after_step, **self.phase("sparsify"))
             return model
 
         return self.trained(f"{penalty}-{asked:g}", make)
 
-    def latency_share(self, model: nn.Module, groups: ChannelGroups, asked: float) -> float:
-        """What the layers may take of the dense ones' time for the network to be `MARGIN` times as fast as asked.
-
-        1 / speed-up = fixed + (1 - fixed) x share, where `fixed` comes from an even cut that is about as fast.
-        """
-        pruned = cut_to_speed(at_random(model, self.number), asked, self.speed)
-        share = layers_left(groups, pruned)
-        fixed = (1 / self.speed.of(pruned).value - share) / (1 - share)
-        return (1 / (MARGIN * asked) - fixed) / (1 - fixed)
+    def aim(self, sparsifier: sk.Sparsifier, model: nn.Module, groups: ChannelGroups, wanted: float) -> None:
+        """Ask for the largest share of the layers' time, in steps of a hundredth, whose plan is fast enough."""
+        for percent in range(70, 2, -1):
+            sparsifier.retarget({"latency": percent / 100})
+            masks = keep_carriers(model, groups, sparsifier.planned_masks(), round_to=MULTIPLE)
+            pruned = sk.apply_plan(model, sk.make_plan(groups, masks))
+            rough = count_macs(model, EXAMPLE) / count_macs(pruned, EXAMPLE)
+            if rough > 0.9 * wanted and self.speed.of(pruned).value >= wanted:
+                return
 
     def cut(self, arm: str, model: nn.Module, asked: float) -> nn.Module:
         """The arm's smallest cut that is fast enough."""
@@ -547,7 +549,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--finetune", type=int, default=3, help="epochs after the cut")
     parser.add_argument("--judge", choices=("test", "validation"), default="test", help="images for accuracy")
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--adaptive", type=float, default=2.0)
     parser.add_argument(
         "--shares",
         type=float,

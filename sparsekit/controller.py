@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.complexity import kept_share
-from sparsekit.errors import TrainingError
+from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.importance import note_sensitivities_
 from sparsekit.masks import Masks, Quantity, block_worth, budget_threshold, relative_worth, round_up
@@ -129,6 +129,25 @@ class Controller:
         rate = sum(rates.values()) / len(rates)
         return Plan(weights, self._pace / rate if rate > 0 else 0.0)
 
+    @torch.no_grad()
+    def planned_masks(self, alive: Mapping[str, Tensor]) -> Masks:
+        """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is planned now."""
+        groups = [group for group in self._groups.free if group.name in self._worth]
+        weights, _ = self._choose(groups, alive)
+        return self._rounded({name: ((alive[name] > 0) & (weights[name] == 0)).cpu() for name in weights})
+
+    @torch.no_grad()
+    def retarget(self, target: Mapping[Quantity, float], alive: Mapping[str, Tensor]) -> None:
+        """Go for another share of the same quantity. Raises InputError for another one, or a share out of reach."""
+        if set(target) != {self._quantity}:
+            raise InputError(f"the phase has a target of {self._quantity}, got {dict(target)}")
+        before, self._target = self._target, target[self._quantity]
+        try:
+            self.planned_masks(alive)
+        except InputError:
+            self._target = before
+            raise
+
     def share_left(self, alive: Mapping[str, Tensor]) -> float:
         """What a cut of the zeros would leave of the target's quantity."""
         return self._share({name: (values > 0).cpu() for name, values in alive.items()})
@@ -175,11 +194,13 @@ class Controller:
             "start": dict(self._start),
             "pace": self._pace,
             "costs": dict(self._costs),
+            "target": self._target,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self._pace, self._costs = state["pace"], dict(state["costs"])
+        self._target = state["target"]
         for name in self._worth:
             self._worth[name].copy_(state["worth"][name])
             self._start[name].copy_(state["start"][name])

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsekit.controller import Controller, Importance, Plan
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
-from sparsekit.masks import Quantity, check_target
+from sparsekit.masks import Masks, Quantity, check_target
 from sparsekit.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
@@ -267,6 +267,27 @@ class Sparsifier:
         tensors = dict(_unwrapped(model).named_parameters())
         for group in self._active:
             scale_channels_(tensors, self._slots[group.name], self._alive[group.name])
+
+    def planned_masks(self) -> Masks:
+        """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
+
+        Cut a copy of the model by them to see, early in a phase, how fast the outcome will be. Waits for the device.
+        Raises InputError without "auto".
+        """
+        return self._planning().planned_masks(self._alive)
+
+    def retarget(self, target: Mapping[Quantity, float]) -> None:
+        """With strength "auto", go for another share of the same quantity from the next plan on.
+
+        Raises InputError without "auto", for another quantity, or for a share that is out of reach.
+        """
+        self._planning().retarget(target, self._alive)
+        self._met = False
+
+    def _planning(self) -> Controller:
+        if self._controller is None:
+            raise InputError("a penalty of constant strength has no plan and no target; take strength 'auto'")
+        return self._controller
 
     def shortfall(self) -> str:
         """With strength "auto", how far from its target the phase is; "" once it is met, or without one.

@@ -732,3 +732,29 @@ def test_a_state_of_another_model_is_refused() -> None:
         sk.Sparsifier(Points(y=torch.ones(2)), _groups(("y",), n=2)).load_state_dict(state)
     with pytest.raises(InputError, match="other channel groups"):
         sk.Sparsifier(Points(x=torch.ones(1)), _groups(("x",), n=1)).load_state_dict(state)
+
+
+def test_the_plan_can_be_seen_and_its_target_moved() -> None:
+    model = Points(x=torch.tensor([0.1, 0.2, 0.3, 3.0, 4.0, 5.0]))
+    optimizer = SGD(model.parameters(), lr=0.01)
+    sparsifier = sk.Sparsifier(
+        model,
+        _groups(("x",), n=6),
+        strength="auto",
+        importance="magnitude",
+        total_steps=40,
+        target={"channels": 0.5},
+    )
+    assert sparsifier.planned_masks()["x"].tolist() == [False, False, False, True, True, True]
+    sparsifier.retarget({"channels": 0.7})
+    assert sparsifier.planned_masks()["x"].tolist() == [False, False, True, True, True, True]
+    for bad, message in (({"channels": 0.1}, "out of reach"), ({"macs": 0.5}, "a target of channels")):
+        with pytest.raises(InputError, match=message):
+            sparsifier.retarget(bad)
+    model.x.grad = torch.zeros(6)
+    for _ in range(40):
+        optimizer.step()
+        sparsifier.step(optimizer)
+    assert (model.x == 0).tolist() == [True, True, False, False, False, False]
+    with pytest.raises(InputError, match="constant strength has no plan"):
+        sk.Sparsifier(model, _groups(("x",), n=6), strength=0.1).planned_masks()
