@@ -581,7 +581,6 @@ def main() -> None:
         "finetune",
         "lr",
         "shares",
-        "adaptive",
         "weigh_by",
         "importance",
         "threads",

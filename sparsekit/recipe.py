@@ -249,10 +249,10 @@ class SparsifySpec(_Phase):
         description="at a constant strength, channels are shrunk faster the lower their score at the start, by "
         "(mean / score) to this power; 0 shrinks all alike",
     )
-    warmup: Share = Field(default=0.1, description="share of the phase with strength 0 at the start")
-    ramp: Share = Field(default=0.3, description="share of the phase in which the strength rises")
+    warmup: Share = Field(default=0.05, description="share of the phase with strength 0 at the start")
+    ramp: Share = Field(default=0.1, description="share of the phase in which the strength rises")
     debias: Share = Field(
-        default=0.3, description="share of the phase with strength 0 and the zeros held, at the end"
+        default=0.55, description="share of the phase with strength 0 and the zeros held, at the end"
     )
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 class PhaseShares:
     """A sparsifying phase in four parts: warm-up (strength 0), ramp (0 to full), hold, debias (0, zeros held).
 
-    `warmup`, `ramp` and `debias` are fractions of the phase in [0, 1] with a sum of at most 1; hold is the rest.
+    `warmup`, `ramp` and `debias` are fractions of the phase in [0, 1] with a sum of at most 1; hold is the rest. Zeros
+    that come early leave the rest of the phase to train what stays.
     Raises ValueError for others.
     """
 
-    warmup: float = 0.1
-    ramp: float = 0.3
-    debias: float = 0.3
+    warmup: float = 0.05
+    ramp: float = 0.1
+    debias: float = 0.55
 
     def __post_init__(self) -> None:
         shares = (self.warmup, self.ramp, self.debias)

@@ -448,7 +448,7 @@ finetune:
         "dense.epochs 0 needs trained weights: set model.pretrained or model.checkpoint, or train for some "
         "epochs (x.yaml, line 7)",
         "sparsify.strength must be auto or a number >= 0, got 'high' (x.yaml, line 8)",
-        "sparsify.warmup, ramp and debias are shares of the phase and must sum to at most 1, got 1.5 "
+        "sparsify.warmup, ramp and debias are shares of the phase and must sum to at most 1, got 1.55 "
         "(x.yaml, line 8)",
         "finetune.epochs is required: epochs of this phase (x.yaml, line 9)",
         "data.in_chans must be one of 1, 3, got 0 (--set data.in_chans=0)",
