@@ -13,6 +13,8 @@ after the cut.
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -144,7 +146,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Strength without guessing: the share that was asked for",
         "",
-        "Written by `python benchmarks/strength_auto.py`, whose docstring says what was run. MACs: the share left by a "
+        f"Written by `python {shlex.join(sys.argv)}`, whose docstring says what was run. MACs: the share left by a "
         "cut of the exact zeros. Accuracy: before the phase, at its end, right after the cut.",
         "",
         f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "
