@@ -115,7 +115,6 @@ def run(
             target={"macs": asked},
             round_to=multiple,
             min_channels=8,
-            adaptive=2.0,
             importance=importance,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -75,6 +75,16 @@ def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, .
         positions[key] = positions.get(key, 0) + count // example_inputs[0].shape[0]
         shapes[key] = tuple(weight.shape)
 
+    watch_layers(model, record, *example_inputs)
+    return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
+
+
+def watch_layers(
+    model: nn.Module,
+    record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
+    *example_inputs: Tensor,
+) -> None:
+    """Run the model once in eval mode; `record(name, layer, inputs, output)` for each call of a layer with MACs."""
     hooks = [
         module.register_forward_hook(lambda m, args, out, name=name: record(name, m, args, out))
         for name, module in model.named_modules()
@@ -86,7 +96,6 @@ def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, .
     finally:
         for hook in hooks:
             hook.remove()
-    return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
 
 
 def channel_macs(groups: ChannelGroups) -> dict[str, float]:

@@ -25,7 +25,7 @@ _PLANNED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decision:
     """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its weight.
 
     `weights` (n_channels,) by group: 0 for channels that are to live. `strength` is 0 once the target is met.
@@ -105,8 +105,8 @@ class Controller:
             note_sensitivities_(self._worth, self._tensors, self._slots)
 
     @torch.no_grad()
-    def plan(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Plan | None:
-        """The plan to follow from this step on, or None if it is not the time for a new one.
+    def decide(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Decision | None:
+        """What to do from this step on, or None if it is not the time to decide anew.
 
         `alive` (n_channels,) is 0 for channels that are held at zero; `rates` are those of the groups that can be
         shrunk. Raises TrainingError if there were no gradients to learn from.
@@ -116,7 +116,7 @@ class Controller:
         if not 0 <= past < self._length or step % interval:
             return None
         if self.share_left(alive) <= self._target:
-            return Plan({}, 0.0, met=True)
+            return Decision({}, 0.0, met=True)
         trained = [group for group in self._groups.free if group.name in rates]
         if self._learns and not any(bool(self._worth[group.name].any()) for group in trained):
             raise TrainingError(
@@ -127,7 +127,7 @@ class Controller:
         steps_left = max(_PLANNED_SHARE * self._length - past, interval)
         self._pace = max(self._pace, furthest / steps_left)
         rate = sum(rates.values()) / len(rates)
-        return Plan(weights, self._pace / rate if rate > 0 else 0.0)
+        return Decision(weights, self._pace / rate if rate > 0 else 0.0)
 
     @torch.no_grad()
     def planned_masks(self, alive: Mapping[str, Tensor]) -> Masks:

@@ -9,13 +9,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
+from sparsekit.complexity import watch_layers
 from sparsekit.errors import InputError
 from sparsekit.export import export_onnx
 from sparsekit.groups import ChannelGroups
 from sparsekit.latency import compare_latency
-from sparsekit.modes import evaluating
 
 __all__ = ["measure_layers"]
+
+_Kind = tuple[str, tuple[int, ...]]
 
 
 def measure_layers(
@@ -23,7 +25,8 @@ def measure_layers(
 ) -> ChannelGroups:
     """Give every layer of `groups` the milliseconds that ONNX Runtime takes for it, at the example's shapes and batch.
 
-    Each layer is exported alone and timed, all of them interleaved; layers of one kind and shape once. A layer's time
+    Each layer is exported alone and timed, all of them interleaved; layers of one kind and shape once. A layer that
+    runs twice counts twice. A layer's time
     includes bringing its input into the runtime's layout, so the sum is more than the model's: the shares count.
     With it `target={"latency": 0.5}` and `channel_latencies` can be had. `layers` keep an order, names and shapes.
 
@@ -34,48 +37,30 @@ def measure_layers(
     missing = [name for name in names.values() if name not in modules]
     if missing:
         raise InputError(f"the model has no layer {missing[0]}, which its channel groups name")
-    inputs = _observed_inputs(model, {name: modules[name] for name in names.values()}, example_inputs)
-    kinds: dict[tuple[str, tuple[int, ...]], str] = {}
-    for name, shape in inputs.items():
-        kinds.setdefault((_kind(modules[name]), shape), name)
+    calls: dict[str, list[_Kind]] = {name: [] for name in names.values()}
+    layers: dict[_Kind, nn.Module] = {}
+
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        kind = _kind(layer, inputs[0])
+        layers.setdefault(kind, layer)
+        calls.setdefault(name, []).append(kind)
+
+    watch_layers(model, record, *example_inputs)
     with TemporaryDirectory() as folder:
         files = [
-            export_onnx(modules[name], Path(folder) / f"{number}.onnx", torch.zeros(shape))
-            for number, ((_, shape), name) in enumerate(kinds.items())
+            export_onnx(layer, Path(folder) / f"{number}.onnx", torch.zeros(kind[1]))
+            for number, (kind, layer) in enumerate(layers.items())
         ]
         timed = compare_latency(files, threads=threads, rounds=rounds)
-    ms = {kind: latency.median_ms for kind, latency in zip(kinds, timed.latencies, strict=True)}
+    ms = {kind: latency.median_ms for kind, latency in zip(layers, timed.latencies, strict=True)}
     return replace(
         groups,
         layers=tuple(
-            replace(layer, ms=ms[_kind(modules[name]), inputs[name]] if name in inputs else 0.0)
-            for layer, name in zip(groups.layers, names.values(), strict=True)
+            replace(layer, ms=sum(ms[kind] for kind in calls[names[layer.weight]])) for layer in groups.layers
         ),
     )
 
 
-def _kind(module: nn.Module) -> str:
-    """What the time of a layer depends on beside its input: its class and its settings."""
-    return f"{type(module).__qualname__} {module.extra_repr()}"
-
-
-def _observed_inputs(
-    model: nn.Module, layers: dict[str, nn.Module], example_inputs: tuple[Tensor, ...]
-) -> dict[str, tuple[int, ...]]:
-    """Shape of what each layer is given in a forward pass (the last, if it is called several times)."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str, args: tuple[Tensor, ...]) -> None:
-        shapes[name] = tuple(args[0].shape)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: note(name, args))
-        for name, module in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            model(*example_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return shapes
+def _kind(layer: nn.Module, example: Tensor) -> _Kind:
+    """What the time of a layer depends on: its class and settings, and the shape of its input."""
+    return f"{type(layer).__qualname__} {layer.extra_repr()}", tuple(example.shape)

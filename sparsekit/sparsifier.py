@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsekit.controller import Controller, Importance, Plan
+from sparsekit.controller import Controller, Decision, Importance
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, check_target
@@ -171,7 +171,7 @@ class Sparsifier:
         rates = self._group_rates(optimizer)
         if self._controller is not None and not self._met:
             self._controller.observe(self._steps)
-            self._follow(self._controller.plan(self._steps, self._alive, rates))
+            self._follow(self._controller.decide(self._steps, self._alive, rates))
         strength = self._current_strength(self._steps)
         for group in self._active:
             slots, alive = self._slots[group.name], self._alive[group.name]
@@ -256,10 +256,10 @@ class Sparsifier:
             )
         return group_rates
 
-    def _follow(self, plan: Plan | None) -> None:
-        if plan is not None:
-            self._strength, self._met = plan.strength, plan.met
-            self._weights.update(plan.weights)
+    def _follow(self, decision: Decision | None) -> None:
+        if decision is not None:
+            self._strength, self._met = decision.strength, decision.met
+            self._weights.update(decision.weights)
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
@@ -322,6 +322,10 @@ class Sparsifier:
         sizes = {name: len(alive) for name, alive in self._alive.items()}
         if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
             raise InputError("the sparsifier's state belongs to a model with other channel groups")
+        if bool(state["controller"]) != (self._controller is not None):
+            raise InputError(
+                "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
+            )
         self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
         for name in self._alive:
             self._alive[name].copy_(state["alive"][name])

@@ -109,8 +109,9 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
     found = []
     cut = files.result("cut")
-    if files.result("sparsify")["shortfall"]:
-        found.append(f"The penalty fell short of its target: {files.result('sparsify')['shortfall']}.")
+    shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
+    if shortfall:
+        found.append(f"The penalty fell short of its target: {shortfall}.")
     if cut["removed_live"]:
         found.append(
             f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."

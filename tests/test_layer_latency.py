@@ -59,6 +59,27 @@ def test_a_stopwatch_of_known_readings_gives_known_costs(monkeypatch: pytest.Mon
     assert kept_share(groups, masks).macs != 0.5
 
 
+def test_a_layer_that_runs_twice_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(self.layer(x).relu())
+            return out
+
+    def stopwatch(files: list[Path], **_: Any) -> LatencyComparison:
+        (file,) = files
+        reading = Latency(str(file), 3.0, 3.0, 3.0, 2)
+        return LatencyComparison((reading,), (), Interval(1.0, 1.0, 1.0), 1, 2, 10, True, "")
+
+    monkeypatch.setattr(layer_latency, "compare_latency", stopwatch)
+    model = Twice()
+    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE).layers
+    assert layer.ms == 6.0
+
+
 def test_latencies_that_were_not_measured_are_refused() -> None:
     model = _network()
     groups = sk.find_groups(model, EXAMPLE)

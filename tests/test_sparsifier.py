@@ -732,6 +732,15 @@ def test_a_state_of_another_model_is_refused() -> None:
         sk.Sparsifier(Points(y=torch.ones(2)), _groups(("y",), n=2)).load_state_dict(state)
     with pytest.raises(InputError, match="other channel groups"):
         sk.Sparsifier(Points(x=torch.ones(1)), _groups(("x",), n=1)).load_state_dict(state)
+    automatic = sk.Sparsifier(
+        Points(x=torch.ones(2)),
+        _groups(("x",), n=2),
+        strength="auto",
+        total_steps=9,
+        target={"channels": 0.5},
+    )
+    with pytest.raises(InputError, match="automatic strength"):
+        automatic.load_state_dict(state)
 
 
 def test_the_plan_can_be_seen_and_its_target_moved() -> None:
