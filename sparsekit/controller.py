@@ -53,6 +53,8 @@ class Controller:
     start; "taylor": the running mean of its squared first-order effect on the loss, from the gradients that `observe`
     sees (`importance.note_sensitivities_`). `costs` divide it.
 
+    `settle` ends the choosing: exactly what its masks drop goes, at the pace that is left.
+
     `tensors` and `slots` are where the penalised weights are. Raises InputError if the target is out of reach.
     """
 
@@ -77,6 +79,7 @@ class Controller:
         self._rounding, self._costs = rounding, costs
         self._first, self._length = first, length
         self._pace = 0.0
+        self._settled: Masks = {}
         self._start = {group.name: self._reach(group) for group in active}
         self._worth = self._magnitudes(model, active)
         self._choose(active, {group.name: torch.ones_like(self._start[group.name]) for group in active})
@@ -101,7 +104,7 @@ class Controller:
 
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step what the channels are worth."""
-        if self._learns and step < self._first + self._length:
+        if self._learns and not self._settled and step < self._first + self._length:
             note_sensitivities_(self._worth, self._tensors, self._slots)
 
     @torch.no_grad()
@@ -118,7 +121,11 @@ class Controller:
         if self.share_left(alive) <= self._target:
             return Decision({}, 0.0, met=True)
         trained = [group for group in self._groups.free if group.name in rates]
-        if self._learns and not any(bool(self._worth[group.name].any()) for group in trained):
+        if (
+            self._learns
+            and not self._settled
+            and not any(bool(self._worth[group.name].any()) for group in trained)
+        ):
             raise TrainingError(
                 "importance 'taylor' learns from gradients, and there were none when the Sparsifier's step was called; "
                 "call it after optimizer.step() and before zero_grad(), or take importance 'magnitude'"
@@ -141,12 +148,27 @@ class Controller:
         """Go for another share of the same quantity. Raises InputError for another one, or a share out of reach."""
         if set(target) != {self._quantity}:
             raise InputError(f"the phase has a target of {self._quantity}, got {dict(target)}")
-        before, self._target = self._target, target[self._quantity]
+        before = self._target, self._settled
+        self._target, self._settled = target[self._quantity], {}
         try:
             self.planned_masks(alive)
         except InputError:
-            self._target = before
+            self._target, self._settled = before
             raise
+
+    def settle(self, masks: Masks) -> None:
+        """Take to zero exactly what these keep-masks drop; the target is what they leave.
+
+        Raises InputError if they are not those of the groups that are penalised.
+        """
+        sizes = {name: worth.shape for name, worth in self._worth.items()}
+        if {name: mask.shape for name, mask in masks.items() if name in sizes} != sizes:
+            raise InputError(
+                "the masks to settle on are of other channel groups; take those that planned_masks returns, or change "
+                "some of their entries"
+            )
+        self._settled = {name: masks[name].to(self._worth[name].device) for name in sizes}
+        self._target = self._share({name: mask.cpu() for name, mask in self._settled.items()})
 
     def share_left(self, alive: Mapping[str, Tensor]) -> float:
         """What a cut of the zeros would leave of the target's quantity."""
@@ -169,19 +191,26 @@ class Controller:
         self, trained: Sequence[ChannelGroup], alive: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], float]:
         """Weights of the channels, and how far the furthest of the chosen is, as a share of where it started."""
+        doomed = self._doomed(trained, alive)
+        weights, furthest = {}, 0.0
+        for group in trained:
+            reach, chosen = self._reach(group), doomed[group.name]
+            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
+            weights[group.name] = torch.where(chosen, size, 0.0)
+            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
+        return weights, furthest
+
+    def _doomed(self, trained: Sequence[ChannelGroup], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which channels (bool) of each group have to die."""
+        if self._settled:
+            return {group.name: ~self._settled[group.name] for group in trained}
         worth = block_worth(
             {g.name: self._worth[g.name] * (alive[g.name] > 0) / self._costs[g.name] for g in trained},
             self._rounding,
         )
         on_cpu = {name: values.cpu() for name, values in worth.items()}
         threshold = budget_threshold(self._groups, on_cpu, {self._quantity: self._target}, self._rounded)
-        weights, furthest = {}, 0.0
-        for group in trained:
-            reach, chosen = self._reach(group), worth[group.name] <= threshold
-            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
-            weights[group.name] = torch.where(chosen, size, 0.0)
-            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
-        return weights, furthest
+        return {name: values <= threshold for name, values in worth.items()}
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
@@ -195,12 +224,14 @@ class Controller:
             "pace": self._pace,
             "costs": dict(self._costs),
             "target": self._target,
+            "settled": dict(self._settled),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self._pace, self._costs = state["pace"], dict(state["costs"])
         self._target = state["target"]
+        self._settled = {name: mask.to(self._worth[name].device) for name, mask in state["settled"].items()}
         for name in self._worth:
             self._worth[name].copy_(state["worth"][name])
             self._start[name].copy_(state["start"][name])

@@ -94,6 +94,11 @@ class ChannelGroup:
         """The penalised members that are scales of norms."""
         return tuple(m for m in self.penalised if m.role == "norm" and m.tensor.endswith("weight"))
 
+    @property
+    def shifts(self) -> tuple[Member, ...]:
+        """The penalised members that are shifts of norms."""
+        return tuple(m for m in self.penalised if m.role == "norm" and not m.tensor.endswith("weight"))
+
 
 @dataclass(frozen=True)
 class LayerCost:

@@ -39,6 +39,16 @@ def penalised_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ..
     return group.penalised
 
 
+def held_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
+    """The members that stay at zero once the channel has died: the penalised ones, and with a scale its shift.
+
+    A shift alone makes a constant, which layers that pad can only be given by a channel that carries it.
+    """
+    if penalty == "scale_l1":
+        return group.scales + group.shifts
+    return group.penalised
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where one parameter holds the channels of a group: a penalised `Member`, made ready for use in every step.
@@ -82,8 +92,13 @@ def penalised_slots(
     tensors: Mapping[str, Tensor], group: ChannelGroup, penalty: Penalty = "group_lasso"
 ) -> tuple[Slots, ...]:
     """The slots of the members that the penalty acts on, on their tensors' devices."""
+    return member_slots(tensors, penalised_members(group, penalty))
+
+
+def member_slots(tensors: Mapping[str, Tensor], members: Sequence[Member]) -> tuple[Slots, ...]:
+    """The members, made ready for use on their tensors' devices."""
     slots = []
-    for member in penalised_members(group, penalty):
+    for member in members:
         tensor = tensors[member.tensor]
         whole = member.positions == tuple(range(tensor.shape[member.dim]))
         index = None if whole else torch.tensor(member.positions, device=tensor.device)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsekit.controller import Controller, Decision, Importance
 from sparsekit.errors import InputError, TrainingError
-from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.masks import Masks, Quantity, check_target
 from sparsekit.penalties import (
     BLOCKWISE,
@@ -24,6 +24,8 @@ from sparsekit.penalties import (
     channel_norms,
     channel_sizes,
     distances_to_zero,
+    held_members,
+    member_slots,
     penalised_members,
     penalised_slots,
     scale_channels_,
@@ -61,10 +63,10 @@ class Sparsifier:
     and `target`. With `total_steps` the phase has the parts of `shares`; without, the strength is constant.
 
     Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
-    cleared, so neither momentum nor gradient brings them back. The `min_channels` channels of each group that are
-    furthest from zero lose at most half of what is left of them in a step: no layer dies out.
-    `min_channels` = 0 turns that off. Weights that are zero before any penalty acted
-    (timm initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
+    cleared, so neither momentum nor gradient brings them back ("scale_l1" then holds the norm's shift at 0 too).
+    The `min_channels` channels of each group that are furthest from zero lose at most half of what is left of them in
+    a step: no layer dies out. `min_channels` = 0 turns that off. Weights that are zero before any penalty acted (timm
+    initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
     gradients, and are all in the optimizer, are penalised. At a constant strength, with `adaptive` > 0 (adaptive lasso,
     Zou 2006)
 
@@ -110,6 +112,7 @@ class Sparsifier:
         self._met = False
         self._warned = False
         self._slots = {g.name: penalised_slots(self._tensors, g, penalty) for g in self._active}
+        self._held = {g.name: member_slots(self._tensors, self._held_members(g)) for g in self._active}
         self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
         relative_costs = _relative_costs(self._active, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
@@ -131,6 +134,9 @@ class Sparsifier:
                 first=total_steps * self._shares.warmup,
                 length=total_steps * (1 - self._shares.debias - self._shares.warmup),
             )
+
+    def _held_members(self, group: ChannelGroup) -> list[Member]:
+        return [m for m in held_members(group, self._penalty) if self._tensors[m.tensor].requires_grad]
 
     def _device(self, group: ChannelGroup) -> torch.device:
         return self._tensors[penalised_members(group, self._penalty)[0].tensor].device
@@ -174,11 +180,11 @@ class Sparsifier:
             self._follow(self._controller.decide(self._steps, self._alive, rates))
         strength = self._current_strength(self._steps)
         for group in self._active:
-            slots, alive = self._slots[group.name], self._alive[group.name]
+            held, alive = self._held[group.name], self._alive[group.name]
             rate = rates.get(group.name, 0.0)
             factors = self._shrink_(group, strength * rate, rate) if strength * rate > 0 else alive
-            scale_channels_(self._tensors, slots, factors)
-            _clear_momenta_(optimizer, self._tensors, slots, alive)
+            scale_channels_(self._tensors, held, factors)
+            _clear_momenta_(optimizer, self._tensors, held, alive)
         self._steps += 1
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -266,7 +272,7 @@ class Sparsifier:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
         tensors = dict(_unwrapped(model).named_parameters())
         for group in self._active:
-            scale_channels_(tensors, self._slots[group.name], self._alive[group.name])
+            scale_channels_(tensors, self._held[group.name], self._alive[group.name])
 
     def planned_masks(self) -> Masks:
         """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
@@ -282,6 +288,16 @@ class Sparsifier:
         Raises InputError without "auto", for another quantity, or for a share that is out of reach.
         """
         self._planning().retarget(target, self._alive)
+        self._met = False
+
+    def settle(self, masks: Masks) -> None:
+        """With strength "auto", let exactly the channels die that keep-masks drop, and choose no others.
+
+        For an outcome that was cut and timed before it was trained: `planned_masks`, perhaps with some entries changed,
+        to `make_plan` and `apply_plan`, and here what was fast enough. The target becomes what the masks leave.
+        Raises InputError without "auto", or for masks of other groups.
+        """
+        self._planning().settle(masks)
         self._met = False
 
     def _planning(self) -> Controller:

@@ -767,3 +767,56 @@ def test_the_plan_can_be_seen_and_its_target_moved() -> None:
     assert (model.x == 0).tolist() == [True, True, False, False, False, False]
     with pytest.raises(InputError, match="constant strength has no plan"):
         sk.Sparsifier(model, _groups(("x",), n=6), strength=0.1).planned_masks()
+
+
+def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> None:
+    torch.manual_seed(0)
+    model = _convnet()
+    groups = sk.find_groups(model, EXAMPLE)
+    arguments: dict[str, Any] = {"strength": "auto", "total_steps": 60, "target": {"macs": 0.9}}
+    sparsifier, resumed = (sk.Sparsifier(model, groups, **arguments) for _ in range(2))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    _train(model, optimizer, range(5), sparsifier)
+    # Not what the plan would have chosen: the filters that are largest.
+    scores = channel_scores(model, groups)
+    masks = {name: score <= score.median() for name, score in scores.items()}
+    sparsifier.settle(masks)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.planned_masks().items())
+    assert sparsifier.shortfall()
+    resumed.load_state_dict(sparsifier.state_dict())
+    _train(model, optimizer, range(5, 60), resumed)
+    assert not resumed.shortfall()
+    assert all(torch.equal(dead, ~masks[name]) for name, dead in zero_channels(model, groups).items())
+    with pytest.raises(InputError, match="other channel groups"):
+        resumed.settle({name: mask[1:] for name, mask in masks.items()})
+
+
+def test_a_target_set_after_settling_is_chosen_for_again() -> None:
+    model = Points(x=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    sparsifier = sk.Sparsifier(
+        model,
+        _groups(("x",), n=4),
+        strength="auto",
+        importance="magnitude",
+        total_steps=9,
+        target={"channels": 0.5},
+    )
+    sparsifier.settle({"x": torch.tensor([True, True, True, False])})
+    assert sparsifier.planned_masks()["x"].tolist() == [True, True, True, False]
+    sparsifier.retarget({"channels": 0.75})
+    assert sparsifier.planned_masks()["x"].tolist() == [False, True, True, True]
+
+
+def test_a_channel_without_a_scale_has_no_shift_either() -> None:
+    model = _convnet()
+    groups = sk.find_groups(model, EXAMPLE)
+    sparsifier = sk.Sparsifier(
+        model, groups, penalty="scale_l1", strength="auto", total_steps=60, target={"macs": 0.4}
+    )
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.ones_(norm.bias)
+    _train(model, SGD(model.parameters(), lr=0.1, momentum=0.9), range(60), sparsifier)
+    assert all(bool((norm.bias[norm.weight == 0] == 0).all()) for norm in norms)
+    assert all(bool((norm.bias[norm.weight != 0] != 0).all()) for norm in norms)
+    assert any(bool((norm.weight == 0).any()) for norm in norms)
