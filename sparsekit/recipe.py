@@ -501,6 +501,12 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
             "cut.target is required where sparsify.strength is auto, for example {macs: 0.5}; "
             "or give sparsify.strength a number",
         )
+    if sparsify.strength == "auto" and sparsify.penalty == "group_mcp":
+        yield _Contradiction(
+            ("sparsify.penalty", "sparsify.strength"),
+            "sparsify.penalty group_mcp spares what is far from zero, so strength auto cannot take it there; auto "
+            "shrinks no channel that is to stay, so take group_lasso, or give sparsify.strength a number",
+        )
     if cut.method == "budget" and cut.target is None:
         yield _Contradiction(
             ("cut.method", "cut.target"), "cut.method budget needs cut.target, for example {macs: 0.5}"

@@ -77,8 +77,8 @@ class Sparsifier:
     (what one channel of each group costs: `channel_macs`, `channel_latencies`) make zeros appear where they save most:
     by them "auto" divides what channels are worth; a constant strength is multiplied by sqrt(cost / mean cost).
 
-    Raises InputError for a strength below 0, "auto" without total_steps or target, a target out of reach,
-    groups of another model, or groups with nothing free.
+    Raises InputError for a strength below 0, "auto" without total_steps or target or with "group_mcp", a target out of
+    reach, groups of another model, or groups with nothing free.
     """
 
     def __init__(
@@ -364,6 +364,11 @@ def _check_arguments(
         raise InputError(f"importance must be one of {', '.join(get_args(Importance))}, got {importance!r}")
     if strength == "auto" and (total_steps is None or not target):
         raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
+    if strength == "auto" and penalty == "group_mcp":
+        raise InputError(
+            "penalty 'group_mcp' spares what is far from zero, so strength 'auto' cannot take it there; 'auto' shrinks "
+            "no channel that is to stay, so take 'group_lasso', or give a strength"
+        )
     if strength != "auto" and not (isinstance(strength, (int, float)) and 0 <= strength < math.inf):
         raise InputError(f"strength must be a finite number >= 0 or 'auto', got {strength!r}")
     if total_steps is not None and total_steps < 1:

@@ -346,6 +346,10 @@ ONE_BAD_OVERRIDE = [
     ),
     ("sparsify.warmup_epochs=4", "sparsify.warmup_epochs must be at most sparsify.epochs, 3, "),
     ("cut.target=null", "cut.target is required where sparsify.strength is auto, for example {macs: 0.5}"),
+    (
+        "sparsify.penalty=group_mcp",
+        "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
+    ),
     ("cut.target={}", "cut.target must have exactly one of macs, params and channels, got none"),
     (
         "cut.target.params=0.5",

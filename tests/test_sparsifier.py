@@ -647,6 +647,10 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
         ({"penalty": "lasso"}, "got 'lasso'"),
         ({"strength": "auto", "target": {"macs": 0.5}}, "needs total_steps and a target"),
         ({"strength": "auto", "total_steps": 10}, "needs total_steps and a target"),
+        (
+            {"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "penalty": "group_mcp"},
+            "take 'group_lasso', or give a strength",
+        ),
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"round_to": 0}, "round_to must be at least 1"),
         ({"target": {"flops": 0.5}}, "macs, params, channels, latency"),
@@ -666,7 +670,7 @@ def test_a_penalty_on_scales_needs_batchnorms_and_names_the_alternative() -> Non
         sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), penalty="scale_l1")
 
 
-@pytest.mark.parametrize("penalty", get_args(Penalty))
+@pytest.mark.parametrize("penalty", [penalty for penalty in get_args(Penalty) if penalty != "group_mcp"])
 @pytest.mark.parametrize("optimizer", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=0.01)])
 def test_every_penalty_makes_zeros_whose_removal_changes_nothing(
     penalty: Penalty, optimizer: Callable[[Any], Optimizer]
