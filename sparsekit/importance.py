@@ -20,7 +20,8 @@ def note_sensitivities_(
 
     A channel's sensitivity is the mean over steps of (sum of weight x gradient over its penalised weights)^2: to first
     order, the square of what the loss of a batch changes by when the channel goes (Molchanov et al., "Importance
-    Estimation for Neural Network Pruning", 2019). Its unit is that of the loss, so it compares across layers.
+    Estimation for Neural Network Pruning", 2019). Its unit is that of the loss, so it compares across layers. Gradients
+    that are not finite, as a scaler's first ones are, count as 0.
     """
     names = [slot.parameter for group in running for slot in slots[group]]
     given = {name: gradient for name in names if (gradient := tensors[name].grad) is not None}
@@ -39,4 +40,5 @@ def note_sensitivities_(
         )
         for group, values in running.items()
     ]
-    torch._foreach_lerp_(list(running.values()), torch._foreach_mul(totals, totals), _NEWEST)
+    squares = [total.nan_to_num_(0.0, 0.0, 0.0).square_() for total in totals]
+    torch._foreach_lerp_(list(running.values()), squares, _NEWEST)

@@ -60,3 +60,17 @@ def test_weights_without_gradients_add_nothing() -> None:
     running = torch.ones(6)
     note_sensitivities_({group.name: running}, tensors, {group.name: penalised_slots(tensors, group)})
     assert torch.allclose(running, torch.full((6,), 0.98))
+
+
+def test_gradients_that_overflowed_are_forgotten() -> None:
+    model = _network()
+    tensors = dict(model.named_parameters())
+    (group,) = sk.find_groups(model, EXAMPLE).free
+    running = {group.name: torch.ones(6)}
+    slots = {group.name: penalised_slots(tensors, group)}
+    scale = tensors["1.weight"]
+    scale.grad = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 0.0, 1e30])
+    note_sensitivities_(running, tensors, slots)
+    values = running[group.name]
+    assert values[0] < values[1]
+    assert values[2] == values[3] == values[4] == pytest.approx(0.98)
