@@ -14,7 +14,7 @@ from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.importance import note_sensitivities_
 from sparsekit.masks import Masks, Quantity, block_worth, budget_threshold, relative_worth, round_up
-from sparsekit.penalties import Penalty, Slots, distances_to_zero
+from sparsekit.penalised import PenalisedWeights
 from sparsekit.scores import channel_scores
 
 Importance = Literal["magnitude", "taylor"]
@@ -55,18 +55,15 @@ class Controller:
 
     `settle` ends the choosing: exactly what its masks drop goes, at the pace that is left.
 
-    `tensors` and `slots` are where the penalised weights are. Raises InputError if the target is out of reach.
+    Raises InputError if the target is out of reach.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: ChannelGroups,
-        active: Sequence[ChannelGroup],
-        tensors: Mapping[str, Tensor],
-        slots: Mapping[str, Sequence[Slots]],
+        penalised: PenalisedWeights,
         *,
-        penalty: Penalty,
         target: Mapping[Quantity, float],
         rounding: Mapping[str, tuple[int, int]],
         costs: Mapping[str, float],
@@ -74,28 +71,28 @@ class Controller:
         first: float,
         length: float,
     ) -> None:
-        self._groups, self._tensors, self._slots, self._penalty = groups, tensors, slots, penalty
+        self._groups, self._penalised = groups, penalised
         ((self._quantity, self._target),) = target.items()
         self._rounding, self._costs = rounding, costs
         self._first, self._length = first, length
         self._pace = 0.0
         self._settled: Masks = {}
-        self._start = {group.name: self._reach(group) for group in active}
-        self._worth = self._magnitudes(model, active)
-        self._choose(active, {group.name: torch.ones_like(self._start[group.name]) for group in active})
+        self._start = {group.name: self._reach(group.name) for group in penalised.groups}
+        self._worth = self._magnitudes(model)
+        self._choose(penalised.groups, {name: torch.ones_like(reach) for name, reach in self._start.items()})
         self._learns = importance == "taylor"
         if self._learns:
             for worth in self._worth.values():
                 worth.zero_()
 
     @torch.no_grad()
-    def _reach(self, group: ChannelGroup) -> Tensor:
-        return distances_to_zero(self._tensors, self._slots[group.name], self._penalty)
+    def _reach(self, group: str) -> Tensor:
+        return self._penalised.reach(group)
 
-    def _magnitudes(self, model: nn.Module, active: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    def _magnitudes(self, model: nn.Module) -> dict[str, Tensor]:
         scores = channel_scores(model, self._groups)
         worth = {}
-        for group in active:
+        for group in self._penalised.groups:
             reach = self._start[group.name]
             # Groups of bare parameters have no filters to score.
             score = scores[group.name].to(reach) if scores[group.name].any() else reach
@@ -105,7 +102,7 @@ class Controller:
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step what the channels are worth."""
         if self._learns and not self._settled and step < self._first + self._length:
-            note_sensitivities_(self._worth, self._tensors, self._slots)
+            note_sensitivities_(self._worth, self._penalised.tensors, self._penalised.slots)
 
     @torch.no_grad()
     def decide(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Decision | None:
@@ -194,7 +191,7 @@ class Controller:
         doomed = self._doomed(trained, alive)
         weights, furthest = {}, 0.0
         for group in trained:
-            reach, chosen = self._reach(group), doomed[group.name]
+            reach, chosen = self._reach(group.name), doomed[group.name]
             size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
             weights[group.name] = torch.where(chosen, size, 0.0)
             furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))

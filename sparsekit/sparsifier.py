@@ -13,24 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsekit.controller import Controller, Decision, Importance
 from sparsekit.errors import InputError, TrainingError
-from sparsekit.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity, check_target
-from sparsekit.penalties import (
-    BLOCKWISE,
-    ELEMENTWISE,
-    Penalty,
-    Slots,
-    block_factors,
-    channel_norms,
-    channel_sizes,
-    distances_to_zero,
-    held_members,
-    member_slots,
-    penalised_members,
-    penalised_slots,
-    scale_channels_,
-    shrink_,
-)
+from sparsekit.penalised import PenalisedWeights
+from sparsekit.penalties import Penalty
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
@@ -100,10 +86,9 @@ class Sparsifier:
         _check_arguments(penalty, strength, total_steps, target, round_to, importance)
         check_target(groups, target)
         model = _unwrapped(model)
-        self._tensors = dict(model.named_parameters())
         self._groups = groups
-        self._penalty: Penalty = penalty
-        self._active = _trainable(groups, self._tensors, penalty)
+        self._penalised = PenalisedWeights(model, groups, penalty)
+        self._active = self._penalised.groups
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
         self._min_channels = min_channels
@@ -111,9 +96,10 @@ class Sparsifier:
         self._steps = 0
         self._met = False
         self._warned = False
-        self._slots = {g.name: penalised_slots(self._tensors, g, penalty) for g in self._active}
-        self._held = {g.name: member_slots(self._tensors, self._held_members(g)) for g in self._active}
-        self._alive = {g.name: torch.ones(g.n_channels, device=self._device(g)) for g in self._active}
+        self._alive = {
+            g.name: torch.ones(g.n_channels, device=self._penalised.parameters(g.name)[0].device)
+            for g in self._active
+        }
         relative_costs = _relative_costs(self._active, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
         self._controller: Controller | None = None
@@ -123,10 +109,7 @@ class Sparsifier:
             self._controller = Controller(
                 model,
                 groups,
-                self._active,
-                self._tensors,
-                self._slots,
-                penalty=penalty,
+                self._penalised,
                 target=target,
                 rounding={g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free},
                 costs=relative_costs,
@@ -135,12 +118,6 @@ class Sparsifier:
                 length=total_steps * (1 - self._shares.debias - self._shares.warmup),
             )
 
-    def _held_members(self, group: ChannelGroup) -> list[Member]:
-        return [m for m in held_members(group, self._penalty) if self._tensors[m.tensor].requires_grad]
-
-    def _device(self, group: ChannelGroup) -> torch.device:
-        return self._tensors[penalised_members(group, self._penalty)[0].tensor].device
-
     @torch.no_grad()
     def _channel_weights(
         self, model: nn.Module, adaptive: float, relative_costs: Mapping[str, float]
@@ -148,15 +125,13 @@ class Sparsifier:
         scores = channel_scores(model, self._groups) if adaptive > 0 else {}
         weights = {}
         for group in self._active:
-            slots = self._slots[group.name]
-            norms = channel_norms(self._tensors, slots)
+            norms = self._penalised.norms(group.name)
             if adaptive > 0:
                 score = scores[group.name].to(norms)
                 relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
                 weights[group.name] = norms.mean() * relative
             else:
-                size = 1 if self._penalty in ELEMENTWISE else channel_sizes(self._tensors, slots)
-                weights[group.name] = torch.full_like(norms, size**0.5)
+                weights[group.name] = torch.full_like(norms, self._penalised.root_size(group.name))
             weights[group.name] *= relative_costs[group.name] ** 0.5
         return weights
 
@@ -180,11 +155,11 @@ class Sparsifier:
             self._follow(self._controller.decide(self._steps, self._alive, rates))
         strength = self._current_strength(self._steps)
         for group in self._active:
-            held, alive = self._held[group.name], self._alive[group.name]
+            alive = self._alive[group.name]
             rate = rates.get(group.name, 0.0)
             factors = self._shrink_(group, strength * rate, rate) if strength * rate > 0 else alive
-            scale_channels_(self._tensors, held, factors)
-            _clear_momenta_(optimizer, self._tensors, held, alive)
+            self._penalised.hold_(group.name, factors)
+            self._penalised.clear_momenta_(group.name, optimizer, alive)
         self._steps += 1
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -216,16 +191,9 @@ class Sparsifier:
 
     def _shrink_(self, group: ChannelGroup, step_length: float, rate: float) -> Tensor:
         """Take the step's thresholds off a group, note who has died, and return what is left to multiply by."""
-        slots, alive = self._slots[group.name], self._alive[group.name]
-        reach = distances_to_zero(self._tensors, slots, self._penalty)
+        reach = self._penalised.reach(group.name)
         thresholds = self._thresholds(group, step_length, reach)
-        if self._penalty in BLOCKWISE:  # there `reach` is the norm, which saves a look at the weights
-            factors = block_factors(self._penalty, reach, thresholds, rate)
-            alive.mul_((reach * factors).square() > 0)  # squared: a norm that underflows is none
-            return factors * alive
-        shrink_(self._tensors, slots, self._penalty, thresholds, rate=rate)
-        alive.mul_(channel_norms(self._tensors, slots) > 0)
-        return alive
+        return self._penalised.shrink_(group.name, thresholds, reach, self._alive[group.name], rate)
 
     def _thresholds(self, group: ChannelGroup, step_length: float, reach: Tensor) -> Tensor:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
@@ -252,7 +220,7 @@ class Sparsifier:
         rates = _effective_rates(optimizer)
         group_rates = {}
         for group in self._active:
-            ids = [id(self._tensors[slot.parameter]) for slot in self._slots[group.name]]
+            ids = [id(parameter) for parameter in self._penalised.parameters(group.name)]
             if all(one in rates for one in ids):
                 group_rates[group.name] = sum(rates[one] for one in ids) / len(ids)
         if not group_rates:
@@ -272,7 +240,7 @@ class Sparsifier:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
         tensors = dict(_unwrapped(model).named_parameters())
         for group in self._active:
-            scale_channels_(tensors, self._held[group.name], self._alive[group.name])
+            self._penalised.hold_(group.name, self._alive[group.name], tensors)
 
     def planned_masks(self) -> Masks:
         """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
@@ -388,33 +356,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _trainable(
-    groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty
-) -> tuple[ChannelGroup, ...]:
-    """The free groups with weights the penalty acts on, all of which require gradients."""
-    active = []
-    for group in groups.free:
-        members = penalised_members(group, penalty)
-        missing = [member.tensor for member in members if member.tensor not in tensors]
-        if missing:
-            raise InputError(
-                f"the model has no parameter {missing[0]}, which its channel groups name; give the model that "
-                "find_groups was given, not a wrapper around it"
-            )
-        if members and all(tensors[member.tensor].requires_grad for member in members):
-            active.append(group)
-    if not active and penalty == "scale_l1" and groups.free:
-        raise InputError(
-            "penalty 'scale_l1' acts on the scales of BatchNorms, and no channel group that is free to be cut and "
-            "trained has any; take 'group_lasso', which acts on filters where there is no BatchNorm"
-        )
-    if not active:
-        raise InputError(
-            "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
-        )
-    return tuple(active)
-
-
 def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
     """Cost / mean cost of a channel, in [1/400, 400]; 1 without costs. Raises InputError for impossible ones."""
     if costs is None:
@@ -439,14 +380,3 @@ def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
             rate *= (1 - param_group["dampening"]) / (1 - momentum) if momentum else 1.0
         rates.update((id(parameter), rate) for parameter in param_group["params"])
     return rates
-
-
-def _clear_momenta_(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], slots: Sequence[Slots], alive: Tensor
-) -> None:
-    """Clear the optimizer's running averages of channels that are held at zero."""
-    for slot in slots:
-        parameter = tensors[slot.parameter]
-        for value in optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                scale_channels_({slot.parameter: value}, [slot], alive)
