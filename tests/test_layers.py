@@ -21,7 +21,7 @@ tracing coupling
 operators calls grouping scores
 watching
 masks penalties
-importance
+importance penalised
 controller fold
 surgery
 proof
