@@ -14,6 +14,9 @@ number of epochs:
 
     dense                        no penalty, no cut
     group_lasso, scale_l1, l1    sparsekit's penalties, proximal, strength "auto"
+    linear_decay, growing_l2     the same choice of channels, taken to zero without a penalty: multiplied down in equal
+                                 parts (as HESSO, arXiv 2409.09085, does), or by a weight decay that grows to 1 (as
+                                 GReg, arXiv 2012.09243, does)
     tp_group_norm, tp_bn_scale   Torch-Pruning's GroupNormPruner and BNScalePruner, with their authors' coefficients
     magnitude                    one-shot, Torch-Pruning's global magnitude pruning
     random                       one-shot, blocks of channels drawn from all layers alike
@@ -65,6 +68,7 @@ from sparsekit.groups import ChannelGroups
 from sparsekit.latency import Interval
 from sparsekit.machine import describe_machine, library_versions
 from sparsekit.masks import Masks
+from sparsekit.penalties import penalised_slots, scale_channels_
 from sparsekit.schedules import PhaseShares
 from sparsekit.train import distillation_loss
 
@@ -82,7 +86,9 @@ PEERS: dict[str, tuple[Any, Any, float]] = {
     "tp_group_norm": (tp.pruner.GroupNormPruner, tp.importance.GroupMagnitudeImportance, 5e-4),
     "tp_bn_scale": (tp.pruner.BNScalePruner, tp.importance.BNScaleImportance, 1e-4),
 }
-ARMS = ("dense", *PENALTIES, *PEERS, "magnitude", "random")
+# The same choice, without a penalty.
+FADES = ("linear_decay", "growing_l2")
+ARMS = ("dense", *PENALTIES, *FADES, *PEERS, "magnitude", "random")
 
 
 # ---- network and images ----------------------------------------------------------------------------------------------
@@ -356,6 +362,28 @@ def peer_cut_to_speed(model: nn.Module, importance: Any, asked: float, speed: Sp
     raise InputError(f"no cut of Torch-Pruning reaches a speed-up of {asked}")
 
 
+@torch.no_grad()
+def fade_(
+    model: nn.Module,
+    groups: ChannelGroups,
+    masks: Masks,
+    arm: str,
+    step: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """A step (counted from 1) of `steps` that take what `masks` drop to zero without a penalty, or one after them."""
+    tensors = dict(model.named_parameters())
+    if arm == "linear_decay":
+        left = max(steps - step, 0) / (max(steps - step, 0) + 1)
+    else:
+        settings = optimizer.param_groups[0]
+        left = 1 - settings["lr"] / (1 - settings["momentum"]) * min(step / steps, 1.0)
+    for group in groups.free:
+        factors = torch.where(masks[group.name], 1.0, left)
+        scale_channels_(tensors, penalised_slots(tensors, group), factors)
+
+
 @dataclass
 class Seed:
     """What the arms of one seed share."""
@@ -447,8 +475,11 @@ class Seed:
 
         return self.trained(arm, make)
 
-    def with_penalty(self, penalty: Any, asked: float) -> nn.Module:
-        """Ours. When the warm-up is over, plans are cut and timed, and the phase settles on one that is fast enough."""
+    def with_penalty(self, arm: Any, asked: float) -> nn.Module:
+        """Ours, and what differs from it only in how the chosen channels go to zero.
+
+        When the warm-up is over, plans are cut and timed, and the phase settles on one that is fast enough.
+        """
 
         def make() -> nn.Module:
             model = self.start()
@@ -460,7 +491,7 @@ class Seed:
             sparsifier = sk.Sparsifier(
                 model,
                 groups,
-                penalty=penalty,
+                penalty="group_lasso" if arm in FADES else arm,
                 strength="auto",
                 total_steps=steps,
                 shares=shares,
@@ -470,20 +501,25 @@ class Seed:
                 importance=self.arguments.importance,
                 costs=sk.channel_latencies(groups) if self.arguments.weigh_by == "latency" else None,
             )
-            look, step = round(shares.warmup * steps) + 1, 0
+            look, last = round(shares.warmup * steps) + 1, round((1 - shares.debias) * steps)
+            step, masks = 0, Masks()
 
             def after_step(optimizer: torch.optim.Optimizer) -> None:
-                nonlocal step
-                sparsifier.step(optimizer)
+                nonlocal step, masks
                 step += 1
+                if arm in FADES and step > look:
+                    fade_(model, groups, masks, arm, step - look, last - look, optimizer)
+                    return
+                sparsifier.step(optimizer)
                 if step == look:
-                    sparsifier.settle(self.fast_enough(sparsifier, model, groups, asked))
+                    masks = self.fast_enough(sparsifier, model, groups, asked)
+                    sparsifier.settle(masks)
                     model.train()
 
             train(model, self.data.train, after_step=after_step, **self.phase("sparsify"))
             return model
 
-        return self.trained(f"{penalty}-{asked:g}", make)
+        return self.trained(f"{arm}-{asked:g}", make)
 
     def fast_enough(
         self, sparsifier: sk.Sparsifier, model: nn.Module, groups: ChannelGroups, asked: float
@@ -526,7 +562,7 @@ class Seed:
     def run(self, arm: str, asked: float) -> dict[str, Any]:
         """One row of the results."""
         row: dict[str, Any] = {"arm": arm, "seed": self.number, "asked": asked}
-        if arm in PENALTIES:
+        if arm in (*PENALTIES, *FADES):
             model = self.with_penalty(arm, asked)
         else:
             model = self.with_peer(arm) if arm in PEERS else self.without_penalty()
@@ -576,7 +612,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
     dense = by_arm(rows, 1.0).get("dense", [])
     for asked in sorted({row["asked"] for row in rows} - {1.0}):
         arms = by_arm(rows, asked)
-        peers = [arm for arm in arms if arm not in PENALTIES]
+        peers = [arm for arm in arms if arm not in (*PENALTIES, *FADES)]
         for arm in (arm for arm in PENALTIES if arm in arms):
             lost = max(abs(r["accuracy_before_cut"] - r["accuracy_after_cut"]) for r in arms[arm])
             text = f"{arm} at {asked:g}x: largest change of accuracy at the cut {lost:.4f} (0.0005 allowed)"
@@ -638,7 +674,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
                 [r[key] for r in found],
                 label=arm,
                 color=f"C{number}",
-                marker="o" if arm in PENALTIES else "x",
+                marker="o" if arm in PENALTIES else "s" if arm in FADES else "x",
             )
         panel.set(title=title, xlabel="measured speed-up", ylabel="accuracy")
     panels[1].legend(fontsize=8)
