@@ -30,6 +30,7 @@ the method was worked on, with another seed. So was the weight decay, for the de
 Torch-Pruning's regulariser gains from being some more. The figures are those of the test images, looked at once an arm.
 
 Training is in bfloat16 autocast and channels_last. Results are written after every arm; `--resume` goes on.
+The page is written at the end.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ import sparsekit as sk
 from sparsekit.complexity import count_macs
 from sparsekit.data import ImageData, Images, open_data
 from sparsekit.errors import InputError
-from sparsekit.files import write_json, write_text
+from sparsekit.files import atomic_path, write_json, write_text
 from sparsekit.fold import keep_carriers
 from sparsekit.groups import ChannelGroups
 from sparsekit.latency import Interval
@@ -617,13 +618,15 @@ def claims(rows: Sequence[Row]) -> list[str]:
             lost = max(abs(r["accuracy_before_cut"] - r["accuracy_after_cut"]) for r in arms[arm])
             text = f"{arm} at {asked:g}x: largest change of accuracy at the cut {lost:.4f} (0.0005 allowed)"
             if dense:
-                text += f"; {mean(dense, 'accuracy') - mean(arms[arm], 'accuracy'):+.4f} below dense"
+                text += f"; {mean(dense, 'accuracy') - mean(arms[arm], 'accuracy'):.4f} below dense"
                 text += " (0.01 allowed)" if asked == 2 else ""
             if peers:
                 best = max(peers, key=lambda peer: mean(arms[peer], "accuracy"))
                 lead = mean(arms[arm], "accuracy") - mean(arms[best], "accuracy")
-                noise = max(spread(arms[arm]), spread(arms[best]))
-                text += f"; {lead:+.4f} against the best peer, {best} (the seeds' spread is {noise:.4f})"
+                noise = (
+                    f"{max(spread(arms[arm]), spread(arms[best])):.4f}" if len(arms[arm]) > 1 else "unknown"
+                )
+                text += f"; {lead:+.4f} against the best peer, {best} (the seeds' spread is {noise})"
             said.append(f"- {text}")
     return said
 
@@ -679,7 +682,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         panel.set(title=title, xlabel="measured speed-up", ylabel="accuracy")
     panels[1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
     plt.close(figure)
 
 
@@ -767,12 +771,12 @@ def main() -> None:
             started = time.perf_counter()
             rows.append(seed.run(arm, asked) | {"seconds": round(time.perf_counter() - started)})
             write_json(a.output, rows)
-            write_text(a.docs, page(rows, settings, a.docs.with_suffix(".svg").name))
-            plot(rows, a.docs.with_suffix(".svg"))
             text = ", ".join(
                 f"{k} {v:.4f}" for k, v in rows[-1].items() if isinstance(v, float) and math.isfinite(v)
             )
             progress.console.print(f"seed {number}, {arm}: {text}", highlight=False, soft_wrap=True)
+    write_text(a.docs, page(rows, settings, a.docs.with_suffix(".svg").name))
+    plot(rows, a.docs.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
