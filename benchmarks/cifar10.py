@@ -608,25 +608,34 @@ def spread(rows: Sequence[Row]) -> float:
 
 
 def claims(rows: Sequence[Row]) -> list[str]:
-    """What the figures say about our penalties, each with what it should be."""
+    """What the figures say about our penalties, each with what it should be; over the seeds that both sides have."""
     said = []
-    dense = by_arm(rows, 1.0).get("dense", [])
     for asked in sorted({row["asked"] for row in rows} - {1.0}):
-        arms = by_arm(rows, asked)
-        peers = [arm for arm in arms if arm not in (*PENALTIES, *FADES)]
-        for arm in (arm for arm in PENALTIES if arm in arms):
-            lost = max(abs(r["accuracy_before_cut"] - r["accuracy_after_cut"]) for r in arms[arm])
+        for arm, ours in by_arm(rows, asked).items():
+            if arm not in PENALTIES:
+                continue
+            lost = max(abs(r["accuracy_before_cut"] - r["accuracy_after_cut"]) for r in ours)
             text = f"{arm} at {asked:g}x: largest change of accuracy at the cut {lost:.4f} (0.0005 allowed)"
-            if dense:
-                text += f"; {mean(dense, 'accuracy') - mean(arms[arm], 'accuracy'):.4f} below dense"
+            seeds = {row["seed"] for row in ours}
+            leads = {}
+            for peer, all_theirs in (by_arm(rows, asked) | by_arm(rows, 1.0)).items():
+                theirs = {row["seed"]: row["accuracy"] for row in all_theirs if row["seed"] in seeds}
+                if theirs and peer not in (*PENALTIES, *FADES):
+                    leads[peer] = [
+                        row["accuracy"] - theirs[row["seed"]] for row in ours if row["seed"] in theirs
+                    ]
+            if against := leads.pop("dense", None):
+                text += f"; {-statistics.mean(against):.4f} below dense"
                 text += " (0.01 allowed)" if asked == 2 else ""
-            if peers:
-                best = max(peers, key=lambda peer: mean(arms[peer], "accuracy"))
-                lead = mean(arms[arm], "accuracy") - mean(arms[best], "accuracy")
-                noise = (
-                    f"{max(spread(arms[arm]), spread(arms[best])):.4f}" if len(arms[arm]) > 1 else "unknown"
+            if leads:
+                best = min(leads, key=lambda peer: statistics.mean(leads[peer]))
+                each = ", ".join(f"{lead:+.4f}" for lead in leads[best])
+                text += f"; against the best peer, {best}, {statistics.mean(leads[best]):+.4f} (seed by seed {each}); "
+                text += (
+                    f"the spread of its own seeds is {spread(ours):.4f}"
+                    if len(ours) > 1
+                    else "the spread is unknown"
                 )
-                text += f"; {lead:+.4f} against the best peer, {best} (the seeds' spread is {noise})"
             said.append(f"- {text}")
     return said
 
