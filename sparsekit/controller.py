@@ -156,13 +156,18 @@ class Controller:
     def settle(self, masks: Masks) -> None:
         """Take to zero exactly what these keep-masks drop; the target is what they leave.
 
-        Raises InputError if they are not those of the groups that are penalised.
+        Raises InputError if they are not those of the groups that are penalised, or drop channels of others as well.
         """
         sizes = {name: worth.shape for name, worth in self._worth.items()}
         if {name: mask.shape for name, mask in masks.items() if name in sizes} != sizes:
             raise InputError(
                 "the masks to settle on are of other channel groups; take those that planned_masks returns, or change "
                 "some of their entries"
+            )
+        lasting = sorted(name for name, mask in masks.items() if name not in sizes and not bool(mask.all()))
+        if lasting:
+            raise InputError(
+                f"the masks to settle on drop channels of {lasting[0]}, which the penalty does not act on"
             )
         self._settled = {name: masks[name].to(self._worth[name].device) for name in sizes}
         self._target = self._share({name: mask.cpu() for name, mask in self._settled.items()})

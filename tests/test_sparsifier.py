@@ -793,6 +793,8 @@ def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> 
     assert all(torch.equal(dead, ~masks[name]) for name, dead in zero_channels(model, groups).items())
     with pytest.raises(InputError, match="other channel groups"):
         resumed.settle({name: mask[1:] for name, mask in masks.items()})
+    with pytest.raises(InputError, match="which the penalty does not act on"):
+        resumed.settle(masks | {"elsewhere": torch.tensor([True, False])})
 
 
 def test_a_target_set_after_settling_is_chosen_for_again() -> None:
