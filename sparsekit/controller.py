@@ -77,17 +77,13 @@ class Controller:
         self._first, self._length = first, length
         self._pace = 0.0
         self._settled: Masks = {}
-        self._start = {group.name: self._reach(group.name) for group in penalised.groups}
+        self._start = {group.name: penalised.reach(group.name) for group in penalised.groups}
         self._worth = self._magnitudes(model)
         self._choose(penalised.groups, {name: torch.ones_like(reach) for name, reach in self._start.items()})
         self._learns = importance == "taylor"
         if self._learns:
             for worth in self._worth.values():
                 worth.zero_()
-
-    @torch.no_grad()
-    def _reach(self, group: str) -> Tensor:
-        return self._penalised.reach(group)
 
     def _magnitudes(self, model: nn.Module) -> dict[str, Tensor]:
         scores = channel_scores(model, self._groups)
@@ -196,7 +192,7 @@ class Controller:
         doomed = self._doomed(trained, alive)
         weights, furthest = {}, 0.0
         for group in trained:
-            reach, chosen = self._reach(group.name), doomed[group.name]
+            reach, chosen = self._penalised.reach(group.name), doomed[group.name]
             size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
             weights[group.name] = torch.where(chosen, size, 0.0)
             furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))

@@ -53,6 +53,7 @@ class PenalisedWeights:
         """Euclidean norm (n_channels,) of each channel's shrunk weights."""
         return channel_norms(self.tensors, self.slots[group])
 
+    @torch.no_grad()
     def reach(self, group: str) -> Tensor:
         """The threshold (n_channels,) up to which one proximal step leaves each channel alive."""
         return distances_to_zero(self.tensors, self.slots[group], self.penalty)

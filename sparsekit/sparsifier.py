@@ -88,7 +88,6 @@ class Sparsifier:
         model = _unwrapped(model)
         self._groups = groups
         self._penalised = PenalisedWeights(model, groups, penalty)
-        self._active = self._penalised.groups
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
         self._min_channels = min_channels
@@ -98,9 +97,9 @@ class Sparsifier:
         self._warned = False
         self._alive = {
             g.name: torch.ones(g.n_channels, device=self._penalised.parameters(g.name)[0].device)
-            for g in self._active
+            for g in self._penalised.groups
         }
-        relative_costs = _relative_costs(self._active, costs)
+        relative_costs = _relative_costs(self._penalised.groups, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
         self._controller: Controller | None = None
         if strength == "auto":
@@ -124,7 +123,7 @@ class Sparsifier:
     ) -> dict[str, Tensor]:
         scores = channel_scores(model, self._groups) if adaptive > 0 else {}
         weights = {}
-        for group in self._active:
+        for group in self._penalised.groups:
             norms = self._penalised.norms(group.name)
             if adaptive > 0:
                 score = scores[group.name].to(norms)
@@ -154,7 +153,7 @@ class Sparsifier:
             self._controller.observe(self._steps)
             self._follow(self._controller.decide(self._steps, self._alive, rates))
         strength = self._current_strength(self._steps)
-        for group in self._active:
+        for group in self._penalised.groups:
             alive = self._alive[group.name]
             rate = rates.get(group.name, 0.0)
             factors = self._shrink_(group, strength * rate, rate) if strength * rate > 0 else alive
@@ -205,7 +204,7 @@ class Sparsifier:
 
     def _warn_if_absurd(self, alive: Sequence[Tensor]) -> None:
         """Say so, once, if a constant strength has taken all to zero that it could."""
-        least = [min(g.units(self._min_channels), g.n_channels) for g in self._active]
+        least = [min(g.units(self._min_channels), g.n_channels) for g in self._penalised.groups]
         if self._warned or any(int(a.sum()) > n for a, n in zip(alive, least, strict=True)):
             return
         self._warned = True
@@ -219,7 +218,7 @@ class Sparsifier:
         """Mean rate of the penalised weights of each group that the optimizer has all of."""
         rates = _effective_rates(optimizer)
         group_rates = {}
-        for group in self._active:
+        for group in self._penalised.groups:
             ids = [id(parameter) for parameter in self._penalised.parameters(group.name)]
             if all(one in rates for one in ids):
                 group_rates[group.name] = sum(rates[one] for one in ids) / len(ids)
@@ -239,7 +238,7 @@ class Sparsifier:
     def project_(self, model: nn.Module) -> None:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
         tensors = dict(_unwrapped(model).named_parameters())
-        for group in self._active:
+        for group in self._penalised.groups:
             self._penalised.hold_(group.name, self._alive[group.name], tensors)
 
     def planned_masks(self) -> Masks:
