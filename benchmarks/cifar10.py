@@ -10,9 +10,9 @@ number of epochs:
     sparsify   with the arm's penalty, or none                --sparsify epochs
     cut        to the speed asked for
     finetune   without penalty, learning from the dense       --finetune epochs
-               network's answers too (--no-distill: not)
+               arm's answers too (--no-distill: not)
 
-    dense                        no penalty, no cut
+    dense                        no penalty, no cut, no teacher
     group_lasso, scale_l1, l1    sparsekit's penalties, proximal, strength "auto"
     linear_decay, growing_l2     the same choice of channels, taken to zero without a penalty: multiplied down in equal
                                  parts (as HESSO, arXiv 2409.09085, does), or by a weight decay that grows to 1 (as
@@ -26,8 +26,9 @@ fast as the dense network, measured interleaved with it, one thread. Ours takes 
 warm-up and then trains for what was measured; the peers take it at the cut.
 
 A tenth of the training images, and those over --n-train, are set aside for choices: `--judge validation` was used while
-the method was worked on, with another seed. So was the weight decay, for the dense network: with a quarter of it
-Torch-Pruning's regulariser gains from being some more. The figures are those of the test images, looked at once an arm.
+the method was worked on, with other seeds. So were the lengths of the phases, the weight of the teacher, and the weight
+decay, for the dense network: with a quarter of it Torch-Pruning's regulariser gains from being some more. The figures
+are those of the test images, looked at once an arm.
 
 Training is in bfloat16 autocast and channels_last. Results are written after every arm; `--resume` goes on.
 The page is written at the end.
@@ -69,7 +70,7 @@ from sparsekit.groups import ChannelGroups
 from sparsekit.latency import Interval
 from sparsekit.machine import describe_machine, library_versions
 from sparsekit.masks import Masks
-from sparsekit.penalties import penalised_slots, scale_channels_
+from sparsekit.penalised import PenalisedWeights
 from sparsekit.schedules import PhaseShares
 from sparsekit.train import distillation_loss
 
@@ -79,8 +80,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MULTIPLE = 16
 BATCH = 128
 TIMED_BATCH = 16
-# Weight of the teacher and temperature, as recipes have them by default.
-DISTILLATION = (0.5, 2.0)
+# Weight of the teacher and temperature.
+DISTILLATION = (0.7, 2.0)
 PENALTIES = ("group_lasso", "scale_l1", "l1")
 # Coefficients: reproduce/main.py of Torch-Pruning; network slimming's on CIFAR.
 PEERS: dict[str, tuple[Any, Any, float]] = {
@@ -122,8 +123,8 @@ class Cifar:
     judged: tuple[Tensor, Tensor]
 
 
-def read_images(folder: Path, n_train: int | None, judge: str) -> Cifar:
-    """All images in memory, for training `n_train` of the nine tenths that are not set aside for choices.
+def read_images(folder: Path, n_train: int | None, judge: str, device: str) -> Cifar:
+    """All images in the device's memory, for training `n_train` of the nine tenths that are not set aside for choices.
 
     Where validation images judge, those are the tenth and what training leaves.
     """
@@ -136,7 +137,8 @@ def read_images(folder: Path, n_train: int | None, judge: str) -> Cifar:
     def stacked(*parts: Images) -> tuple[Tensor, Tensor]:
         pictures = [np.asarray(images[i][0].convert("RGB")) for images in parts for i in range(len(images))]
         labels = np.concatenate([images.labels for images in parts])
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        return images.to(device), torch.from_numpy(labels).to(device)
 
     data, every = opened(n_train), opened(None).train
     if judge == "test":
@@ -147,7 +149,7 @@ def read_images(folder: Path, n_train: int | None, judge: str) -> Cifar:
 
 def normalised(images: Tensor) -> Tensor:
     """float32, channels last."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     scaled = (images.float() / 255 - mean) / std
     return scaled.contiguous(memory_format=torch.channels_last)
 
@@ -160,13 +162,14 @@ def batches(data: tuple[Tensor, Tensor], seed: int, epoch: int) -> Iterator[tupl
     for chunk in order.split(BATCH):
         if len(chunk) < BATCH:
             return
-        padded = F.pad(images[chunk], (4, 4, 4, 4))
         flip = torch.rand(len(chunk), generator=generator) < 0.5
         shift = torch.randint(9, (len(chunk), 2), generator=generator)
         rows = shift[:, :1] + torch.arange(32)
         columns = shift[:, 1:] + torch.arange(32)
         columns = torch.where(flip[:, None], columns.flip(1), columns)
-        index = torch.arange(len(chunk))[:, None, None]
+        chunk, rows, columns = (part.to(images.device) for part in (chunk, rows, columns))
+        padded = F.pad(images[chunk], (4, 4, 4, 4))
+        index = torch.arange(len(chunk), device=images.device)[:, None, None]
         cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         yield normalised(cropped), labels[chunk]
 
@@ -193,7 +196,8 @@ def train(
 
     `answers` gives a teacher's logits for the images of an epoch, in their order.
     """
-    model.to(memory_format=torch.channels_last).train()
+    device = data[0].device
+    model.to(device, memory_format=torch.channels_last).train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.SGD(
@@ -210,7 +214,7 @@ def train(
     for epoch in epochs:
         taught = answers(epoch).split(BATCH) if answers is not None else None
         for number, (images, labels) in enumerate(batches(data, seed, epoch)):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
             if taught is not None:
@@ -224,15 +228,17 @@ def train(
                 after_step(optimizer)
             schedule.step()
         tick()
+    model.cpu()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     """Fraction of the images classified right, in float32."""
-    model.eval()
+    model.to(data[0].device).eval()
     right = 0
     for images, labels in zip(data[0].split(1000), data[1].split(1000), strict=True):
         right += int((model(normalised(images)).argmax(1) == labels).sum())
+    model.cpu()
     return right / len(data[1])
 
 
@@ -363,10 +369,8 @@ def peer_cut_to_speed(model: nn.Module, importance: Any, asked: float, speed: Sp
     raise InputError(f"no cut of Torch-Pruning reaches a speed-up of {asked}")
 
 
-@torch.no_grad()
 def fade_(
-    model: nn.Module,
-    groups: ChannelGroups,
+    weights: PenalisedWeights,
     masks: Masks,
     arm: str,
     step: int,
@@ -374,15 +378,13 @@ def fade_(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """A step (counted from 1) of `steps` that take what `masks` drop to zero without a penalty, or one after them."""
-    tensors = dict(model.named_parameters())
     if arm == "linear_decay":
         left = max(steps - step, 0) / (max(steps - step, 0) + 1)
     else:
         settings = optimizer.param_groups[0]
         left = 1 - settings["lr"] / (1 - settings["momentum"]) * min(step / steps, 1.0)
-    for group in groups.free:
-        factors = torch.where(masks[group.name], 1.0, left)
-        scale_channels_(tensors, penalised_slots(tensors, group), factors)
+    kept = weights.numbers.join(masks).to(weights.device)
+    weights.hold_(torch.where(kept > 0, 1.0, left))
 
 
 @dataclass
@@ -398,10 +400,11 @@ class Seed:
     known_answers: dict[int, Tensor] = field(default_factory=dict)
 
     def answers(self, epoch: int) -> Tensor:
-        """Logits of the network that was trained without a penalty, for the images of an epoch."""
+        """Logits of the dense arm's network for the images of an epoch."""
         if epoch not in self.known_answers:
-            teacher = self.without_penalty().to(memory_format=torch.channels_last).eval()
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            device = self.data.train[0].device
+            teacher = self.dense().to(device, memory_format=torch.channels_last).eval()
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 logits = [
                     teacher(images).float() for images, _ in batches(self.data.train, self.number, epoch)
                 ]
@@ -456,6 +459,16 @@ class Seed:
 
         return self.trained("plain", make)
 
+    def dense(self) -> nn.Module:
+        """To the end without penalty, cut or teacher."""
+
+        def make() -> nn.Module:
+            model = self.without_penalty()
+            train(model, self.data.train, **self.phase("finetune"))
+            return model
+
+        return self.trained("dense", make)
+
     def with_peer(self, arm: str) -> nn.Module:
         """With Torch-Pruning's regulariser between the backward pass and the step, as its documentation has it."""
 
@@ -471,7 +484,12 @@ class Seed:
                 round_to=MULTIPLE,
                 ignored_layers=[model.fc],
             )
-            train(model, self.data.train, before_step=pruner.regularize, **self.phase("sparsify"))
+            train(
+                model,
+                self.data.train,
+                before_step=pruner.regularize,
+                **self.phase("sparsify"),
+            )
             return model
 
         return self.trained(arm, make)
@@ -487,6 +505,7 @@ class Seed:
             groups = sk.measure_layers(
                 model, sk.find_groups(model, EXAMPLE), torch.zeros(TIMED_BATCH, 3, 32, 32)
             )
+            model.to(self.data.train[0].device)
             steps = self.arguments.sparsify * (len(self.data.train[0]) // BATCH)
             shares = PhaseShares(*self.arguments.shares)
             sparsifier = sk.Sparsifier(
@@ -502,6 +521,7 @@ class Seed:
                 importance=self.arguments.importance,
                 costs=sk.channel_latencies(groups) if self.arguments.weigh_by == "latency" else None,
             )
+            weights = PenalisedWeights(model, groups, "group_lasso")
             look, last = round(shares.warmup * steps) + 1, round((1 - shares.debias) * steps)
             step, masks = 0, Masks()
 
@@ -509,15 +529,20 @@ class Seed:
                 nonlocal step, masks
                 step += 1
                 if arm in FADES and step > look:
-                    fade_(model, groups, masks, arm, step - look, last - look, optimizer)
+                    fade_(weights, masks, arm, step - look, last - look, optimizer)
                     return
                 sparsifier.step(optimizer)
                 if step == look:
-                    masks = self.fast_enough(sparsifier, model, groups, asked)
+                    masks = self.fast_enough(sparsifier, copy.deepcopy(model).cpu(), groups, asked)
                     sparsifier.settle(masks)
                     model.train()
 
-            train(model, self.data.train, after_step=after_step, **self.phase("sparsify"))
+            train(
+                model,
+                self.data.train,
+                after_step=after_step,
+                **self.phase("sparsify"),
+            )
             return model
 
         return self.trained(f"{arm}-{asked:g}", make)
@@ -572,8 +597,11 @@ class Seed:
         after = accuracy(cut, self.data.judged)
         speed = Interval(1.0, 1.0, 1.0) if arm == "dense" else self.speed.of(cut, rounds=200)
         ratio = count_macs(model, EXAMPLE) / count_macs(cut, EXAMPLE)
-        answers = self.answers if self.arguments.distill else None
-        train(cut, self.data.train, answers=answers, **self.phase("finetune"))
+        if arm == "dense":
+            cut = self.dense()
+        else:
+            answers = self.answers if self.arguments.distill else None
+            train(cut, self.data.train, answers=answers, **self.phase("finetune"))
         return row | {
             "accuracy_before_cut": before,
             "accuracy_after_cut": after,
@@ -707,9 +735,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--width", type=int, default=48, help="channels of the first stage")
     parser.add_argument("--n-train", type=int, default=36_000, help="of 45,000 training images")
-    parser.add_argument("--start", type=int, default=8, help="epochs of dense training before")
+    parser.add_argument("--start", type=int, default=6, help="epochs of dense training before")
     parser.add_argument("--sparsify", type=int, default=3, help="epochs with penalty")
-    parser.add_argument("--finetune", type=int, default=3, help="epochs after the cut")
+    parser.add_argument("--finetune", type=int, default=5, help="epochs after the cut")
     parser.add_argument("--judge", choices=("test", "validation"), default="test", help="images for accuracy")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument(
@@ -726,10 +754,11 @@ def parse() -> argparse.Namespace:
         "--distill",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="fine-tuning learns from the dense network too",
+        help="fine-tuning learns from the dense arm's answers too",
     )
     parser.add_argument("--weigh-by", choices=("size", "latency"), default="latency")
     parser.add_argument("--importance", choices=("magnitude", "taylor"), default="taylor")
+    parser.add_argument("--device", default="cpu", help="for training; speed is measured on the CPU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs") / "cifar10", help="trained networks")
@@ -745,7 +774,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     console = Console()
     rows: list[dict[str, Any]] = json.loads(a.output.read_text()) if a.resume and a.output.exists() else []
-    data = read_images(a.data, a.n_train, a.judge)
+    data = read_images(a.data, a.n_train, a.judge, a.device)
     shown = (
         "width",
         "start",
@@ -757,6 +786,7 @@ def main() -> None:
         "shares",
         "weigh_by",
         "importance",
+        "device",
         "threads",
     )
     settings = {key: getattr(a, key) for key in shown} | {

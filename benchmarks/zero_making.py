@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import sparsekit as sk
 from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.penalties import channel_norms, channel_sizes, penalised_slots
+from sparsekit.penalised import PenalisedWeights
 
 HERE = Path(__file__).parent
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -85,25 +85,13 @@ def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def add_subgradient_(model: nn.Module, groups: Any, penalty: str, strength: float) -> None:
+def add_subgradient_(weights: PenalisedWeights, penalty: str, strength: float) -> None:
     """To every gradient: strength x sign(w), or strength x sqrt(p) x w / norm of the channel."""
-    tensors = dict(model.named_parameters())
-    gradients = {name: parameter.grad for name, parameter in tensors.items()}
-    for group in groups.free:
-        slots = penalised_slots(tensors, group)
-        norms = channel_norms(tensors, slots).clamp_min(1e-12)
-        weight = channel_sizes(tensors, slots) ** 0.5
-        for slot in slots:
-            tensor, gradient = tensors[slot.parameter], gradients[slot.parameter]
-            assert gradient is not None
-            unit = tensor.sign() if penalty == "l1" else slot.spread(weight / norms, tensor, 0.0) * tensor
-            gradient.add_(unit, alpha=strength)
-
-
-def all_norms(model: nn.Module, groups: Any) -> Tensor:
-    """Norms of the penalised weights of all channels, one after another."""
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return torch.cat([channel_norms(tensors, penalised_slots(tensors, group)) for group in groups.free])
+    tensors, held = weights.tensors, weights.shrunk
+    factors = held.sizes.sqrt() / weights.norms().clamp_min(1e-12)
+    for tensor, factor in zip(held.of(tensors), held.spread(factors, 0.0), strict=True):
+        assert tensor.grad is not None
+        tensor.grad.add_(tensor.sign() if penalty == "l1" else factor * tensor, alpha=strength)
 
 
 def gradient_noise(model: nn.Module, data: tuple[Tensor, Tensor], groups: Any) -> float:
@@ -129,13 +117,14 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
     groups = sk.find_groups(model, EXAMPLE)
     optimizer = optimizer_of(kind, model)
     strength = STRENGTHS[kind, where][penalty]
+    weights = PenalisedWeights(model, groups, "group_lasso")
     hook = sk.Sparsifier(model, groups, penalty=penalty, strength=strength, min_channels=1)  # type: ignore[arg-type]
-    start = float(all_norms(model, groups).median())
+    start = float(weights.norms().median())
     generator = torch.Generator().manual_seed(seed)
     curve: list[tuple[int, float, float]] = []
     for step in range(steps + 1):
         if step % max(steps // 50, 1) == 0:
-            norms = all_norms(model, groups)
+            norms = weights.norms()
             curve.append(
                 (step, float((norms == 0).float().mean()), float((norms < 1e-3 * start).float().mean()))
             )
@@ -143,13 +132,12 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
         optimizer.zero_grad()
         F.cross_entropy(model(training[0][chosen]), training[1][chosen]).backward()  # type: ignore[no-untyped-call]
         if where == "subgradient":
-            add_subgradient_(model, groups, penalty, strength)
+            add_subgradient_(weights, penalty, strength)
         optimizer.step()
         if where == "proximal":
             hook.step(optimizer)
     with torch.no_grad():
         right = float((model(test[0]).argmax(1) == test[1]).float().mean())
-    sizes = torch.cat([torch.full((g.n_channels,), float(_weights_a_channel(model, g))) for g in groups.free])
     return {
         "optimizer": kind,
         "penalty": penalty,
@@ -160,15 +148,10 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
         "curve": curve,
         "zero_share": curve[-1][1],
         "small_share": curve[-1][2],
-        "norms": all_norms(model, groups).tolist(),
-        "sizes": sizes.tolist(),
+        "norms": weights.norms().tolist(),
+        "sizes": weights.shrunk.sizes.tolist(),
         "noise": gradient_noise(model, training, groups),
     }
-
-
-def _weights_a_channel(model: nn.Module, group: Any) -> int:
-    tensors = dict(model.named_parameters())
-    return channel_sizes(tensors, penalised_slots(tensors, group))
 
 
 def floors(runs: Sequence[Run]) -> list[Run]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError, TrainingError
-from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.groups import ChannelGroups
 from sparsekit.importance import note_sensitivities_
 from sparsekit.masks import Masks, Quantity, block_worth, budget_threshold, relative_worth, round_up
 from sparsekit.penalised import PenalisedWeights
@@ -28,10 +28,11 @@ _PLANNED_SHARE = 0.9
 class Decision:
     """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its weight.
 
-    `weights` (n_channels,) by group: 0 for channels that are to live. `strength` is 0 once the target is met.
+    `weights` (n,), in the order of `PenalisedWeights.numbers`: 0 for channels that are to live. `strength` is 0 once
+    the target is met.
     """
 
-    weights: Mapping[str, Tensor]
+    weights: Tensor
     strength: float
     met: bool = False
 
@@ -73,71 +74,65 @@ class Controller:
     ) -> None:
         self._groups, self._penalised = groups, penalised
         ((self._quantity, self._target),) = target.items()
-        self._rounding, self._costs = rounding, costs
+        self._rounding = rounding
         self._first, self._length = first, length
         self._pace = 0.0
         self._settled: Masks = {}
-        self._start = {group.name: penalised.reach(group.name) for group in penalised.groups}
+        self._split = penalised.numbers.split
+        self._start = penalised.reach()
+        self._costs = penalised.numbers.join(costs).to(self._start)
         self._worth = self._magnitudes(model)
-        self._choose(penalised.groups, {name: torch.ones_like(reach) for name, reach in self._start.items()})
+        self._choose([group.name for group in penalised.groups], torch.ones_like(self._start))
         self._learns = importance == "taylor"
         if self._learns:
-            for worth in self._worth.values():
-                worth.zero_()
+            self._worth.zero_()
 
-    def _magnitudes(self, model: nn.Module) -> dict[str, Tensor]:
-        scores = channel_scores(model, self._groups)
-        worth = {}
-        for group in self._penalised.groups:
-            reach = self._start[group.name]
-            # Groups of bare parameters have no filters to score.
-            score = scores[group.name].to(reach) if scores[group.name].any() else reach
-            worth.update(relative_worth({group.name: score}))
-        return worth
+    def _magnitudes(self, model: nn.Module) -> Tensor:
+        scores, reach = channel_scores(model, self._groups), self._split(self._start)
+        # Groups of bare parameters have no filters to score.
+        known = {name: scores[name].to(r) if scores[name].any() else r for name, r in reach.items()}
+        return self._penalised.numbers.join(
+            {name: relative_worth({name: score})[name] for name, score in known.items()}
+        )
 
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step what the channels are worth."""
         if self._learns and not self._settled and step < self._first + self._length:
-            note_sensitivities_(self._worth, self._penalised.tensors, self._penalised.slots)
+            note_sensitivities_(self._worth, self._penalised.tensors, self._penalised.shrunk)
 
     @torch.no_grad()
-    def decide(self, step: int, alive: Mapping[str, Tensor], rates: Mapping[str, float]) -> Decision | None:
+    def decide(self, step: int, alive: Tensor, rates: Mapping[str, float]) -> Decision | None:
         """What to do from this step on, or None if it is not the time to decide anew.
 
-        `alive` (n_channels,) is 0 for channels that are held at zero; `rates` are those of the groups that can be
-        shrunk. Raises TrainingError if there were no gradients to learn from.
+        `alive` (n,) is 0 for channels that are held at zero; `rates` are those of the groups that can be shrunk.
+        Raises TrainingError if there were no gradients to learn from.
         """
         past = step - self._first
         interval = max(int(self._length / _PLANS), 1)
         if not 0 <= past < self._length or step % interval:
             return None
         if self.share_left(alive) <= self._target:
-            return Decision({}, 0.0, met=True)
-        trained = [group for group in self._groups.free if group.name in rates]
-        if (
-            self._learns
-            and not self._settled
-            and not any(bool(self._worth[group.name].any()) for group in trained)
-        ):
+            return Decision(torch.zeros_like(alive), 0.0, met=True)
+        worth = self._split(self._worth)
+        if self._learns and not self._settled and not any(bool(worth[name].any()) for name in rates):
             raise TrainingError(
                 "importance 'taylor' learns from gradients, and there were none when the Sparsifier's step was called; "
                 "call it after optimizer.step() and before zero_grad(), or take importance 'magnitude'"
             )
-        weights, furthest = self._choose(trained, alive)
+        weights, furthest = self._choose(list(rates), alive)
         steps_left = max(_PLANNED_SHARE * self._length - past, interval)
         self._pace = max(self._pace, furthest / steps_left)
         rate = sum(rates.values()) / len(rates)
         return Decision(weights, self._pace / rate if rate > 0 else 0.0)
 
     @torch.no_grad()
-    def planned_masks(self, alive: Mapping[str, Tensor]) -> Masks:
+    def planned_masks(self, alive: Tensor) -> Masks:
         """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is planned now."""
-        groups = [group for group in self._groups.free if group.name in self._worth]
-        weights, _ = self._choose(groups, alive)
-        return self._rounded({name: ((alive[name] > 0) & (weights[name] == 0)).cpu() for name in weights})
+        doomed = self._doomed(self._penalised.numbers.names, alive)
+        return self._rounded(self._split(((alive > 0) & ~doomed).cpu()))
 
     @torch.no_grad()
-    def retarget(self, target: Mapping[Quantity, float], alive: Mapping[str, Tensor]) -> None:
+    def retarget(self, target: Mapping[Quantity, float], alive: Tensor) -> None:
         """Go for another share of the same quantity. Raises InputError for another one, or a share out of reach."""
         if set(target) != {self._quantity}:
             raise InputError(f"the phase has a target of {self._quantity}, got {dict(target)}")
@@ -154,7 +149,7 @@ class Controller:
 
         Raises InputError if they are not those of the groups that are penalised, or drop channels of others as well.
         """
-        sizes = {name: worth.shape for name, worth in self._worth.items()}
+        sizes = {name: worth.shape for name, worth in self._split(self._worth).items()}
         if {name: mask.shape for name, mask in masks.items() if name in sizes} != sizes:
             raise InputError(
                 "the masks to settle on are of other channel groups; take those that planned_masks returns, or change "
@@ -165,14 +160,14 @@ class Controller:
             raise InputError(
                 f"the masks to settle on drop channels of {lasting[0]}, which the penalty does not act on"
             )
-        self._settled = {name: masks[name].to(self._worth[name].device) for name in sizes}
-        self._target = self._share({name: mask.cpu() for name, mask in self._settled.items()})
+        self._settled = {name: masks[name].cpu() for name in sizes}
+        self._target = self._share(self._settled)
 
-    def share_left(self, alive: Mapping[str, Tensor]) -> float:
+    def share_left(self, alive: Tensor) -> float:
         """What a cut of the zeros would leave of the target's quantity."""
-        return self._share({name: (values > 0).cpu() for name, values in alive.items()})
+        return self._share(self._split((alive > 0).cpu()))
 
-    def shortfall(self, alive: Mapping[str, Tensor]) -> str:
+    def shortfall(self, alive: Tensor) -> str:
         """ "" if the target is met; else how far the phase got."""
         left = self.share_left(alive)
         if left <= self._target:
@@ -185,30 +180,23 @@ class Controller:
     def _share(self, masks: Masks) -> float:
         return float(getattr(kept_share(self._groups, self._rounded(masks)), self._quantity))
 
-    def _choose(
-        self, trained: Sequence[ChannelGroup], alive: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], float]:
+    def _choose(self, trained: Sequence[str], alive: Tensor) -> tuple[Tensor, float]:
         """Weights of the channels, and how far the furthest of the chosen is, as a share of where it started."""
-        doomed = self._doomed(trained, alive)
-        weights, furthest = {}, 0.0
-        for group in trained:
-            reach, chosen = self._penalised.reach(group.name), doomed[group.name]
-            size = torch.maximum(reach, self._start[group.name]).clamp_min(torch.finfo(reach.dtype).tiny)
-            weights[group.name] = torch.where(chosen, size, 0.0)
-            furthest = max(furthest, float(torch.where(chosen, reach / size, 0.0).max()))
-        return weights, furthest
+        reach, doomed = self._penalised.reach(), self._doomed(trained, alive)
+        size = torch.maximum(reach, self._start).clamp_min(torch.finfo(reach.dtype).tiny)
+        furthest = torch.where(doomed, reach / size, 0.0).max()
+        return torch.where(doomed, size, 0.0), float(furthest)
 
-    def _doomed(self, trained: Sequence[ChannelGroup], alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Which channels (bool) of each group have to die."""
+    def _doomed(self, trained: Sequence[str], alive: Tensor) -> Tensor:
+        """Which channels (bool) have to die; none of groups that are not trained."""
         if self._settled:
-            return {group.name: ~self._settled[group.name] for group in trained}
-        worth = block_worth(
-            {g.name: self._worth[g.name] * (alive[g.name] > 0) / self._costs[g.name] for g in trained},
-            self._rounding,
-        )
-        on_cpu = {name: values.cpu() for name, values in worth.items()}
-        threshold = budget_threshold(self._groups, on_cpu, {self._quantity: self._target}, self._rounded)
-        return {name: values <= threshold for name, values in worth.items()}
+            doomed = {name: ~self._settled[name] for name in trained}
+        else:
+            worth = self._split((self._worth * (alive > 0) / self._costs).cpu())
+            ranks = block_worth({name: worth[name] for name in trained}, self._rounding)
+            threshold = budget_threshold(self._groups, ranks, {self._quantity: self._target}, self._rounded)
+            doomed = {name: values <= threshold for name, values in ranks.items()}
+        return self._penalised.numbers.join(doomed).to(alive.device) > 0
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
@@ -217,19 +205,17 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to plan on as if it had not stopped."""
         return {
-            "worth": dict(self._worth),
-            "start": dict(self._start),
+            "worth": self._split(self._worth.clone()),
+            "start": self._split(self._start.clone()),
             "pace": self._pace,
-            "costs": dict(self._costs),
+            "costs": self._split(self._costs.clone()),
             "target": self._target,
             "settled": dict(self._settled),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self._pace, self._costs = state["pace"], dict(state["costs"])
-        self._target = state["target"]
-        self._settled = {name: mask.to(self._worth[name].device) for name, mask in state["settled"].items()}
-        for name in self._worth:
-            self._worth[name].copy_(state["worth"][name])
-            self._start[name].copy_(state["start"][name])
+        self._pace, self._target = state["pace"], state["target"]
+        self._settled = {name: mask.cpu() for name, mask in state["settled"].items()}
+        for key, vector in (("worth", self._worth), ("start", self._start), ("costs", self._costs)):
+            vector.copy_(self._penalised.numbers.join(state[key]))

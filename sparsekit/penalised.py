@@ -1,4 +1,4 @@
-"""The weights of one model that a penalty shrinks, by channel group."""
+"""The weights of one model that a penalty shrinks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
-from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.holdings import ChannelNumbers, Holdings
 from sparsekit.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
     Penalty,
-    Slots,
     block_factors,
-    channel_norms,
-    channel_sizes,
     distances_to_zero,
     held_members,
-    member_slots,
     penalised_members,
-    penalised_slots,
-    scale_channels_,
     shrink_,
 )
 
@@ -30,64 +25,86 @@ from sparsekit.penalties import (
 class PenalisedWeights:
     """What a penalty acts on in `model`: the free groups with weights for it, all of which require gradients.
 
-    `tensors` are all parameters of the model, `groups` the channel groups found, and by a group's name `slots` the
-    weights that are shrunk and `held` those that stay at zero once a channel has died.
-    Raises InputError for groups of another model, or with nothing to act on.
+    `tensors` are all parameters of the model, `groups` the channel groups found, `numbers` how their channels are
+    numbered, `shrunk` the weights that are shrunk and `held` those that stay at zero once a channel has died.
+    Everything over channels is one vector (n,).
+    Raises InputError for groups of another model, with nothing to act on, or on several devices.
     """
 
     def __init__(self, model: nn.Module, groups: ChannelGroups, penalty: Penalty) -> None:
         self.penalty: Penalty = penalty
         self.tensors: Mapping[str, Tensor] = dict(model.named_parameters())
         self.groups = _trainable(groups, self.tensors, penalty)
-        self.slots = {g.name: penalised_slots(self.tensors, g, penalty) for g in self.groups}
-        self.held: dict[str, tuple[Slots, ...]] = {}
-        for group in self.groups:
-            members = [m for m in held_members(group, penalty) if self.tensors[m.tensor].requires_grad]
-            self.held[group.name] = member_slots(self.tensors, members)
+        self.numbers = ChannelNumbers(self.groups)
 
-    def parameters(self, group: str) -> list[Tensor]:
+        def held(group: ChannelGroup) -> list[Member]:
+            return [m for m in held_members(group, penalty) if self.tensors[m.tensor].requires_grad]
+
+        devices = {self.tensors[member.tensor].device for group in self.groups for member in held(group)}
+        if len(devices) > 1:
+            raise InputError(
+                f"the penalised weights lie on several devices ({', '.join(sorted(map(str, devices)))}); "
+                "train the whole model on one, in as many processes as there are devices"
+            )
+        self.shrunk = Holdings(self.tensors, self.groups, lambda group: penalised_members(group, penalty))
+        self.held = Holdings(self.tensors, self.groups, held)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.shrunk.device
+
+    def parameters(self, group: ChannelGroup) -> list[Tensor]:
         """The tensors that hold a group's shrunk weights."""
-        return [self.tensors[slot.parameter] for slot in self.slots[group]]
-
-    def norms(self, group: str) -> Tensor:
-        """Euclidean norm (n_channels,) of each channel's shrunk weights."""
-        return channel_norms(self.tensors, self.slots[group])
+        return [self.tensors[member.tensor] for member in penalised_members(group, self.penalty)]
 
     @torch.no_grad()
-    def reach(self, group: str) -> Tensor:
-        """The threshold (n_channels,) up to which one proximal step leaves each channel alive."""
-        return distances_to_zero(self.tensors, self.slots[group], self.penalty)
+    def norms(self) -> Tensor:
+        """Euclidean norm of each channel's shrunk weights."""
+        return self.shrunk.norms(self.tensors)
 
-    def root_size(self, group: str) -> float:
+    @torch.no_grad()
+    def reach(self) -> Tensor:
+        """The threshold up to which one proximal step leaves each channel alive."""
+        return distances_to_zero(self.shrunk, self.tensors, self.penalty)
+
+    def root_sizes(self) -> Tensor:
         """Square root of the number of weights a channel has; 1 for a penalty on single weights."""
-        return 1.0 if self.penalty in ELEMENTWISE else channel_sizes(self.tensors, self.slots[group]) ** 0.5
+        sizes = self.shrunk.sizes
+        return torch.ones_like(sizes) if self.penalty in ELEMENTWISE else sizes.sqrt()
 
-    def shrink_(self, group: str, thresholds: Tensor, reach: Tensor, alive: Tensor, rate: float) -> Tensor:
-        """One proximal step, `reach` being what `self.reach` says now; returns factors (n_channels,) to hold.
+    @torch.no_grad()
+    def shrink_(self, thresholds: Tensor, reach: Tensor, alive: Tensor, rate: Tensor | float) -> Tensor:
+        """One proximal step, `reach` being what `self.reach` says now; returns factors to hold.
 
-        `alive` (n_channels,) is set to 0, in place, for channels that have died. The factors are what the held weights
-        are still to be multiplied by.
+        `alive` is set to 0, in place, for channels that have died; where the rate is 0 none does. The factors are what
+        the held weights are still to be multiplied by.
         """
         if self.penalty in BLOCKWISE:  # there `reach` is the norm, which saves a look at the weights
             factors = block_factors(self.penalty, reach, thresholds, rate)
-            alive.mul_((reach * factors).square() > 0)  # squared: a norm that underflows is none
-            return factors * alive
-        shrink_(self.tensors, self.slots[group], self.penalty, thresholds, rate=rate)
-        alive.mul_(self.norms(group) > 0)
-        return alive
-
-    def hold_(self, group: str, factors: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Multiply the held weights of each channel by its factor, in place; those of `tensors` where given."""
-        scale_channels_(self.tensors if tensors is None else tensors, self.held[group], factors)
+            left = (reach * factors).square() > 0  # squared: a norm that underflows is none
+        else:
+            shrink_(self.shrunk, self.tensors, self.penalty, thresholds, rate=rate)
+            factors, left = torch.ones_like(reach), self.norms() > 0
+        alive.mul_(left if isinstance(rate, float) else left | (rate == 0))
+        return factors * alive
 
     @torch.no_grad()
-    def clear_momenta_(self, group: str, optimizer: torch.optim.Optimizer, alive: Tensor) -> None:
+    def hold_(self, factors: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Multiply the held weights of each channel by its factor, in place; those of `tensors` where given."""
+        self.held.scale_(self.tensors if tensors is None else tensors, factors)
+
+    @torch.no_grad()
+    def clear_momenta_(self, optimizer: torch.optim.Optimizer, alive: Tensor) -> None:
         """Clear the optimizer's running averages of channels that are held at zero."""
-        for slot in self.held[group]:
-            parameter = self.tensors[slot.parameter]
+        values, factors = [], []
+        for parameter, factor in zip(self.held.of(self.tensors), self.held.spread(alive, 1.0), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    scale_channels_({slot.parameter: value}, [slot], alive)
+                    values.append(value)
+                    factors.append(factor)
+        if values:
+            torch._foreach_mul_(values, factors)
 
 
 def _trainable(

@@ -7,13 +7,25 @@ minimax concave penalty", 2010 (MCP; of groups: Huang, Breheny and Ma, 2012).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def soft_threshold(v: Tensor, t: Tensor | float) -> Tensor:
-    """Proximal map of t * ||x||_1: sign(v) * max(|v| - t, 0), element by element. `t` broadcasts against `v`."""
-    return torch.sign(v) * torch.clamp(v.abs() - t, min=0)
+def _like(norms: Tensor, value: Tensor | float) -> Tensor:
+    """As a tensor of their kind. A number is filled in on the device: a copy would wait for it."""
+    return value.to(norms) if isinstance(value, Tensor) else norms.new_full((), value)
+
+
+def soft_threshold_(tensors: Sequence[Tensor], t: Sequence[Tensor]) -> None:
+    """Proximal map of t * ||x||_1 of each tensor, in place: sign(v) * max(|v| - t, 0), element by element.
+
+    `t` >= 0, one for each tensor, broadcast against them. Computed as v - clamp(v, -t, t): exactly 0 where |v| <= t.
+    """
+    tensors, t = list(tensors), list(t)
+    inside = torch._foreach_maximum(list(torch._foreach_minimum(tensors, t)), list(torch._foreach_neg(t)))
+    torch._foreach_sub_(tensors, list(inside))
 
 
 def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
@@ -22,11 +34,11 @@ def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
     `norms` (n_groups,) are the groups' Euclidean norms, `t` >= 0 a number or one for each group. A group whose
     norm is at most `t` gets exactly 0; a zero group stays zero, and `t` = 0 gives exactly 1 (never NaN).
     """
-    t = torch.as_tensor(t, dtype=norms.dtype, device=norms.device)
+    t = _like(norms, t)
     return torch.clamp(1 - t / norms.clamp_min(torch.finfo(norms.dtype).tiny), min=0)
 
 
-def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: float, concavity: float = 3.0) -> Tensor:
+def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: Tensor | float, concavity: float = 3.0) -> Tensor:
     """Factor by which the proximal map of rate * MCP(||x||_2) scales a whole group, with strength lam = t / rate.
 
     MCP(r) = lam r - r^2 / (2 concavity) up to r = concavity x lam, and constant from there on: it pulls like a group
@@ -36,12 +48,11 @@ def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: float, concavity: floa
         concavity / (concavity - rate) x (1 - t / norm)       for norm <= concavity x lam
         1                                                     beyond
 
-    `norms` and `t` as in `block_shrinkage`, `rate` > 0. From `rate` = `concavity` on the objective is concave between
-    0 and the norm, and the map a hard threshold at lam sqrt(rate x concavity).
+    `norms` and `t` as in `block_shrinkage`, `rate` > 0 a number or one for each group. From `rate` = `concavity` on the
+    objective is concave between 0 and the norm, and the map a hard threshold at lam sqrt(rate x concavity).
     """
-    t = torch.as_tensor(t, dtype=norms.dtype, device=norms.device)
-    if rate >= concavity:
-        survives: Tensor = norms > t * (concavity / rate) ** 0.5
-        return survives.to(norms.dtype)
+    t, rate = _like(norms, t), _like(norms, rate)
+    survives = (norms > t * (concavity / rate).sqrt()).to(norms.dtype)
     inner = block_shrinkage(norms, t) * (concavity / (concavity - rate))
-    return torch.where(norms > concavity / rate * t, 1.0, inner).to(norms.dtype)
+    soft = torch.where(norms > concavity / rate * t, 1.0, inner)
+    return torch.where(rate >= concavity, survives, soft).to(norms.dtype)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsekit.controller import Controller, Decision, Importance
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.holdings import Largest
 from sparsekit.masks import Masks, Quantity, check_target
 from sparsekit.penalised import PenalisedWeights
 from sparsekit.penalties import Penalty
@@ -95,12 +96,16 @@ class Sparsifier:
         self._steps = 0
         self._met = False
         self._warned = False
-        self._alive = {
-            g.name: torch.ones(g.n_channels, device=self._penalised.parameters(g.name)[0].device)
-            for g in self._penalised.groups
-        }
+        # Over channels everything is one vector (n,), in the order of `PenalisedWeights.numbers`.
+        self._alive = torch.ones_like(self._penalised.norms())
         relative_costs = _relative_costs(self._penalised.groups, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
+        least = [group.units(min_channels) for group in self._penalised.groups]
+        self._best = (
+            Largest(self._penalised.numbers, least, self._penalised.device) if min_channels > 0 else None
+        )
+        self._rates = _Rates(self._penalised)
+        self._acted = False
         self._controller: Controller | None = None
         if strength == "auto":
             assert target
@@ -120,19 +125,17 @@ class Sparsifier:
     @torch.no_grad()
     def _channel_weights(
         self, model: nn.Module, adaptive: float, relative_costs: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        scores = channel_scores(model, self._groups) if adaptive > 0 else {}
-        weights = {}
-        for group in self._penalised.groups:
-            norms = self._penalised.norms(group.name)
-            if adaptive > 0:
-                score = scores[group.name].to(norms)
+    ) -> Tensor:
+        split, norms = self._penalised.numbers.split, self._penalised.norms()
+        weights = self._penalised.root_sizes()
+        if adaptive > 0:
+            scores = channel_scores(model, self._groups)
+            of_group, mean_norms = split(weights), split(norms)
+            for name, values in of_group.items():
+                score = scores[name].to(norms)
                 relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
-                weights[group.name] = norms.mean() * relative
-            else:
-                weights[group.name] = torch.full_like(norms, self._penalised.root_size(group.name))
-            weights[group.name] *= relative_costs[group.name] ** 0.5
-        return weights
+                values.copy_(mean_norms[name].mean() * relative)
+        return weights * self._penalised.numbers.join(relative_costs).to(norms).sqrt()
 
     @property
     def strength(self) -> float:
@@ -148,18 +151,21 @@ class Sparsifier:
 
         Raises InputError if the optimizer has none of the penalised weights.
         """
-        rates = self._group_rates(optimizer)
+        rates = self._rates.of(optimizer)
         if self._controller is not None and not self._met:
             self._controller.observe(self._steps)
             self._follow(self._controller.decide(self._steps, self._alive, rates))
-        strength = self._current_strength(self._steps)
-        for group in self._penalised.groups:
-            alive = self._alive[group.name]
-            rate = rates.get(group.name, 0.0)
-            factors = self._shrink_(group, strength * rate, rate) if strength * rate > 0 else alive
-            self._penalised.hold_(group.name, factors)
-            self._penalised.clear_momenta_(group.name, optimizer, alive)
+        strength, rate = self._current_strength(self._steps), self._rates.by_channel(rates)
         self._steps += 1
+        factors = self._alive
+        if strength > 0 and (isinstance(rate, Tensor) or rate > 0):
+            self._acted = True
+            reach = self._penalised.reach()
+            thresholds = self._thresholds(rate * strength, reach)
+            factors = self._penalised.shrink_(thresholds, reach, self._alive, rate)
+        if self._acted:  # before that nothing has died
+            self._penalised.hold_(factors)
+            self._penalised.clear_momenta_(optimizer, self._alive)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Take a step after every `optimizer.step()` from now on, in whoever's loop; `remove()` the handle to stop.
@@ -177,8 +183,7 @@ class Sparsifier:
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
-        least = torch.cat([alive.flatten() for alive in self._alive.values()])
-        most = least.clone()
+        least, most = self._alive.clone(), self._alive.clone()
         distributed.all_reduce(least, distributed.ReduceOp.MIN)
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
         if not torch.equal(least, most):
@@ -188,24 +193,21 @@ class Sparsifier:
                 "(DistributedDataParallel)"
             )
 
-    def _shrink_(self, group: ChannelGroup, step_length: float, rate: float) -> Tensor:
-        """Take the step's thresholds off a group, note who has died, and return what is left to multiply by."""
-        reach = self._penalised.reach(group.name)
-        thresholds = self._thresholds(group, step_length, reach)
-        return self._penalised.shrink_(group.name, thresholds, reach, self._alive[group.name], rate)
-
-    def _thresholds(self, group: ChannelGroup, step_length: float, reach: Tensor) -> Tensor:
+    def _thresholds(self, step_length: Tensor | float, reach: Tensor) -> Tensor:
         """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
-        thresholds = self._weights[group.name] * step_length
-        spared = torch.where(self._weights[group.name] > 0, reach, torch.inf)
-        best = spared.topk(min(group.units(self._min_channels), group.n_channels)).indices
-        most = torch.where(reach[best] > _NEARLY_NOTHING, reach[best] / 2, 0.0)
-        return thresholds.index_copy(0, best, torch.minimum(thresholds[best], most))
+        thresholds = self._weights * step_length
+        if self._best is None:
+            return thresholds
+        best = self._best(torch.where(self._weights > 0, reach, torch.inf))
+        most = torch.where(reach > _NEARLY_NOTHING, reach / 2, 0.0)
+        spared = torch.zeros(len(reach) + 1, dtype=torch.bool, device=reach.device)
+        spared.index_fill_(0, best, True)
+        return torch.where(spared[:-1], torch.minimum(thresholds, most), thresholds)
 
-    def _warn_if_absurd(self, alive: Sequence[Tensor]) -> None:
+    def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
         """Say so, once, if a constant strength has taken all to zero that it could."""
         least = [min(g.units(self._min_channels), g.n_channels) for g in self._penalised.groups]
-        if self._warned or any(int(a.sum()) > n for a, n in zip(alive, least, strict=True)):
+        if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), least, strict=True)):
             return
         self._warned = True
         warnings.warn(
@@ -214,32 +216,16 @@ class Sparsifier:
             stacklevel=3,
         )
 
-    def _group_rates(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """Mean rate of the penalised weights of each group that the optimizer has all of."""
-        rates = _effective_rates(optimizer)
-        group_rates = {}
-        for group in self._penalised.groups:
-            ids = [id(parameter) for parameter in self._penalised.parameters(group.name)]
-            if all(one in rates for one in ids):
-                group_rates[group.name] = sum(rates[one] for one in ids) / len(ids)
-        if not group_rates:
-            raise InputError(
-                "the optimizer has none of the penalised weights; build it from the parameters of the model "
-                "that was given to the Sparsifier"
-            )
-        return group_rates
-
     def _follow(self, decision: Decision | None) -> None:
         if decision is not None:
             self._strength, self._met = decision.strength, decision.met
-            self._weights.update(decision.weights)
+            self._weights.copy_(decision.weights)
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
         tensors = dict(_unwrapped(model).named_parameters())
-        for group in self._penalised.groups:
-            self._penalised.hold_(group.name, self._alive[group.name], tensors)
+        self._penalised.hold_(self._alive, tensors)
 
     def planned_masks(self) -> Masks:
         """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
@@ -284,25 +270,27 @@ class Sparsifier:
 
         Waits for the device, so not for every step.
         """
-        alive = [alive.cpu() for alive in self._alive.values()]
+        alive = self._alive.cpu()
         if self._controller is None:
-            self._warn_if_absurd(alive)
-        return {"zero_share": float((torch.cat(alive) == 0).float().mean()), "strength": self.strength}
+            self._warn_if_absurd(self._penalised.numbers.split(alive))
+        return {"zero_share": float((alive == 0).float().mean()), "strength": self.strength}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to be the same run, as plain numbers and tensors."""
+        split = self._penalised.numbers.split
         return {
             "steps": self._steps,
             "strength": self._strength,
             "met": self._met,
-            "alive": dict(self._alive),
-            "weights": dict(self._weights),
+            "alive": split(self._alive.clone()),
+            "weights": split(self._weights.clone()),
             "controller": {} if self._controller is None else self._controller.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`. Raises InputError if it was taken from a model with other groups."""
-        sizes = {name: len(alive) for name, alive in self._alive.items()}
+        numbers = self._penalised.numbers
+        sizes = dict(zip(numbers.names, numbers.sizes, strict=True))
         if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
             raise InputError("the sparsifier's state belongs to a model with other channel groups")
         if bool(state["controller"]) != (self._controller is not None):
@@ -310,9 +298,9 @@ class Sparsifier:
                 "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
             )
         self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
-        for name in self._alive:
-            self._alive[name].copy_(state["alive"][name])
-            self._weights[name].copy_(state["weights"][name])
+        self._alive.copy_(numbers.join(state["alive"]))
+        self._weights.copy_(numbers.join(state["weights"]))
+        self._acted = True
         if self._controller is not None:
             self._controller.load_state_dict(state["controller"])
 
@@ -379,3 +367,40 @@ def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
             rate *= (1 - param_group["dampening"]) / (1 - momentum) if momentum else 1.0
         rates.update((id(parameter), rate) for parameter in param_group["params"])
     return rates
+
+
+class _Rates:
+    """Effective rates of the penalised groups: the mean over each group's tensors, 0 if the optimizer lacks one.
+
+    As one number if they are all the same, else as a vector over channels, written by fills: no copy waits for a GPU.
+    """
+
+    def __init__(self, penalised: PenalisedWeights) -> None:
+        self._numbers = penalised.numbers
+        self._ids = [[id(tensor) for tensor in penalised.parameters(group)] for group in penalised.groups]
+        self._by_channel = torch.zeros_like(penalised.shrunk.sizes)
+        self._pieces = list(penalised.numbers.split(self._by_channel).values())
+
+    def of(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """By the names of the groups that the optimizer has all weights of. Raises InputError if there are none."""
+        rates = _effective_rates(optimizer)
+        group_rates = {
+            name: sum(rates[one] for one in ids) / len(ids)
+            for name, ids in zip(self._numbers.names, self._ids, strict=True)
+            if all(one in rates for one in ids)
+        }
+        if not group_rates:
+            raise InputError(
+                "the optimizer has none of the penalised weights; build it from the parameters of the model "
+                "that was given to the Sparsifier"
+            )
+        return group_rates
+
+    def by_channel(self, group_rates: Mapping[str, float]) -> Tensor | float:
+        """The same for each channel (n,), or the one number that they all have."""
+        values = [group_rates.get(name, 0.0) for name in self._numbers.names]
+        if len(set(values)) == 1:
+            return values[0]
+        torch._foreach_zero_(self._pieces)
+        torch._foreach_add_(self._pieces, values)
+        return self._by_channel

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.importance import note_sensitivities_
-from sparsekit.penalties import penalised_slots
+from sparsekit.penalised import PenalisedWeights
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -28,7 +28,6 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
     nn.init.normal_(model[1].bias)
     images, labels = torch.randn(16, 3, 8, 8).double(), torch.randint(4, (16,))
     groups = sk.find_groups(model, EXAMPLE.double())
-    (group,) = groups.free
     tensors = dict(model.named_parameters())
 
     def loss() -> torch.Tensor:
@@ -36,9 +35,9 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
 
     loss().backward()
     running = torch.zeros(6, dtype=torch.float64)
-    slots = {group.name: penalised_slots(tensors, group)}
+    held = PenalisedWeights(model, groups, "group_lasso").shrunk
     for _ in range(2000):
-        note_sensitivities_({group.name: running}, tensors, slots)
+        note_sensitivities_(running, tensors, held)
     with torch.no_grad():
         for channel in range(6):
             values = []
@@ -56,21 +55,19 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
 def test_weights_without_gradients_add_nothing() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
-    (group,) = sk.find_groups(model, EXAMPLE).free
     running = torch.ones(6)
-    note_sensitivities_({group.name: running}, tensors, {group.name: penalised_slots(tensors, group)})
+    held = PenalisedWeights(model, sk.find_groups(model, EXAMPLE), "group_lasso").shrunk
+    note_sensitivities_(running, tensors, held)
     assert torch.allclose(running, torch.full((6,), 0.98))
 
 
 def test_gradients_that_overflowed_are_forgotten() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
-    (group,) = sk.find_groups(model, EXAMPLE).free
-    running = {group.name: torch.ones(6)}
-    slots = {group.name: penalised_slots(tensors, group)}
+    values = torch.ones(6)
+    held = PenalisedWeights(model, sk.find_groups(model, EXAMPLE), "group_lasso").shrunk
     scale = tensors["1.weight"]
     scale.grad = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 0.0, 1e30])
-    note_sensitivities_(running, tensors, slots)
-    values = running[group.name]
+    note_sensitivities_(values, tensors, held)
     assert values[0] < values[1]
     assert values[2] == values[3] == values[4] == pytest.approx(0.98)

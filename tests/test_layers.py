@@ -17,6 +17,7 @@ rewriting
 groups modes labels sizes standardised layer_norms
 prox schedules
 facts plan complexity
+holdings
 tracing coupling
 operators calls grouping scores
 watching

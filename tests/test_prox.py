@@ -7,7 +7,13 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from sparsekit.prox import block_shrinkage, mcp_shrinkage, soft_threshold
+from sparsekit.prox import block_shrinkage, mcp_shrinkage, soft_threshold_
+
+
+def soft_threshold(v: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+    result = v.clone()
+    soft_threshold_([result], [torch.as_tensor(t, dtype=v.dtype)])
+    return result
 
 
 def _prox_group_lasso(v: torch.Tensor, t: float) -> torch.Tensor:
