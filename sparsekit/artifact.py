@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import FileError, InputError, ModelError, VerificationError
 from sparsekit.files import atomic_path, write_json
-from sparsekit.modes import evaluating, flat_tensors
+from sparsekit.modes import comparing, flat_tensors
 from sparsekit.plan import PrunePlan
 from sparsekit.rewriting import Place, leave_sizes_to_torch_, original_class, rewritten_places
 from sparsekit.standardised import is_standardised, make_plain_
@@ -191,7 +191,7 @@ def check_round_trip(
     Raises VerificationError if it exceeds `tolerance` times the largest logit.
     """
     loaded = load(path, factory=factory).to(inputs.device)
-    with evaluating(model):
+    with comparing(model):
         expected, found = flat_tensors(model(inputs)), flat_tensors(loaded(inputs))
     difference = max(float((one - other).abs().max()) for one, other in zip(expected, found, strict=True))
     if not difference <= tolerance * max(float(one.abs().max()) for one in expected):

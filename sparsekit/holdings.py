@@ -7,7 +7,7 @@ get calls of their own. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -151,11 +151,12 @@ class Holdings:
 
     def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
         """Multiply what each channel owns by its factor, in place."""
-        torch._foreach_mul_(self.of(tensors), self.spread(factors, 1.0))
+        multiply_(self.of(tensors), self.spread(factors, 1.0))
 
     def soften_(self, tensors: Mapping[str, Tensor], thresholds: Tensor) -> None:
         """Soft threshold of every weight, in place: towards zero by its channel's threshold, and not beyond."""
-        soft_threshold_(self.of(tensors), self.spread(thresholds, 0.0))
+        for mine, limits in _vectors_and_others(self.of(tensors), self.spread(thresholds, 0.0)):
+            soft_threshold_(mine, limits)
 
     def _over_rest(self, tensors: Mapping[str, Tensor], order: float) -> Tensor:
         """Norm of that order over all dimensions but the channels', of all tensors one behind another."""
@@ -171,6 +172,22 @@ class Holdings:
             for table in self._tables
         ]
         return parts[0] if self._order is None else torch.cat(parts).index_select(0, self._order)
+
+
+def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each tensor by its factors, which broadcast against it, in place."""
+    for some, their_factors in _vectors_and_others(tensors, factors):
+        torch._foreach_mul_(some, their_factors)
+
+
+def _vectors_and_others(
+    tensors: Sequence[Tensor], values: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Those of one dimension, and the others: where one of them broadcasts, torch takes all of a call one by one."""
+    for vectors in (True, False):
+        chosen = [index for index, tensor in enumerate(tensors) if (tensor.dim() == 1) == vectors]
+        if chosen:
+            yield [tensors[index] for index in chosen], [values[index] for index in chosen]
 
 
 def _tables(owner: np.ndarray, n: int) -> tuple[list[Tensor], Tensor | None]:

@@ -1,4 +1,4 @@
-"""Borrowing a model: eval mode inside, its own training flags and the random state back afterwards."""
+"""Borrowing a model: eval mode inside, its own training flags and all else back as it was afterwards."""
 
 from __future__ import annotations
 
@@ -28,6 +28,37 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """`eval_mode`, and no gradients."""
     with eval_mode(model), torch.no_grad():
         yield model
+
+
+@contextmanager
+def comparing(model: nn.Module) -> Iterator[nn.Module]:
+    """`evaluating`, in true float32 for what is compared to many digits.
+
+    Without autocast, and on an NVIDIA GPU without TF32, in which convolutions are computed there unless one objects: it
+    rounds their inputs to 10 bits.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with evaluating(model), torch.autocast(device.type, enabled=False), _no_tf32():
+        yield model
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    convolutions: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    exact: Any
+    if hasattr(products, "fp32_precision"):
+        places, name, exact = (convolutions.conv, products), "fp32_precision", "ieee"
+    else:  # before torch 2.9
+        places, name, exact = (convolutions, products), "allow_tf32", False
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
 
 
 def flat_tensors(outputs: Any) -> list[Tensor]:

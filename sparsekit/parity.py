@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import DataError, FileError, VerificationError
-from sparsekit.modes import evaluating, flat_tensors
+from sparsekit.modes import comparing, flat_tensors
 from sparsekit.session import open_session
 
 __all__ = ["Parity", "check_parity", "onnx_accuracy", "onnx_logits"]
@@ -147,7 +147,7 @@ def _run_batch(session: onnxruntime.InferenceSession, path: Path, batch: Tensor)
 def _torch_logits(model: nn.Module, inputs: Tensor) -> Tensor:
     anchor = next(model.parameters(), None)
     outputs = []
-    with evaluating(model):
+    with comparing(model):
         for piece in torch.split(inputs, _TORCH_BATCH):
             fed = piece
             if anchor is not None:

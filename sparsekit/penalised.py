@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroup, ChannelGroups, Member
-from sparsekit.holdings import ChannelNumbers, Holdings
+from sparsekit.holdings import ChannelNumbers, Holdings, multiply_
 from sparsekit.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
@@ -103,8 +103,7 @@ class PenalisedWeights:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     values.append(value)
                     factors.append(factor)
-        if values:
-            torch._foreach_mul_(values, factors)
+        multiply_(values, factors)
 
 
 def _trainable(

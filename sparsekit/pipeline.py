@@ -57,7 +57,7 @@ from sparsekit.models import (
     load_weights_,
     save_weights,
 )
-from sparsekit.modes import evaluating
+from sparsekit.modes import comparing
 from sparsekit.parity import check_parity, onnx_accuracy
 from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.recalibration import recalibrate_batchnorms
@@ -525,7 +525,7 @@ def _compare_on_test(run: _Run, sparse: nn.Module, pruned: nn.Module) -> dict[st
     """Test accuracy of both and the largest change of any logit, over the test images."""
     device = run.accelerator.device
     change, largest, hits, count = 0.0, 0.0, [0, 0], 0
-    with evaluating(sparse), evaluating(pruned):
+    with comparing(sparse), comparing(pruned):
         for images, labels in _loader(run, run.inputs.data.test, False):
             before, after = sparse(images.to(device)), pruned(images.to(device))
             change = max(change, float((before - after).abs().max()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit.errors import ModelError, VerificationError
 from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.layer_norms import normalise_all_, normalise_what_stays_
-from sparsekit.modes import evaluating, flat_tensors, random_inputs
+from sparsekit.modes import comparing, flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, TensorCut
 from sparsekit.rewriting import leave_sizes_to_torch_
 from sparsekit.sizes import Attribute, read_sizes, write_size_
@@ -235,8 +235,8 @@ def compare_outputs(
 
 
 def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """All tensors the model returns, in eval mode."""
-    with evaluating(model):
+    """All tensors the model returns, in eval mode and true float32."""
+    with comparing(model):
         return flat_tensors(model(*inputs))
 
 

@@ -15,7 +15,7 @@ from sparsekit.errors import ModelError, VerificationError
 from sparsekit.fold import fold_constants_
 from sparsekit.modes import flat_tensors, random_inputs
 from sparsekit.plan import PrunePlan, make_plan
-from sparsekit.surgery import apply_plan, compare_outputs, mask_model, verify_cut
+from sparsekit.surgery import apply_plan, compare_outputs, mask_model, outputs, verify_cut
 
 TIMM = [
     "resnet18",
@@ -361,6 +361,20 @@ def test_outputs_that_are_not_finite_do_not_agree(value: float) -> None:
         broken.head.bias[0] = value
     with pytest.raises(VerificationError):
         verify_cut(model, broken, plan)
+
+
+def test_models_are_compared_in_true_float32_whatever_is_on_outside() -> None:
+    """Autocast and, on an NVIDIA GPU, TF32 round by more than a right cut may differ."""
+    model, inputs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 9, 9)
+    switches = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(inputs)
+        (compared,) = outputs(model, (inputs,))
+    assert compared.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(compared, model(inputs))
+    assert not torch.equal(rounded.float(), compared)
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == switches
 
 
 def test_outputs_of_other_shapes_do_not_agree() -> None:
