@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sparsekit.blocks import find_blocks
 from sparsekit.complexity import attention_in_the_open, layer_costs
 from sparsekit.coupling import decide
 from sparsekit.errors import InputError, ModelError
@@ -29,6 +30,7 @@ def find_groups(
     *,
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
+    blocks: bool = False,
 ) -> ChannelGroups:
     """Find the coupled channels of a model that runs on `example_input`.
 
@@ -40,6 +42,9 @@ def find_groups(
     Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them: with one of them gone the
     norm's mean and variance are others, so such a cut is not lossless even where the channel is zero
     (`ChannelGroup.lossless`), and has to be fine-tuned.
+
+    With `blocks` whole residual blocks are groups as well, of one channel each (`ChannelGroup.bypass`): those whose
+    layer scales are all that stands between them and the identity. Their penalised weights are those scales.
 
     The model keeps its mode, parameters, buffers and random state: all of it happens to copies. Raises ModelError if
     the model cannot be copied, does not run on the example or returns no tensor, InputError for arguments of other
@@ -69,7 +74,11 @@ def find_groups(
             parameters=tuple(name for name, _ in model.named_parameters()),
             attributes={path: read_sizes(model, path) for path in sorted(sized)},
         )
-        return prove(model, groups)
+        proved = prove(model, groups)
+        if not blocks:
+            return proved
+        whole = tuple(_frozen_if_ignored(group, ignore) for group in find_blocks(model, groups))
+        return replace(proved, groups=proved.groups + whole)
 
 
 def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
@@ -144,6 +153,11 @@ def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: 
     elif not reason and group.n_channels < 2:
         reason = "its channels can only go together"
     return replace(group, frozen=reason)
+
+
+def _frozen_if_ignored(block: ChannelGroup, ignore: Sequence[str]) -> ChannelGroup:
+    inside = [member.module for member in block.members if _matches(member.module, ignore)]
+    return replace(block, frozen=f"{inside[0]} is on the ignore list") if inside else block
 
 
 def _parametrised(model: nn.Module) -> set[str]:

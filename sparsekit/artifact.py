@@ -8,6 +8,7 @@ build the module that the tensors fit, under these keys and no others:
     source       {"timm": name, "args": {...}} or {"factory": "package.module.Class"} (a note for the reader)
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
+    bypassed     names of residual blocks that are gone: they pass their input on
     plain        names of weight-standardised convolutions that the cut turned into plain ones
     rewrites     places in the code of modules where a size is another (module, method, call, argument, source hash,
                  and the size, -1 for one that is left to torch)
@@ -45,6 +46,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
+from sparsekit.bypass import bypass_, bypassed
 from sparsekit.errors import FileError, InputError, ModelError, VerificationError
 from sparsekit.files import atomic_path, write_json
 from sparsekit.modes import comparing, flat_tensors
@@ -92,6 +94,7 @@ class _Structure(_Closed):
     source: _TimmSource | _OwnSource
     attributes: dict[str, dict[str, JsonValue]]
     tensors: dict[str, tuple[str, list[Annotated[int, Field(ge=0, lt=2**63)]]]]
+    bypassed: list[str] = []
     plain: list[str]
     rewrites: list[Place]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -123,6 +126,8 @@ def save(
         raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
     source = _source(model, model_name, model_args, factory)
     fresh = _build(factory) if factory else _build_timm(source["timm"], source["args"])
+    gone = bypassed(model)
+    _bypass_(fresh, gone)
     plain = _made_plain(fresh, model)
     make_plain_(fresh, plain)
     _check_same_modules(fresh, model)
@@ -132,6 +137,7 @@ def save(
         "source": source,
         "attributes": _changed_attributes(fresh, model),
         "tensors": {name: [_dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
+        "bypassed": gone,
         "plain": plain,
         "rewrites": _rewrites(model),
         "sha256": "0" * 64,
@@ -163,6 +169,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     except ModelError as error:
         raise FileError(f"the dense model of {path} cannot be built: {error}{written_with}") from error
     try:
+        _bypass_(model, structure.bypassed)
         _make_plain_(model, structure.plain)
         _fill_(model, structure, tensors)
     except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
@@ -219,7 +226,9 @@ def _read(folder: Path) -> _Structure:
             f"{file} has format {content.get('format')!r:.40}{lacks}; sparsekit {version('sparsekit')} reads "
             f"{FORMAT!r}; install the sparsekit that wrote it{_written_by(content)}"
         )
-    missing = [key for key in _Structure.model_fields if key not in content]
+    missing = [
+        key for key, field in _Structure.model_fields.items() if field.is_required() and key not in content
+    ]
     if missing:
         raise FileError(f"{file} lacks {missing}; it is damaged, copy the artifact again")
     try:
@@ -532,6 +541,14 @@ def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]
         raise
     except Exception as error:
         raise InputError(f"the artifact could not be loaded again: {_one_line(error)}") from error
+
+
+def _bypass_(model: nn.Module, names: list[str]) -> None:
+    """Raises InputError for a name that is no module inside of the dense model."""
+    try:
+        bypass_(model, names)
+    except ModelError as error:
+        raise InputError(str(error)) from None
 
 
 def _make_plain_(model: nn.Module, names: list[str]) -> None:

@@ -163,7 +163,8 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
             removed[key] = removed.get(key, 0) + gone * member.repeat
 
     def left(tensor: str, shape: tuple[int, ...]) -> int:
-        return prod(size - removed.get((tensor, dim), 0) for dim, size in enumerate(shape))
+        # A block that goes as a whole may have lost channels as well.
+        return prod(max(size - removed.get((tensor, dim), 0), 0) for dim, size in enumerate(shape))
 
     dense_macs = sum(layer.macs for layer in groups.layers)
     dense_ms = sum(math.nan if layer.ms is None else layer.ms for layer in groups.layers)

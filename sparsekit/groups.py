@@ -9,7 +9,9 @@ from typing import Literal
 
 from sparsekit.rewriting import Place
 
-Role = Literal["producer", "norm", "depthwise", "consumer", "parameter", "response", "layer_norm", "size"]
+Role = Literal[
+    "producer", "norm", "depthwise", "consumer", "parameter", "response", "layer_norm", "size", "inside"
+]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Member:
     "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "response" (the scale
     of a norm that divides by the mean over all channels (RMS, global response) and is made up for it when some go),
     "layer_norm" (scale and shift of a layer norm, whose statistics change with a cut: it is not lossless), "size"
-    (`tensor` is an integer attribute that gives the number of positions; `dim` is its place in a tuple of them).
+    (`tensor` is an integer attribute that gives the number of positions; `dim` is its place in a tuple of them),
+    "inside" (all of a tensor of a block that goes as a whole).
     `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
     producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
     """
@@ -49,7 +52,8 @@ class ChannelGroup:
 
     `n_channels` counts what can go on its own; where several indices of a layer can only go together (a chunk
     multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed. `rewrites`
-    are the places in the model's code that have to leave a size to torch once something is removed.
+    are the places in the model's code that have to leave a size to torch once something is removed. `bypass` is empty,
+    or names the residual block that the group's one channel is: without it the block passes its input on.
     """
 
     name: str
@@ -57,6 +61,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     frozen: str = ""
     rewrites: tuple[Place, ...] = ()
+    bypass: str = ""
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members with this role, in model order."""
@@ -74,6 +79,12 @@ class ChannelGroup:
     def multiple(self, round_to: int) -> int:
         """Of which multiples of the group's channels are the layers' channels multiples of `round_to`."""
         return round_to // gcd(round_to, self.width)
+
+    def rounding(self, round_to: int, min_channels: int) -> tuple[int, int]:
+        """In multiples of how many of its channels the group is cut, and how many stay at least: 0 of a block."""
+        if self.bypass:
+            return 1, 0
+        return self.multiple(round_to), max(self.units(min_channels), 1)
 
     @property
     def lossless(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -52,12 +52,16 @@ def keep_masks(
     zeros = zero_channels(model, groups)
     # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
     ranks = {name: torch.where(zeros[name], -1.0, score) for name, score in scores.items()}
+    for group in groups.free:
+        if group.bypass and not bool(zeros[group.name].any()):
+            ranks[group.name] = torch.ones(1, dtype=torch.float64)  # a block has no score, and stays
 
-    rounding = {g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free}
+    rounding = {group.name: group.rounding(round_to, min_channels) for group in groups.free}
 
     def finish(masks: Masks) -> Masks:
         return {name: round_up(masks[name], ranks[name], *rounding[name]) for name in rounding}
 
+    blocks = {group.name for group in groups.free if group.bypass}
     without_zeros = finish({name: ~dead for name, dead in zeros.items()})
     if method == "zeros":
         return without_zeros
@@ -66,13 +70,14 @@ def keep_masks(
             raise InputError("the mask method 'threshold' needs a threshold >= 0, got none")
         return finish(_above(ranks, threshold, relative))
     if method == "gap":
-        return finish(_above_gap(ranks))
+        return finish(_above_gap(ranks, blocks))
     if method == "budget" and not target:
         raise InputError("the mask method 'budget' needs a target such as {'macs': 0.5}, got none")
     if target:
         start = without_zeros if method == "auto" else None
         return _within_budget(groups, ranks, target, finish, start, rounding)
-    return without_zeros if any(bool(dead.any()) for dead in zeros.values()) else finish(_above_gap(ranks))
+    some = any(bool(dead.any()) for dead in zeros.values())
+    return without_zeros if some else finish(_above_gap(ranks, blocks))
 
 
 def check_target(groups: ChannelGroups, target: Mapping[Quantity, float] | None) -> None:
@@ -93,7 +98,7 @@ def round_up(mask: Tensor, ranks: Tensor, multiple: int, min_channels: int) -> T
     Channels between two multiples cost nothing in ONNX Runtime, so they are given back rather than wasted.
     """
     n = mask.numel()
-    wanted = max(int(mask.sum()), min(min_channels, n), 1)
+    wanted = max(int(mask.sum()), min(min_channels, n))
     wanted = min(-(-wanted // multiple) * multiple, n)
     order = torch.where(mask, torch.inf, ranks).argsort(descending=True, stable=True)
     rounded = torch.zeros_like(mask)
@@ -129,11 +134,11 @@ def _normalised(ranks: Masks) -> Masks:
     }
 
 
-def _above_gap(ranks: Masks) -> Masks:
+def _above_gap(ranks: Masks, blocks: Collection[str]) -> Masks:
     """Everything above the widest gap in the sorted log10 scores; everything if there is no clear gap."""
-    normalised = _normalised(ranks)
+    normalised = {name: rank for name, rank in _normalised(ranks).items() if name not in blocks}
     keep_all = {name: torch.ones_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
-    if not ranks:
+    if not normalised:
         return keep_all
     logs = torch.cat([rank.clamp_min(1e-12).log10() for rank in normalised.values()]).sort().values
     n = len(logs)
@@ -143,7 +148,7 @@ def _above_gap(ranks: Masks) -> Masks:
         return keep_all
     below = first - 1 + int(gaps.argmax())
     cut = float(logs[below] + logs[below + 1]) / 2
-    return {name: rank.clamp_min(1e-12).log10() > cut for name, rank in normalised.items()}
+    return keep_all | {name: rank.clamp_min(1e-12).log10() > cut for name, rank in normalised.items()}
 
 
 def _within_budget(
@@ -159,6 +164,9 @@ def _within_budget(
     if start is not None and getattr(kept_share(groups, start), quantity) <= wanted:
         return start
     worth = block_worth(relative_worth(ranks), rounding)
+    for group in groups.free:
+        if group.bypass and bool((ranks[group.name] > 0).all()):
+            worth[group.name] = torch.full((1,), torch.inf, dtype=torch.float64)
     cut = budget_threshold(groups, worth, target, finish)
     return finish(_ranked_above(worth, cut))
 
@@ -183,7 +191,7 @@ def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
         blocks = [sorted_values[i : i + multiple] for i in range(0, len(values), multiple)]
         ranked[name] = torch.empty_like(values)
         ranked[name][order] = torch.cat([block.mean().expand(len(block)) for block in blocks])
-        ranked[name][order[: -(-max(least, 1) // multiple) * multiple]] = torch.inf
+        ranked[name][order[: -(-least // multiple) * multiple]] = torch.inf
     return ranked
 
 

@@ -39,16 +39,30 @@ class GroupCut:
 
 
 @dataclass(frozen=True)
+class BlockCut:
+    """A residual block that goes as a whole: `module` passes its input on, as it does once `scales` are zero."""
+
+    module: str
+    scales: tuple[str, ...]
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor, attribute or module of this name goes with the block."""
+        return name == self.module or name.startswith(f"{self.module}.")
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples.
 
-    `rewrites` are the places in the model's code that have to leave a size to torch (see `rewriting`).
+    `rewrites` are the places in the model's code that have to leave a size to torch (see `rewriting`). Nothing of what
+    `blocks` hold is among them: it goes.
     """
 
     cuts: tuple[TensorCut, ...]
     groups: tuple[GroupCut, ...]
     input_shapes: tuple[tuple[int, ...], ...]
     rewrites: tuple[Place, ...] = ()
+    blocks: tuple[BlockCut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists; `from_json` gives back an equal plan."""
@@ -66,6 +80,7 @@ class PrunePlan:
                 groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
                 input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
                 rewrites=tuple(Place(**place) for place in data["rewrites"]),
+                blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data.get("blocks", ())),
             )
             _check_types(plan)
             _check_positions(plan)
@@ -92,6 +107,7 @@ def _check_types(plan: PrunePlan) -> None:
     for place in plan.rewrites:
         expected += [(place.module, str), (place.method, str), (place.source, str)]
         expected += [(place.call, int), (place.argument, int), (place.size, int)]
+    expected += [(name, str) for block in plan.blocks for name in (block.module, *block.scales)]
     for value, kind in expected:
         if type(value) is not kind:
             raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
@@ -108,6 +124,9 @@ def _check_positions(plan: PrunePlan) -> None:
         if (cut.tensor, cut.dim) in seen:
             raise ValueError(f"it cuts {cut.tensor} twice in dimension {cut.dim}")
         seen.add((cut.tensor, cut.dim))
+    for block in plan.blocks:
+        if inside := [cut.tensor for cut in plan.cuts if block.holds(cut.tensor)]:
+            raise ValueError(f"it cuts {inside[0]}, and takes out {block.module}, which holds it")
     for group in plan.groups:
         if not set(group.kept) <= set(range(group.n_channels)):
             raise ValueError(f"{group.name} keeps channels that it does not have")
@@ -126,6 +145,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
     roles: dict[tuple[str, int], Role] = {}
     decided: list[GroupCut] = []
+    blocks: list[BlockCut] = []
     for name, mask in sorted(masks.items()):
         if name not in known:
             raise InputError(f"a mask names the group {name!r}, which the model does not have")
@@ -136,12 +156,15 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
                 f"got {_described(mask)}"
             )
         keep: list[bool] = mask.tolist()
-        if not any(keep):
+        if not any(keep) and not group.bypass:
             raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
         if group.frozen and not all(keep):
             raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
         decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
         if all(keep):
+            continue
+        if group.bypass:
+            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.penalised)))
             continue
         for member in group.members:
             key = (member.tensor, member.dim)
@@ -159,10 +182,16 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
             drop=tuple(sorted(drop)),
         )
         for (tensor, dim), drop in sorted(dropped.items())
+        if not any(block.holds(tensor) for block in blocks)
     )
     shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
-    rewrites = {place for group in shrunk for place in group.rewrites}
-    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)))
+    rewrites = {
+        place
+        for group in shrunk
+        for place in group.rewrites
+        if not any(block.holds(place.module) for block in blocks)
+    }
+    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
 
 
 def _described(mask: object) -> str:
@@ -194,11 +223,17 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             cuts[key] = cut
     # A place of both plans gets what the second writes there.
     rewrites = {replace(place, size=-1): place for place in (*first.rewrites, *second.rewrites)}
+    blocks = (*first.blocks, *second.blocks)
+
+    def stays(name: str) -> bool:
+        return not any(block.holds(name) for block in blocks)
+
     return PrunePlan(
-        tuple(cut for _, cut in sorted(cuts.items())),
+        tuple(cut for _, cut in sorted(cuts.items()) if stays(cut.tensor)),
         _groups_of_both(first.groups, second.groups),
         first.input_shapes,
-        tuple(sorted(rewrites.values())),
+        tuple(sorted(place for place in rewrites.values() if stays(place.module))),
+        tuple(sorted(blocks, key=lambda block: block.module)),
     )
 
 

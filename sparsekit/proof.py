@@ -31,7 +31,7 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
         return groups
     groups = _with_rewrites_of_what_they_run_through(groups)
     exact = sum(layer.macs for layer in groups.layers) <= _MOST_MACS_IN_DOUBLE
-    trial = _Trial(_randomised(model, groups.input_shapes, exact=exact), replace(groups, groups=()))
+    trial = Trial(randomised(model, groups.input_shapes, exact=exact), replace(groups, groups=()))
     failures: dict[str, str] = {}
     every = [group.name for group in groups.free]
     for variant in (_rewritten(groups, ()), _rewritten(groups, (-1,)), groups):
@@ -70,7 +70,7 @@ def _rewritten(groups: ChannelGroups, sizes: tuple[int, ...]) -> ChannelGroups:
     return replace(groups, groups=tuple(some))
 
 
-def _with_fewest_rewrites(trial: _Trial, names: list[str]) -> ChannelGroups:
+def _with_fewest_rewrites(trial: Trial, names: list[str]) -> ChannelGroups:
     """The groups without the rewrites that the cut does not need; those of one class of modules stand together."""
     modules = dict(trial.model.named_modules())
     kinds = {type(modules[place.module]): None for g in trial.groups for place in g.rewrites}
@@ -88,7 +88,7 @@ def _without_places(groups: ChannelGroups, modules: set[str]) -> ChannelGroups:
     return replace(groups, groups=tuple(fewer))
 
 
-class _Trial:
+class Trial:
     """Trial cuts of a copy of the model: a half, a third or a quarter of the channels of some groups at a time."""
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
@@ -185,7 +185,7 @@ class _Trial:
         return make_plan(self.groups, masks)
 
 
-def _randomised(
+def randomised(
     model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, exact: bool = True
 ) -> nn.Module:
     """A copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right.

@@ -100,7 +100,7 @@ class Sparsifier:
         self._alive = torch.ones_like(self._penalised.norms())
         relative_costs = _relative_costs(self._penalised.groups, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
-        least = [group.units(min_channels) for group in self._penalised.groups]
+        least = [0 if g.bypass else g.units(min_channels) for g in self._penalised.groups]
         self._best = (
             Largest(self._penalised.numbers, least, self._penalised.device) if min_channels > 0 else None
         )
@@ -115,7 +115,7 @@ class Sparsifier:
                 groups,
                 self._penalised,
                 target=target,
-                rounding={g.name: (g.multiple(round_to), g.units(min_channels)) for g in groups.free},
+                rounding={group.name: group.rounding(round_to, min_channels) for group in groups.free},
                 costs=relative_costs,
                 importance=importance,
                 first=total_steps * self._shares.warmup,
@@ -206,7 +206,9 @@ class Sparsifier:
 
     def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
         """Say so, once, if a constant strength has taken all to zero that it could."""
-        least = [min(g.units(self._min_channels), g.n_channels) for g in self._penalised.groups]
+        least = [
+            0 if g.bypass else min(g.units(self._min_channels), g.n_channels) for g in self._penalised.groups
+        ]
         if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), least, strict=True)):
             return
         self._warned = True

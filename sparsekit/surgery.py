@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsekit.bypass import bypass_
 from sparsekit.errors import ModelError, VerificationError
 from sparsekit.fold import blank_columns_, fold_constants_
 from sparsekit.layer_norms import normalise_all_, normalise_what_stays_
@@ -27,6 +28,7 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """
     _check_fits(model, plan)
     masked = _with_plain_readers(model, plan)
+    _silence_blocks_(masked, plan)
     fold_constants_(masked, plan)
     _silence_(masked, plan)
     _confine_layer_norms_(masked, plan)
@@ -36,6 +38,7 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
 def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """As `mask_model`, with constants of dead channels dropped instead of folded."""
     copied = _with_plain_readers(model, plan)
+    _silence_blocks_(copied, plan)
     blank_columns_(copied, plan)
     _silence_(copied, plan)
     _confine_layer_norms_(copied, plan)
@@ -48,6 +51,14 @@ def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
     readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
     make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
     return copied
+
+
+def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
+    """Blocks that go add nothing to what they read; in place."""
+    with torch.no_grad():
+        for block in plan.blocks:
+            for scale in block.scales:
+                model.get_parameter(scale).zero_()
 
 
 def _silence_(model: nn.Module, plan: PrunePlan) -> None:
@@ -81,6 +92,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     """Take out of a masked model what nothing reads any more, in place."""
+    bypass_(masked, (block.module for block in plan.blocks))
     leave_sizes_to_torch_(masked, plan.rewrites)
     planned = {cut.tensor for cut in plan.cuts}
     holders = _holders(masked)
@@ -105,6 +117,12 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for scale in (scale for block in plan.blocks for scale in block.scales):
+        if scale not in tensors:
+            raise ModelError(
+                f"the plan does not fit the model: there is no {scale}, which scales a block that goes; apply a plan "
+                "to the model whose groups it was made from"
+            )
     for cut in plan.cuts:
         if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
             continue  # of a composed plan: the first cut may have made it, for a constant

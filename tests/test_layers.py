@@ -14,7 +14,7 @@ LAYERS = """
 errors files
 recipe
 rewriting
-groups modes labels sizes standardised layer_norms
+groups modes labels sizes standardised layer_norms bypass
 prox schedules
 facts plan complexity
 holdings
@@ -26,6 +26,7 @@ importance penalised
 controller fold
 surgery
 proof
+blocks
 analysis sparsifier continuation recalibration
 checkpoint models machine
 data train session

@@ -1,0 +1,33 @@
+"""Residual blocks that are gone: in their place stands a module that passes its input on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from sparsekit.errors import ModelError
+
+
+class Passthrough(nn.Module):
+    """Returns its first argument, whatever else a block is given."""
+
+    def forward(self, x: Any, *args: Any, **keywords: Any) -> Any:
+        """`x`, as it is."""
+        return x
+
+
+def bypass_(model: nn.Module, names: Iterable[str]) -> None:
+    """Put a `Passthrough` in the place of each named module, in place. Raises ModelError if there is none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        if not last or name not in modules:
+            raise ModelError(f"{type(model).__name__} has no module {name!r:.80} that could be bypassed")
+        modules[parent]._modules[last] = Passthrough().train(modules[name].training)
+
+
+def bypassed(model: nn.Module) -> list[str]:
+    """Names of the modules that only pass their input on."""
+    return [name for name, module in model.named_modules() if isinstance(module, Passthrough)]
