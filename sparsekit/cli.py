@@ -189,6 +189,9 @@ def inspect(
     through_layer_norm: Annotated[
         bool, typer.Option("--through-layer-norm", help="Free widths under LayerNorm too; not lossless.")
     ] = False,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show residual blocks that can go as a whole too.")
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Show the channel groups of a model.
@@ -204,7 +207,7 @@ def inspect(
 
     name = recipe.model.name if recipe else model
     inspection = pipeline.inspect_model(
-        name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm
+        name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm, blocks=blocks
     )
     if json:
         _print_json(inspection.to_json())

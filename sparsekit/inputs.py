@@ -119,6 +119,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         images[:1],
         ignore=recipe.cut.ignore,
         through_layer_norm=recipe.cut.through_layer_norm,
+        blocks=recipe.cut.blocks,
     )
     if recipe.sparsify.epochs:
         make_sparsifier(recipe, model, groups, total_steps=1, costs=None)

@@ -69,6 +69,7 @@ class Inspection:
             "params_share": lost_params / self.params if self.params else 0.0,
             "members": _members(group),
             "lossless": group.lossless,
+            "block": bool(group.bypass),
             "frozen": group.frozen,
         }
 
@@ -101,9 +102,12 @@ def inspect_module(
     ignore: tuple[str, ...] = (),
     *,
     through_layer_norm: bool = False,
+    blocks: bool = False,
 ) -> Inspection:
     """Analyse a model on one example input (1, channels, height, width)."""
-    groups = find_groups(model, example_input, ignore=ignore, through_layer_norm=through_layer_norm)
+    groups = find_groups(
+        model, example_input, ignore=ignore, through_layer_norm=through_layer_norm, blocks=blocks
+    )
     shape = tuple(example_input.shape[1:])
     return Inspection(name, shape, count_macs(model, example_input), count_params(model), groups)
 
@@ -121,7 +125,12 @@ def _owned_shares(group: ChannelGroup, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _rows_per_channel(group: ChannelGroup) -> int:
-    """Rows that a channel has in the first layer that makes it: 1 for a plain one, 3 x width for a head of qkv."""
+    """Rows that a channel has in the first layer that makes it: 1 for a plain one, 3 x width for a head of qkv.
+
+    0 for a block, which no single layer makes.
+    """
+    if group.bypass:
+        return 0
     makers = [member for member in group.members if member.role in ("producer", "depthwise")]
     first = (makers[0].tensor, makers[0].dim)
     return sum(member.repeat for member in makers if (member.tensor, member.dim) == first)
@@ -146,6 +155,10 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
         yield Text(
             "not lossless: a layer norm's statistics change with every channel removed", style="italic"
         )
+    if row["block"]:
+        scales = [member["tensor"] for member in row["members"] if member["role"] == "parameter"]
+        yield Text(f"the whole block, once {_compact(scales)} is zero", style="dim")
+        return
     parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []
     for phrase, roles in _PARTS.items():
         tensors = [member["tensor"] for member in row["members"] if member["role"] in roles]

@@ -468,7 +468,13 @@ def _recalibrate(run: _Run, model: nn.Module) -> None:
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:
     cut = run.recipe.cut
-    return find_groups(model, run.example, ignore=cut.ignore, through_layer_norm=cut.through_layer_norm)
+    return find_groups(
+        model,
+        run.example,
+        ignore=cut.ignore,
+        through_layer_norm=cut.through_layer_norm,
+        blocks=cut.blocks,
+    )
 
 
 def _keep_weights(run: _Run, model: nn.Module, name: str) -> None:
@@ -567,19 +573,31 @@ def report_again(run: Path) -> RunReport:
 
 
 def inspect_model(
-    name: str, *, image_size: int | None, recipe: Recipe | None, through_layer_norm: bool = False
+    name: str,
+    *,
+    image_size: int | None,
+    recipe: Recipe | None,
+    through_layer_norm: bool = False,
+    blocks: bool = False,
 ) -> Inspection:
     """Groups of a timm model, or of a recipe's model as its data, arguments and section `cut` make it."""
     if recipe is not None:
         inputs = open_inputs(recipe)
         model = build_model(recipe, len(inputs.data.class_names), weights=False)
         example = torch.zeros(1, *inputs.config.input_size)
-        through_layer_norm = through_layer_norm or recipe.cut.through_layer_norm
-        return inspect_module(name, model, example, recipe.cut.ignore, through_layer_norm=through_layer_norm)
+        cut = recipe.cut
+        return inspect_module(
+            name,
+            model,
+            example,
+            cut.ignore,
+            through_layer_norm=through_layer_norm or cut.through_layer_norm,
+            blocks=blocks or cut.blocks,
+        )
     model = create_model(name, num_classes=1000, image_size=image_size)
     config = input_config(model, image_size=image_size)
     example = torch.zeros(1, *config.input_size)
-    return inspect_module(name, model, example, through_layer_norm=through_layer_norm)
+    return inspect_module(name, model, example, through_layer_norm=through_layer_norm, blocks=blocks)
 
 
 def export_again(

@@ -301,6 +301,11 @@ class CutSpec(_Spec):
         description="cut widths that a LayerNorm runs over too; that changes its mean and variance, so it is not "
         "lossless and needs fine-tuning",
     )
+    blocks: bool = Field(
+        default=False,
+        description="whole residual blocks may go too, where learned layer scales are all that makes them differ from "
+        "the identity",
+    )
 
 
 class DistillSpec(_Spec):
