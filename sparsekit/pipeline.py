@@ -32,7 +32,7 @@ from sparsekit.errors import FileError, InputError, VerificationError
 from sparsekit.export import export_onnx
 from sparsekit.files import write_text
 from sparsekit.fold import keep_carriers
-from sparsekit.groups import ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.inputs import (
     Inputs,
     PhaseSpec,
@@ -50,7 +50,7 @@ from sparsekit.inspection import Inspection, inspect_module
 from sparsekit.latency import compare_latency
 from sparsekit.layer_latency import measure_layers
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import keep_masks
+from sparsekit.masks import Masks, keep_masks
 from sparsekit.models import (
     create_model,
     input_config,
@@ -283,7 +283,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     )
     masks = keep_carriers(model, groups, masks, round_to=channel_rounding(run.recipe))
     plan = make_plan(groups, masks)
-    if not plan.cuts:
+    if not (plan.cuts or plan.blocks):
         raise InputError(
             f"cut: nothing to remove: in no group {channel_rounding(run.recipe)} channels are zero or score too low; "
             "set cut.target, raise sparsify.strength, or lower cut.round_to"
@@ -305,12 +305,18 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
             {
                 "name": group.name,
                 "channels": group.n_channels,
-                "kept": int(masks[group.name].sum()) if group.name in masks else group.n_channels,
+                "kept": _kept(group, masks, plan),
                 "reason": group.frozen,
             }
             for group in groups
         ],
     }
+
+
+def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
+    if any(block.holds(member.tensor) for block in plan.blocks for member in group.members[:1]):
+        return 0
+    return int(masks[group.name].sum()) if group.name in masks else group.n_channels
 
 
 def _finetune(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
