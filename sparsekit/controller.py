@@ -51,8 +51,9 @@ class Controller:
     less and stay in the noise of the gradients.
 
     A channel's worth is, by `importance`, "magnitude": (score / mean score of its group)^2, as the model was at the
-    start; "taylor": the running mean of its squared first-order effect on the loss, from the gradients that `observe`
-    sees (`importance.note_sensitivities_`). `costs` divide it.
+    start (of a block, (root mean square of its scales / mean of that over the blocks)^2); "taylor": the running mean of
+    its squared first-order effect on the loss, from the gradients that `observe` sees
+    (`importance.note_sensitivities_`). `costs` divide it.
 
     `settle` ends the choosing: exactly what its masks drop goes, at the pace that is left.
 
@@ -91,9 +92,15 @@ class Controller:
         scores, reach = channel_scores(model, self._groups), self._split(self._start)
         # Groups of bare parameters have no filters to score.
         known = {name: scores[name].to(r) if scores[name].any() else r for name, r in reach.items()}
-        return self._penalised.numbers.join(
-            {name: relative_worth({name: score})[name] for name, score in known.items()}
-        )
+        worth = {name: relative_worth({name: score})[name] for name, score in known.items()}
+        # A block is alone in its group: blocks are compared with each other, and of equal ones the last goes first.
+        blocks = [group.name for group in self._penalised.groups if group.bypass]
+        if blocks:
+            of_group = self._split(self._penalised.norms() / self._penalised.shrunk.sizes.sqrt())
+            sizes = torch.cat([of_group[name] for name in blocks])
+            relative = (sizes / sizes.mean()).square() * (1 - 1e-5 * torch.arange(len(sizes)).to(sizes))
+            worth.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
+        return self._penalised.numbers.join(worth)
 
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step what the channels are worth."""

@@ -236,13 +236,33 @@ def test_a_penalty_takes_whole_blocks_to_zero_and_the_cut_is_lossless(penalty: A
         torch.testing.assert_close(pruned(_images()), model(_images()), rtol=1e-4, atol=1e-5)
 
 
+def test_by_magnitude_blocks_are_compared_with_each_other_and_equal_ones_do_not_go_together() -> None:
+    model = _model("test_convnext")
+    groups = sk.find_groups(model, _images(), blocks=True)
+    blocks = _blocks(groups)
+    settings: dict[str, Any] = {"strength": "auto", "total_steps": 10, "importance": "magnitude"}
+
+    def gone(least: int) -> list[str]:
+        sparsifier = sk.Sparsifier(model, groups, target={"macs": 0.9}, min_channels=least, **settings)
+        return [name for name in blocks if not bool(sparsifier.planned_masks()[name].all())]
+
+    with torch.no_grad():
+        for name in blocks:
+            model.get_parameter(groups[name].penalised[0].tensor).fill_(0.5)
+    assert gone(10_000) == blocks[-len(gone(10_000)) :]
+    assert len(gone(10_000)) < len(blocks)
+    with torch.no_grad():
+        model.get_parameter(groups[blocks[1]].penalised[0].tensor).fill_(0.01)
+    assert blocks[1] in gone(10_000)
+
+
 RECIPE = """
 seed: 0
 model: {name: deit3_small_patch16_224, args: {depth: 2, embed_dim: 48, num_heads: 3}}
 data: {name: digits, image_size: 16, batch_size: 128}
 training: {optimizer: adamw, lr: 0.001}
 dense: {epochs: 1}
-sparsify: {epochs: 3, importance: magnitude}
+sparsify: {epochs: 3}
 cut: {target: {macs: 0.7}, min_channels: 192, blocks: true}
 finetune: {epochs: 1}
 benchmark: {threads: 1, rounds: 10}
