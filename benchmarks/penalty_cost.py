@@ -1,7 +1,9 @@
 """What a penalty costs in a training step: the proximal step, Torch-Pruning's regulariser, an L2 pass, a naive L1 term.
 
     python benchmarks/penalty_cost.py
-    python benchmarks/penalty_cost.py --device cuda --batch 64
+    python benchmarks/penalty_cost.py --device cuda --batch 64 --threads 8
+
+The second writes docs/penalty_cost_cuda.md and results/penalty_cost_cuda.json.
 
 Everything is timed in one process, once a round in an order drawn anew each round, on the model as it trains:
 
@@ -13,8 +15,9 @@ Everything is timed in one process, once a round in an order drawn anew each rou
     l2_ms             gradient += coefficient x weight, for all parameters at once
     naive_l1_ms       an L1 term of all parameters in the loss: its forward and backward pass alone
 
-Medians over the rounds. The claims: ours takes at most 1 % of the step, and at most a tenth of Torch-Pruning's time,
-with a constant strength and with "auto". Writes docs/penalty_cost.md.
+Medians over the rounds. The claims, with a constant strength and with "auto": ours takes at most 1 % of the step (on a
+CPU: a GPU's step is so short that starting a few kernels is a larger share of it), and at most a tenth of
+Torch-Pruning's time. Writes docs/penalty_cost.md.
 """
 
 from __future__ import annotations
@@ -133,40 +136,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "penalty_cost.json"
-    )
-    parser.add_argument(
-        "--docs", type=Path, default=Path(__file__).parent.parent / "docs" / "penalty_cost.md"
-    )
+    parser.add_argument("--output", type=Path, help="results; by default in benchmarks/results")
+    parser.add_argument("--docs", type=Path, help="page; by default in docs")
     arguments = parser.parse_args()
+    name = (
+        "penalty_cost" if arguments.device == "cpu" else f"penalty_cost_{arguments.device.partition(':')[0]}"
+    )
+    here = Path(__file__).parent
+    output = arguments.output or here / "results" / f"{name}.json"
+    docs = arguments.docs or here.parent / "docs" / f"{name}.md"
     torch.set_num_threads(arguments.threads)
     rows = [measure(name, arguments) for name in arguments.models]
-    write_json(arguments.output, rows)
+    write_json(output, rows)
     text = page(rows, arguments)
-    write_text(arguments.docs, text)
+    write_text(docs, text)
     Console().print(text, highlight=False, soft_wrap=True)
 
 
 def page(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> str:
     """The results as Markdown."""
-    holds = all(
-        row[key] <= LARGEST_SHARE * row["step_ms"] and row["torch_pruning_ms"] >= LEAST_RATIO * row[key]
-        for row in rows
-        for key in ("ours_ms", "auto_ms")
-    )
+    ours = [(row, key) for row in rows for key in ("ours_ms", "auto_ms")]
+    share = max(row[key] / row["step_ms"] for row, key in ours)
+    ratio = min(row["torch_pruning_ms"] / row[key] for row, key in ours)
     machine, versions = describe_machine(), library_versions()
+    device = machine["cpu"]
+    if arguments.device.startswith("cuda"):
+        device = f"{torch.cuda.get_device_name(arguments.device)}, {device}"
     lines = [
         "# What a penalty costs in a training step",
         "",
         "Written by `python benchmarks/penalty_cost.py`, whose docstring says what is timed. Milliseconds; shares are "
         "those of the step.",
         "",
-        f"- machine: {machine['cpu']}, {arguments.device}, {arguments.threads} threads; batch {arguments.batch}, "
+        f"- machine: {device}, {arguments.device}, {arguments.threads} threads; batch {arguments.batch}, "
         f"{arguments.size} px, {arguments.rounds} rounds; penalty {arguments.penalty}",
         "- versions: "
         + ", ".join(f"{n} {versions[n]}" for n in ("torch", "timm", "torch-pruning") if n in versions),
-        f"- ours takes at most {LARGEST_SHARE:.0%} of a step and a tenth of Torch-Pruning's time: {holds}",
+        f"- ours takes at most {share:.2%} of a step ({LARGEST_SHARE:.0%} allowed on a CPU), and Torch-Pruning "
+        f"at least {ratio:.0f} times as long ({LEAST_RATIO:.0f} demanded)",
         "",
         "| model | step | constant strength | auto | auto, planning | Torch-Pruning | L2 pass | naive L1 term |",
         "|---|---|---|---|---|---|---|---|",

@@ -188,9 +188,13 @@ def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
         multiple, least = rounding[name]
         order = values.argsort(descending=True, stable=True)
         sorted_values = values[order]
-        blocks = [sorted_values[i : i + multiple] for i in range(0, len(values), multiple)]
+        full = len(values) // multiple * multiple
+        whole, rest = sorted_values[:full], sorted_values[full:]
+        means = [whole.view(-1, multiple).mean(1).repeat_interleave(multiple)]
+        if len(rest):
+            means.append(rest.mean().expand(len(rest)))
         ranked[name] = torch.empty_like(values)
-        ranked[name][order] = torch.cat([block.mean().expand(len(block)) for block in blocks])
+        ranked[name][order] = torch.cat(means)
         ranked[name][order[: -(-least // multiple) * multiple]] = torch.inf
     return ranked
 
