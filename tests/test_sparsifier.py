@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -337,6 +338,59 @@ def test_strength_auto_meets_the_target_within_its_phase_and_the_cut_is_lossless
         logits, cut = model(IMAGES), pruned(IMAGES)
     assert logits.abs().max() > 1
     assert (logits - cut).abs().max() < 1e-5 * logits.abs().max()
+
+
+# One name of each of timm's own optimizer classes that needs neither a package more nor second derivatives.
+TIMM_OPTIMIZERS = (
+    *(
+        "adabelief",
+        "adadelta",
+        "adafactor",
+        "adafactorbv",
+        "adagrad",
+        "adamax",
+        "adamp",
+        "adamw",
+        "adan",
+        "adopt",
+    ),
+    *(
+        "lamb",
+        "laprop",
+        "lars",
+        "lion",
+        "madgrad",
+        "mars",
+        "muon",
+        "nadamw",
+        "novograd",
+        "radam",
+        "rmsproptf",
+    ),
+    *("sgdp", "sgdw"),
+)
+
+
+@pytest.mark.parametrize("name", TIMM_OPTIMIZERS)
+def test_strength_auto_meets_its_target_under_timms_optimizers(name: str) -> None:
+    model = _convnet()
+    groups = sk.find_groups(model, EXAMPLE)
+    optimizer = create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=1e-3)
+    sparsifier = sk.Sparsifier(
+        model,
+        groups,
+        strength="auto",
+        total_steps=100,
+        shares=PhaseShares(0.1, 0.2, 0.2),
+        target={"macs": 0.5},
+    )
+    _train(model, optimizer, range(100), sparsifier)
+    assert sparsifier.shortfall() == ""
+    masks = sk.keep_masks(model, groups, method="zeros")
+    assert 0.5 - _largest_step(groups, masks, 1) <= kept_share(groups, masks).macs <= 0.5
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    dead = torch.cat(list(zero_channels(model, groups).values()))
+    assert sparsifier.progress()["zero_share"] == pytest.approx(float(dead.float().mean()))
 
 
 def test_strength_auto_stops_shrinking_once_the_target_is_met() -> None:
