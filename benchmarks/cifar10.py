@@ -526,7 +526,6 @@ class Seed:
                 if step == look:
                     masks = self.fast_enough(sparsifier, copy.deepcopy(model).cpu(), groups, asked)
                     sparsifier.settle(masks)
-                    model.train()
 
             train(
                 model,
@@ -536,7 +535,9 @@ class Seed:
             )
             return model
 
-        return self.trained(f"{arm}-{asked:g}", make)
+        a = self.arguments
+        shares = "-".join(f"{share:g}" for share in a.shares)
+        return self.trained(f"{arm}-{asked:g}-{a.weigh_by}-{a.importance}-{shares}", make)
 
     def fast_enough(
         self, sparsifier: sk.Sparsifier, model: nn.Module, groups: ChannelGroups, asked: float

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsekit.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.modes import evaluating, random_inputs
-from sparsekit.proof import Trial, randomised
+from sparsekit.proof import Trial, fits_in_double, randomised
 
 
 def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, ...]:
@@ -25,7 +25,8 @@ def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, 
 
     Its penalised members are the scales; all else that the block owns goes with them.
     """
-    trial_model = randomised(model, groups.input_shapes)
+    trial_model = randomised(model, groups.input_shapes, exact=fits_in_double(groups))
+    _wake_(trial_model)
     found = tuple(
         _group(trial_model, name, scales)
         for name, scales in _identities(trial_model, groups.input_shapes).items()
@@ -40,7 +41,25 @@ def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, 
     return tuple(replace(group, frozen=failures.get(group.name, "")) for group in found)
 
 
+def _wake_(model: nn.Module) -> None:
+    """Leave no parameter at zero, in place: a branch that happens to be silent now would not be missed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if _may_scale(name, parameter) or not parameter.any():
+                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.5 + noise)
+
+
 def _group(model: nn.Module, block: str, scales: Sequence[str]) -> ChannelGroup:
+    own = {id(module) for module in model.get_submodule(block).modules()}
+    shared = {
+        id(parameter)
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module._parameters.values()
+    }
+
     def whole(tensor: Tensor, name: str) -> Member:
         # A scale of shape (channels, 1, 1) lies along its longest dimension.
         dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
@@ -52,7 +71,7 @@ def _group(model: nn.Module, block: str, scales: Sequence[str]) -> ChannelGroup:
     members = tuple(
         whole(parameter, name)
         for name, parameter in model.named_parameters()
-        if name.startswith(f"{block}.") and parameter.dim()
+        if name.startswith(f"{block}.") and parameter.dim() and id(parameter) not in shared
     )
     return ChannelGroup(block, 1, members, bypass=block)
 

@@ -19,13 +19,19 @@ class Passthrough(nn.Module):
 
 
 def bypass_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put a `Passthrough` in the place of each named module, in place. Raises ModelError if there is none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    """Put a `Passthrough` in the place of each named module, wherever it is registered, in place.
+
+    Raises ModelError if there is none.
+    """
     for name in names:
-        parent, _, last = name.rpartition(".")
-        if not last or name not in modules:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if not name or name not in modules:
             raise ModelError(f"{type(model).__name__} has no module {name!r:.80} that could be bypassed")
-        modules[parent]._modules[last] = Passthrough().train(modules[name].training)
+        stand_in = Passthrough().train(modules[name].training)
+        for parent in modules.values():
+            for key, child in parent._modules.items():
+                if child is modules[name]:
+                    parent._modules[key] = stand_in
 
 
 def bypassed(model: nn.Module) -> list[str]:

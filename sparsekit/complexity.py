@@ -156,8 +156,13 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
     """
     kept_counts = {name: int(mask.sum()) for name, mask in masks.items()}
     removed: dict[tuple[str, int], int] = {}
+    gone_channels = 0
+    bypassed = [group.bypass for group in groups.free if group.bypass and kept_counts.get(group.name) == 0]
     for group in groups.free:
         gone = group.n_channels - kept_counts.get(group.name, group.n_channels)
+        if any(group.lies_in(block) for block in bypassed):
+            gone = group.n_channels
+        gone_channels += gone
         for member in group.members if gone else ():
             key = (member.tensor, member.dim)
             removed[key] = removed.get(key, 0) + gone * member.repeat
@@ -176,9 +181,6 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
     dense_params = sum(prod(groups.tensor_shapes[name]) for name in groups.parameters)
     params = sum(left(name, groups.tensor_shapes[name]) for name in groups.parameters)
     channels = sum(group.n_channels for group in groups.free)
-    gone_channels = sum(
-        group.n_channels - kept_counts.get(group.name, group.n_channels) for group in groups.free
-    )
     return CostShare(
         macs=macs / dense_macs if dense_macs else 1.0,
         params=params / dense_params if dense_params else 1.0,

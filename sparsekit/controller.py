@@ -98,7 +98,10 @@ class Controller:
         if blocks:
             of_group = self._split(self._penalised.norms() / self._penalised.shrunk.sizes.sqrt())
             sizes = torch.cat([of_group[name] for name in blocks])
-            relative = (sizes / sizes.mean()).square() * (1 - 1e-5 * torch.arange(len(sizes)).to(sizes))
+            tiny = torch.finfo(sizes.dtype).tiny
+            relative = (sizes / sizes.mean().clamp_min(tiny)).square() * (
+                1 - 1e-5 * torch.arange(len(sizes)).to(sizes)
+            )
             worth.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
         return self._penalised.numbers.join(worth)
 

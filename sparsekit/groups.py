@@ -86,6 +86,10 @@ class ChannelGroup:
             return 1, 0
         return self.multiple(round_to), max(self.units(min_channels), 1)
 
+    def lies_in(self, module: str) -> bool:
+        """Whether all tensors of the group are of that module, or of what it holds."""
+        return all(member.tensor.startswith(f"{module}.") for member in self.members)
+
     @property
     def lossless(self) -> bool:
         """Whether removing channels that are zero changes nothing else: not where a layer norm runs over them."""

@@ -175,7 +175,18 @@ class Holdings:
 
 
 def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """Multiply each tensor by its factors, which broadcast against it, in place."""
+    """Multiply each tensor by its factors, which broadcast against it, in place.
+
+    Tensors of whole numbers, or on another device than their factors (an 8-bit optimizer's state, an average of the
+    weights that is kept elsewhere), are taken one by one.
+    """
+    plain = [t.is_floating_point() and t.device == f.device for t, f in zip(tensors, factors, strict=True)]
+    for tensor, factor, is_plain in zip(tensors, factors, plain, strict=True):
+        if not is_plain:
+            tensor.mul_(factor.to(tensor))
+    if not all(plain):
+        tensors = [tensor for tensor, is_plain in zip(tensors, plain, strict=True) if is_plain]
+        factors = [factor for factor, is_plain in zip(factors, plain, strict=True) if is_plain]
     for some, their_factors in _vectors_and_others(tensors, factors):
         torch._foreach_mul_(some, their_factors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -52,16 +52,17 @@ def keep_masks(
     zeros = zero_channels(model, groups)
     # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
     ranks = {name: torch.where(zeros[name], -1.0, score) for name, score in scores.items()}
-    for group in groups.free:
-        if group.bypass and not bool(zeros[group.name].any()):
-            ranks[group.name] = torch.ones(1, dtype=torch.float64)  # a block has no score, and stays
 
     rounding = {group.name: group.rounding(round_to, min_channels) for group in groups.free}
+    # Whole blocks have no score. Those whose scales are zero go, whatever the method; the others stay.
+    blocks = {group.name: zeros[group.name] for group in groups.free if group.bypass}
+    for name, dead in blocks.items():
+        rounding[name] = (1, 0 if bool(dead) else 1)
+        ranks[name] = torch.where(dead, -1.0, 1.0).double()
 
     def finish(masks: Masks) -> Masks:
         return {name: round_up(masks[name], ranks[name], *rounding[name]) for name in rounding}
 
-    blocks = {group.name for group in groups.free if group.bypass}
     without_zeros = finish({name: ~dead for name, dead in zeros.items()})
     if method == "zeros":
         return without_zeros
@@ -134,10 +135,14 @@ def _normalised(ranks: Masks) -> Masks:
     }
 
 
-def _above_gap(ranks: Masks, blocks: Collection[str]) -> Masks:
-    """Everything above the widest gap in the sorted log10 scores; everything if there is no clear gap."""
+def _above_gap(ranks: Masks, blocks: Masks) -> Masks:
+    """Everything above the widest gap in the sorted log10 scores; everything if there is no clear gap.
+
+    Of `blocks` (True = all zero), which have no scores, those that are not zero.
+    """
     normalised = {name: rank for name, rank in _normalised(ranks).items() if name not in blocks}
     keep_all = {name: torch.ones_like(rank, dtype=torch.bool) for name, rank in ranks.items()}
+    keep_all |= {name: ~dead for name, dead in blocks.items()}
     if not normalised:
         return keep_all
     logs = torch.cat([rank.clamp_min(1e-12).log10() for rank in normalised.values()]).sort().values
@@ -164,9 +169,6 @@ def _within_budget(
     if start is not None and getattr(kept_share(groups, start), quantity) <= wanted:
         return start
     worth = block_worth(relative_worth(ranks), rounding)
-    for group in groups.free:
-        if group.bypass and bool((ranks[group.name] > 0).all()):
-            worth[group.name] = torch.full((1,), torch.inf, dtype=torch.float64)
     cut = budget_threshold(groups, worth, target, finish)
     return finish(_ranked_above(worth, cut))
 

@@ -1,4 +1,4 @@
-"""Borrowing a model: eval mode inside, its own training flags and all else back as it was afterwards."""
+"""Borrowing a model: eval mode inside, its own training flags and the random state back afterwards."""
 
 from __future__ import annotations
 
@@ -46,18 +46,22 @@ def comparing(model: nn.Module) -> Iterator[nn.Module]:
 def _no_tf32() -> Iterator[None]:
     convolutions: Any = torch.backends.cudnn
     products: Any = torch.backends.cuda.matmul
-    exact: Any
-    if hasattr(products, "fp32_precision"):
-        places, name, exact = (convolutions.conv, products), "fp32_precision", "ieee"
-    else:  # before torch 2.9
-        places, name, exact = (convolutions, products), "allow_tf32", False
-    before = [getattr(place, name) for place in places]
+    switches: list[tuple[Any, str, Any]] = [
+        (convolutions, "allow_tf32", False),
+        (products, "allow_tf32", False),
+    ]
     try:
-        for place in places:
-            setattr(place, name, exact)
+        before = [getattr(place, name) for place, name, _ in switches]
+    except RuntimeError:  # torch 2.9 has switches for each kind of operation, and objects where they differ
+        kinds = (convolutions.conv, convolutions.rnn, products)
+        switches = [(kind, "fp32_precision", "ieee") for kind in kinds]
+        before = [getattr(place, name) for place, name, _ in switches]
+    try:
+        for place, name, value in switches:
+            setattr(place, name, value)
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
+        for (place, name, _), value in zip(switches, before, strict=True):
             setattr(place, name, value)
 
 

@@ -34,7 +34,7 @@ _ELEMENT_SHARE = 0.5
 
 def penalised_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
     """The members of a group that the penalty acts on; none if it has nothing to act on."""
-    if penalty == "scale_l1":
+    if penalty == "scale_l1" and not group.bypass:  # of a block the penalised weights are scales
         return group.scales
     return group.penalised
 
@@ -44,7 +44,7 @@ def held_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
 
     A shift alone makes a constant, which layers that pad can only be given by a channel that carries it.
     """
-    if penalty == "scale_l1":
+    if penalty == "scale_l1" and not group.bypass:
         return group.scales + group.shifts
     return group.penalised
 

@@ -9,6 +9,7 @@ journal, so that a resumed run and an uninterrupted one read the same things.
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -260,7 +261,9 @@ def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[s
     costs: list[dict[str, float]] = [{}]
     if run.accelerator.is_main_process:
         example = torch.zeros(recipe.export.batch_size, *run.inputs.config.input_size)
-        measured = measure_layers(model.cpu(), groups, example, threads=recipe.benchmark.threads)
+        measured = measure_layers(
+            copy.deepcopy(model).cpu(), groups, example, threads=recipe.benchmark.threads
+        )
         costs = [channel_latencies(measured)]
     broadcast_object_list(costs)
     return costs[0]
@@ -299,7 +302,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
         "proof_max_rel": proof.max_rel,
         "near_zero_channels": sum(int(dead.sum()) for dead in zeros.values()),
         "channels": sum(len(mask) for mask in masks.values()),
-        "removed": sum(int((~mask).sum()) for mask in masks.values()),
+        "removed": sum(group.n_channels - _kept(group, masks, plan) for group in groups.free),
         "removed_live": live,
         "layers": [
             {
@@ -314,7 +317,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
 
 
 def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
-    if any(block.holds(member.tensor) for block in plan.blocks for member in group.members[:1]):
+    if any(group.lies_in(block.module) for block in plan.blocks):
         return 0
     return int(masks[group.name].sum()) if group.name in masks else group.n_channels
 

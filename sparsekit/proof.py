@@ -30,8 +30,8 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     if not groups.free:
         return groups
     groups = _with_rewrites_of_what_they_run_through(groups)
-    exact = sum(layer.macs for layer in groups.layers) <= _MOST_MACS_IN_DOUBLE
-    trial = Trial(randomised(model, groups.input_shapes, exact=exact), replace(groups, groups=()))
+    model = randomised(model, groups.input_shapes, exact=fits_in_double(groups))
+    trial = Trial(model, replace(groups, groups=()))
     failures: dict[str, str] = {}
     every = [group.name for group in groups.free]
     for variant in (_rewritten(groups, ()), _rewritten(groups, (-1,)), groups):
@@ -49,6 +49,11 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
         failures |= trial.search(trial.cut_and_train, passed)
     proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
     return replace(groups, groups=tuple(proved))
+
+
+def fits_in_double(groups: ChannelGroups) -> bool:
+    """Whether the model is small enough for trials in double precision."""
+    return sum(layer.macs for layer in groups.layers) <= _MOST_MACS_IN_DOUBLE
 
 
 def _with_rewrites_of_what_they_run_through(groups: ChannelGroups) -> ChannelGroups:
@@ -185,9 +190,7 @@ class Trial:
         return make_plan(self.groups, masks)
 
 
-def randomised(
-    model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, exact: bool = True
-) -> nn.Module:
+def randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, exact: bool) -> nn.Module:
     """A copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right.
 
     In float64, where a wrong index cannot pass for rounding, if the model runs in it; else as it is.

@@ -130,11 +130,12 @@ class Sparsifier:
         weights = self._penalised.root_sizes()
         if adaptive > 0:
             scores = channel_scores(model, self._groups)
-            of_group, mean_norms = split(weights), split(norms)
+            of_group, norms_of_group = split(weights), split(norms)
             for name, values in of_group.items():
-                score = scores[name].to(norms)
+                # What has no filters to score is compared by its norms.
+                score = scores[name].to(norms) if scores[name].any() else norms_of_group[name]
                 relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
-                values.copy_(mean_norms[name].mean() * relative)
+                values.copy_(norms_of_group[name].mean() * relative)
         return weights * self._penalised.numbers.join(relative_costs).to(norms).sqrt()
 
     @property
@@ -346,7 +347,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
-    """Cost / mean cost of a channel, in [1/400, 400]; 1 without costs. Raises InputError for impossible ones."""
+    """Cost / mean cost of a channel, in [1/400, 400] but for whole blocks; 1 without costs.
+
+    Raises InputError for impossible ones.
+    """
     if costs is None:
         return {group.name: 1.0 for group in groups}
     for group in groups:
@@ -356,7 +360,8 @@ def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] |
                 "see sparsekit.channel_macs"
             )
     mean = sum(costs[g.name] * g.n_channels for g in groups) / sum(g.n_channels for g in groups)
-    return {g.name: min(max(costs[g.name] / mean, 1 / 400), 400.0) if mean else 1.0 for g in groups}
+    most = {group.name: math.inf if group.bypass else 400.0 for group in groups}
+    return {g.name: min(max(costs[g.name] / mean, 1 / 400), most[g.name]) if mean else 1.0 for g in groups}
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

@@ -24,8 +24,8 @@ from sparsekit.groups import ChannelGroups
 from sparsekit.plan import PrunePlan, compose
 from sparsekit.schedules import PhaseShares
 
-# What each model is made with: its blocks have one vector, two, three, or scales of shape (channels, 1, 1); attention
-# inside, other arguments than the input, a bias of their own that scales nothing.
+# What each model is made with: its blocks have one vector, two or three; attention inside, other arguments than the
+# input, vectors of their own that scale nothing.
 MODELS: dict[str, dict[str, Any]] = {
     "test_convnext": {"num_classes": 4},
     "deit3_small_patch16_224": {
@@ -201,7 +201,7 @@ def test_an_artifact_without_blocks_loads_in_the_same_shape(tmp_path: Path) -> N
         sk.load(path)
 
 
-@pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
+@pytest.mark.parametrize("penalty", ["group_lasso", "l1", "scale_l1"])
 def test_a_penalty_takes_whole_blocks_to_zero_and_the_cut_is_lossless(penalty: Any) -> None:
     """A target that widths alone cannot reach: what every layer keeps is more."""
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ def test_a_penalty_takes_whole_blocks_to_zero_and_the_cut_is_lossless(penalty: A
         "total_steps": 60,
         "target": {"macs": 0.55},
     }
-    with pytest.raises(InputError, match="out of reach"):
+    with pytest.raises(InputError, match="no channel group" if penalty == "scale_l1" else "out of reach"):
         sk.Sparsifier(model, widths, **auto, **settings)
     sparsifier = sk.Sparsifier(model, groups, **auto, **settings, shares=PhaseShares(0.0, 0.0, 0.1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -283,13 +283,116 @@ def test_a_recipe_takes_blocks_out(tmp_path: Path) -> None:
     assert bypassed(sk.load(tmp_path / "run" / "pruned")) == gone
 
 
-def test_one_shot_methods_leave_blocks_whole() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "budget", "target": {"macs": 0.3}},
+        {"method": "budget", "target": {"macs": 0.1}},
+        {"method": "auto", "target": {"macs": 0.1}},
+        {"method": "threshold", "threshold": 0.9},
+        {"method": "threshold", "threshold": 1.5, "relative": False},
+        {"method": "gap"},
+    ],
+)
+def test_one_shot_methods_take_dead_blocks_and_leave_live_ones(settings: dict[str, Any]) -> None:
     model = _model("test_convnext")
     groups = sk.find_groups(model, _images(), blocks=True)
-    for settings in (
-        {"method": "budget", "target": {"macs": 0.3}},
-        {"method": "threshold", "threshold": 0.9},
-        {"method": "gap"},
-    ):
-        masks = sk.keep_masks(model, groups, **settings)
-        assert all(bool(masks[name].all()) for name in _blocks(groups))
+    first = _blocks(groups)[0]
+    with torch.no_grad():
+        model.get_parameter(groups[first].penalised[0].tensor).zero_()
+    if settings.get("target") == {"macs": 0.1}:
+        with pytest.raises(InputError, match="out of reach"):
+            sk.keep_masks(model, groups, **settings)
+        return
+    masks = sk.keep_masks(model, groups, **settings)
+    assert [name for name in _blocks(groups) if not bool(masks[name].all())] == [first]
+
+
+class Silent(nn.Module):
+    """Two branches, of which one is silent now: by a scale of zeros, of another shape, or by a layer of zeros."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.other = Branch(), nn.Linear(8, 8, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(1, 8) if how == "scale" else torch.ones(1, 8))
+        if how == "layer":
+            nn.init.zeros_(self.other.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.gamma * self.other(x)
+
+
+@pytest.mark.parametrize("how", ["scale", "layer"])
+def test_a_branch_that_is_silent_only_now_counts(how: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Silent(how), nn.Linear(8, 4))
+    groups = sk.find_groups(model, torch.randn(2, 6), blocks=True)
+    assert {g.name: [m.tensor for m in g.penalised] for g in groups if g.bypass} == {"1.one": ["1.one.gamma"]}
+    whole = nn.Sequential(nn.Linear(6, 8), Both(how), nn.Linear(8, 4))
+    groups = sk.find_groups(whole, torch.randn(2, 6), blocks=True)
+    assert [sorted(m.tensor for m in g.penalised) for g in groups if g.bypass] == [["1.gamma", "1.scale"]]
+
+
+class Both(nn.Module):
+    """As `Silent`, with both branches in one module."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.gamma, self.scale = nn.Parameter(torch.zeros(1, 8)), nn.Parameter(torch.ones(8, 1))
+        if how == "layer":
+            nn.init.ones_(self.gamma)
+            nn.init.zeros_(self.other.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale.squeeze(1) * F.relu(self.one(x)) + self.gamma * self.other(x)
+
+
+def test_blocks_whose_scales_all_start_at_zero_can_be_planned() -> None:
+    model = _model("test_convnext")
+    groups = sk.find_groups(model, _images(), blocks=True)
+    with torch.no_grad():
+        for name in _blocks(groups):
+            model.get_parameter(groups[name].penalised[0].tensor).zero_()
+    sparsifier = sk.Sparsifier(
+        model, groups, strength="auto", total_steps=10, importance="magnitude", target={"macs": 0.5}
+    )
+    assert kept_share(groups, sparsifier.planned_masks()).macs <= 0.5
+
+
+class TwoNames(nn.Module):
+    """Blocks under two names each, and a weight that lies in two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.first = nn.Linear(6, 8), nn.Linear(8, 4), Branch()
+        self.stages = nn.ModuleList([self.first, Branch()])
+        self.stages[1].up.weight = self.first.up.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+def test_what_is_shared_with_the_rest_of_the_model_does_not_go() -> None:
+    model, inputs = TwoNames(), torch.randn(2, 6)
+    groups = sk.find_groups(model, inputs, blocks=True)
+    masks = _dropped("first")
+    pruned = sk.apply_plan(model, sk.make_plan(groups, masks))
+    assert isinstance(pruned.stages[0], Passthrough)
+    assert pruned.stages[0] is pruned.first
+    assert kept_share(groups, masks).params == pytest.approx(count_params(pruned) / count_params(model))
+
+
+def test_channels_in_a_block_that_goes_count_as_gone() -> None:
+    groups = sk.find_groups(_model("test_convnext"), _images(), blocks=True)
+    inside = sum(
+        group.n_channels
+        for group in groups.free
+        if group.name.startswith(tuple(f"{b}." for b in _blocks(groups)))
+    )
+    assert inside
+    total = sum(group.n_channels for group in groups.free)
+    left = kept_share(groups, _dropped(*_blocks(groups))).channels
+    assert left == pytest.approx(1 - (inside + len(_blocks(groups))) / total)

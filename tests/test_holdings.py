@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.groups import ChannelGroup, Member
-from sparsekit.holdings import ChannelNumbers, Holdings, Largest
+from sparsekit.holdings import ChannelNumbers, Holdings, Largest, multiply_
 
 
 def _member(tensor: str, positions: tuple[int, ...], dim: int = 0, repeat: int = 1) -> Member:
@@ -112,3 +112,11 @@ def test_joining_is_the_inverse_of_splitting() -> None:
     assert {name: len(part) for name, part in parts.items()} == {"one": 3, "three": 2, "four": 2, "single": 1}
     assert torch.equal(numbers.join(parts), flat)
     assert numbers.join({"three": 2.0, "single": torch.ones(1)}).tolist() == [0, 0, 0, 2, 2, 0, 0, 1]
+
+
+def test_whole_numbers_are_multiplied_too() -> None:
+    """As the state of an 8-bit optimizer is."""
+    state = [torch.tensor([3, 4, 5], dtype=torch.uint8), torch.tensor([1.0, 2.0, 3.0])]
+    multiply_(state, [torch.tensor([1.0, 0.0, 1.0])] * 2)
+    assert state[0].tolist() == [3, 0, 5]
+    assert state[1].tolist() == [1.0, 0.0, 3.0]

@@ -365,11 +365,20 @@ def test_outputs_that_are_not_finite_do_not_agree(value: float) -> None:
 
 def test_models_are_compared_in_true_float32_whatever_is_on_outside() -> None:
     """Autocast and, on an NVIDIA GPU, TF32 round by more than a right cut may differ."""
-    model, inputs = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 9, 9)
+    seen: list[tuple[bool, bool]] = []
+
+    class Looking(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().forward(x)
+
+    model, inputs = nn.Sequential(nn.Conv2d(3, 8, 3), Looking(), nn.Conv2d(8, 4, 3)), torch.randn(1, 3, 9, 9)
     switches = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(inputs)
+        seen.clear()
         (compared,) = outputs(model, (inputs,))
+    assert seen == [(False, False)]
     assert compared.dtype == torch.float32
     with torch.no_grad():
         assert torch.equal(compared, model(inputs))
