@@ -94,7 +94,7 @@ class _Structure(_Closed):
     source: _TimmSource | _OwnSource
     attributes: dict[str, dict[str, JsonValue]]
     tensors: dict[str, tuple[str, list[Annotated[int, Field(ge=0, lt=2**63)]]]]
-    bypassed: list[str] = []
+    bypassed: list[str]
     plain: list[str]
     rewrites: list[Place]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -226,9 +226,7 @@ def _read(folder: Path) -> _Structure:
             f"{file} has format {content.get('format')!r:.40}{lacks}; sparsekit {version('sparsekit')} reads "
             f"{FORMAT!r}; install the sparsekit that wrote it{_written_by(content)}"
         )
-    missing = [
-        key for key, field in _Structure.model_fields.items() if field.is_required() and key not in content
-    ]
+    missing = [key for key in _Structure.model_fields if key not in content]
     if missing:
         raise FileError(f"{file} lacks {missing}; it is damaged, copy the artifact again")
     try:

@@ -80,7 +80,7 @@ class PrunePlan:
                 groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
                 input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
                 rewrites=tuple(Place(**place) for place in data["rewrites"]),
-                blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data.get("blocks", ())),
+                blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data["blocks"]),
             )
             _check_types(plan)
             _check_positions(plan)
@@ -88,7 +88,7 @@ class PrunePlan:
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups, "
-                "input_shapes and rewrites as PrunePlan.to_json writes them"
+                "input_shapes, rewrites and blocks as PrunePlan.to_json writes them"
             ) from error
 
 

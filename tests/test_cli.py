@@ -316,17 +316,18 @@ def test_a_run_interrupted_before_it_began_has_nothing_to_resume(call: Any, tmp_
 def test_inspect_takes_a_model_or_a_recipe(call: Any) -> None:
     seen: list[Any] = []
 
-    def inspect_model(name: str, *, image_size: int | None, recipe: Any, through_layer_norm: bool) -> Any:
-        seen.append((name, image_size, recipe and recipe.data.name, through_layer_norm))
+    def inspect_model(name: str, *, image_size: int | None, recipe: Any, **asked: bool) -> Any:
+        seen.append((name, image_size, recipe and recipe.data.name, *(key for key in asked if asked[key])))
         return SimpleNamespace(table=lambda: "a table", to_json=lambda: {"groups": []})
 
     assert call("inspect", "vit_tiny", "--image-size", "64", inspect_model=inspect_model)[:2] == (
         0,
         "a table\n",
     )
-    code, out, _ = call("inspect", QUICKSTART, "--json", "--through-layer-norm", inspect_model=inspect_model)
+    asked = ("--through-layer-norm", "--blocks")
+    code, out, _ = call("inspect", QUICKSTART, "--json", *asked, inspect_model=inspect_model)
     assert (code, json.loads(out)) == (0, {"groups": []})
-    assert seen == [("vit_tiny", 64, None, False), ("resnet18", None, "digits", True)]
+    assert seen == [("vit_tiny", 64, None), ("resnet18", None, "digits", "through_layer_norm", "blocks")]
 
 
 def test_export_prints_the_file_it_wrote(call: Any) -> None:
