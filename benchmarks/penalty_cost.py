@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -165,8 +167,8 @@ def page(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> st
     lines = [
         "# What a penalty costs in a training step",
         "",
-        "Written by `python benchmarks/penalty_cost.py`, whose docstring says what is timed. Milliseconds; shares are "
-        "those of the step.",
+        f"Written by `{shlex.join(['python', 'benchmarks/penalty_cost.py', *sys.argv[1:]])}`, whose docstring says what "
+        "is timed. Milliseconds; shares are those of the step.",
         "",
         f"- machine: {device}, {arguments.device}, {arguments.threads} threads; batch {arguments.batch}, "
         f"{arguments.size} px, {arguments.rounds} rounds; penalty {arguments.penalty}",

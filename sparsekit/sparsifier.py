@@ -18,6 +18,7 @@ from sparsekit.holdings import Largest
 from sparsekit.masks import Masks, Quantity, check_target
 from sparsekit.penalised import PenalisedWeights
 from sparsekit.penalties import Penalty
+from sparsekit.rates import GroupRates
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
@@ -91,7 +92,6 @@ class Sparsifier:
         self._penalised = PenalisedWeights(model, groups, penalty)
         self._total_steps = total_steps
         self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
-        self._min_channels = min_channels
         self._strength = 0.0 if strength == "auto" else float(strength)
         self._steps = 0
         self._met = False
@@ -100,11 +100,15 @@ class Sparsifier:
         self._alive = torch.ones_like(self._penalised.norms())
         relative_costs = _relative_costs(self._penalised.groups, costs)
         self._weights = self._channel_weights(model, adaptive, relative_costs)
-        least = [0 if g.bypass else g.units(min_channels) for g in self._penalised.groups]
+        self._least = [
+            0 if g.bypass else min(g.units(min_channels), g.n_channels) for g in self._penalised.groups
+        ]
         self._best = (
-            Largest(self._penalised.numbers, least, self._penalised.device) if min_channels > 0 else None
+            Largest(self._penalised.numbers, self._least, self._penalised.device)
+            if any(self._least)
+            else None
         )
-        self._rates = _Rates(self._penalised)
+        self._rates = GroupRates(self._penalised)
         self._acted = False
         self._controller: Controller | None = None
         if strength == "auto":
@@ -207,10 +211,7 @@ class Sparsifier:
 
     def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
         """Say so, once, if a constant strength has taken all to zero that it could."""
-        least = [
-            0 if g.bypass else min(g.units(self._min_channels), g.n_channels) for g in self._penalised.groups
-        ]
-        if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), least, strict=True)):
+        if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), self._least, strict=True)):
             return
         self._warned = True
         warnings.warn(
@@ -362,52 +363,3 @@ def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] |
     mean = sum(costs[g.name] * g.n_channels for g in groups) / sum(g.n_channels for g in groups)
     most = {group.name: math.inf if group.bypass else 400.0 for group in groups}
     return {g.name: min(max(costs[g.name] / mean, 1 / 400), most[g.name]) if mean else 1.0 for g in groups}
-
-
-def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """Learning rate by parameter identity, times the length of a steady step with SGD's momentum."""
-    rates: dict[int, float] = {}
-    for param_group in optimizer.param_groups:
-        rate = float(param_group["lr"])
-        if "dampening" in param_group:
-            momentum = param_group["momentum"]
-            rate *= (1 - param_group["dampening"]) / (1 - momentum) if momentum else 1.0
-        rates.update((id(parameter), rate) for parameter in param_group["params"])
-    return rates
-
-
-class _Rates:
-    """Effective rates of the penalised groups: the mean over each group's tensors, 0 if the optimizer lacks one.
-
-    As one number if they are all the same, else as a vector over channels, written by fills: no copy waits for a GPU.
-    """
-
-    def __init__(self, penalised: PenalisedWeights) -> None:
-        self._numbers = penalised.numbers
-        self._ids = [[id(tensor) for tensor in penalised.parameters(group)] for group in penalised.groups]
-        self._by_channel = torch.zeros_like(penalised.shrunk.sizes)
-        self._pieces = list(penalised.numbers.split(self._by_channel).values())
-
-    def of(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """By the names of the groups that the optimizer has all weights of. Raises InputError if there are none."""
-        rates = _effective_rates(optimizer)
-        group_rates = {
-            name: sum(rates[one] for one in ids) / len(ids)
-            for name, ids in zip(self._numbers.names, self._ids, strict=True)
-            if all(one in rates for one in ids)
-        }
-        if not group_rates:
-            raise InputError(
-                "the optimizer has none of the penalised weights; build it from the parameters of the model "
-                "that was given to the Sparsifier"
-            )
-        return group_rates
-
-    def by_channel(self, group_rates: Mapping[str, float]) -> Tensor | float:
-        """The same for each channel (n,), or the one number that they all have."""
-        values = [group_rates.get(name, 0.0) for name in self._numbers.names]
-        if len(set(values)) == 1:
-            return values[0]
-        torch._foreach_zero_(self._pieces)
-        torch._foreach_add_(self._pieces, values)
-        return self._by_channel

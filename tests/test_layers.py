@@ -23,6 +23,7 @@ operators calls grouping scores
 watching
 masks penalties
 importance penalised
+rates
 controller fold
 surgery
 proof
