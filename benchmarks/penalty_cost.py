@@ -167,8 +167,8 @@ def page(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> st
     lines = [
         "# What a penalty costs in a training step",
         "",
-        f"Written by `{shlex.join(['python', 'benchmarks/penalty_cost.py', *sys.argv[1:]])}`, whose docstring says what "
-        "is timed. Milliseconds; shares are those of the step.",
+        f"Written by `{shlex.join(['python', 'benchmarks/penalty_cost.py', *sys.argv[1:]])}`, whose docstring "
+        "says what is timed. Milliseconds; shares are those of the step.",
         "",
         f"- machine: {device}, {arguments.device}, {arguments.threads} threads; batch {arguments.batch}, "
         f"{arguments.size} px, {arguments.rounds} rounds; penalty {arguments.penalty}",
