@@ -170,6 +170,7 @@ def make_sparsifier(
         adaptive=spec.adaptive,
         importance=spec.importance,
         costs=costs,
+        revive=spec.revive,
     )
 
 

@@ -48,6 +48,11 @@ class GroupRates:
         return self._by_channel
 
 
+def takes_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its steps are proportional to the gradients, as those of SGD are and those of Adam and its kin not."""
+    return all("dampening" in param_group for param_group in optimizer.param_groups)
+
+
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     """Learning rate by parameter identity, times the length of a steady step with SGD's momentum."""
     rates: dict[int, float] = {}

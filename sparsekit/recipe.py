@@ -249,6 +249,11 @@ class SparsifySpec(_Phase):
         description="at a constant strength, channels are shrunk faster the lower their score at the start, by "
         "(mean / score) to this power; 0 shrinks all alike",
     )
+    revive: bool = Field(
+        default=False,
+        description="at a constant strength, channels at zero come back when the loss pulls at them harder than the "
+        "penalty; not behind BatchNorm and ReLU, where zeros have no gradient",
+    )
     warmup: Share = Field(default=0.05, description="share of the phase with strength 0 at the start")
     ramp: Share = Field(default=0.1, description="share of the phase in which the strength rises")
     debias: Share = Field(
@@ -511,6 +516,12 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
             ("sparsify.penalty", "sparsify.strength"),
             "sparsify.penalty group_mcp spares what is far from zero, so strength auto cannot take it there; auto "
             "shrinks no channel that is to stay, so take group_lasso, or give sparsify.strength a number",
+        )
+    if sparsify.strength == "auto" and sparsify.revive:
+        yield _Contradiction(
+            ("sparsify.revive", "sparsify.strength"),
+            "sparsify.revive is for a strength in numbers: auto chooses anew, until it has met its target, which "
+            "channels go; leave revive out, or give sparsify.strength a number",
         )
     if cut.method == "budget" and cut.target is None:
         yield _Contradiction(

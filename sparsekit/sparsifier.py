@@ -18,7 +18,8 @@ from sparsekit.holdings import Largest
 from sparsekit.masks import Masks, Quantity, check_target
 from sparsekit.penalised import PenalisedWeights
 from sparsekit.penalties import Penalty
-from sparsekit.rates import GroupRates
+from sparsekit.pull import Pull
+from sparsekit.rates import GroupRates, takes_plain_steps
 from sparsekit.schedules import PhaseShares
 from sparsekit.scores import channel_scores
 
@@ -65,8 +66,14 @@ class Sparsifier:
     (what one channel of each group costs: `channel_macs`, `channel_latencies`) make zeros appear where they save most:
     by them "auto" divides what channels are worth; a constant strength is multiplied by sqrt(cost / mean cost).
 
-    Raises InputError for a strength below 0, "auto" without total_steps or target or with "group_mcp", a target out of
-    reach, groups of another model, or groups with nothing free.
+    With `revive` zeros of a constant strength are not for good: a channel that fell early, or in a noisy step, comes
+    back when the loss pulls at it harder than the penalty holds it there, which is that zero is not its optimum
+    (`Pull`). The momenta of channels at zero are kept until the penalised part is over, gradients are needed as for
+    "taylor", and a step costs some passes over the penalised weights more. Behind BatchNorm and ReLU nothing comes
+    back: with scale and shift at zero there is no gradient.
+
+    Raises InputError for a strength below 0, "auto" without total_steps or target or with "group_mcp" or `revive`, a
+    target out of reach, groups of another model, or groups with nothing free.
     """
 
     def __init__(
@@ -84,8 +91,9 @@ class Sparsifier:
         adaptive: float = 0.0,
         importance: Importance = "taylor",
         costs: Mapping[str, float] | None = None,
+        revive: bool = False,
     ) -> None:
-        _check_arguments(penalty, strength, total_steps, target, round_to, importance)
+        _check_arguments(penalty, strength, total_steps, target, round_to, importance, revive)
         check_target(groups, target)
         model = _unwrapped(model)
         self._groups = groups
@@ -109,6 +117,7 @@ class Sparsifier:
             else None
         )
         self._rates = GroupRates(self._penalised)
+        self._pull = Pull(self._penalised.shrunk, self._penalised.tensors, penalty) if revive else None
         self._acted = False
         self._controller: Controller | None = None
         if strength == "auto":
@@ -162,6 +171,10 @@ class Sparsifier:
             self._follow(self._controller.decide(self._steps, self._alive, rates))
         strength, rate = self._current_strength(self._steps), self._rates.by_channel(rates)
         self._steps += 1
+        if self._pull is not None and strength > 0:
+            self._pull.observe()
+            pulls = self._pull.of_channels(relative=not takes_plain_steps(optimizer))
+            self._alive.masked_fill_(pulls > strength * self._weights, 1.0)
         factors = self._alive
         if strength > 0 and (isinstance(rate, Tensor) or rate > 0):
             self._acted = True
@@ -170,7 +183,8 @@ class Sparsifier:
             factors = self._penalised.shrink_(thresholds, reach, self._alive, rate)
         if self._acted:  # before that nothing has died
             self._penalised.hold_(factors)
-            self._penalised.clear_momenta_(optimizer, self._alive)
+            if self._pull is None or strength == 0:  # what may come back goes on from its momenta
+                self._penalised.clear_momenta_(optimizer, self._alive)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Take a step after every `optimizer.step()` from now on, in whoever's loop; `remove()` the handle to stop.
@@ -289,6 +303,7 @@ class Sparsifier:
             "alive": split(self._alive.clone()),
             "weights": split(self._weights.clone()),
             "controller": {} if self._controller is None else self._controller.state_dict(),
+            "pull": {} if self._pull is None else self._pull.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -301,12 +316,18 @@ class Sparsifier:
             raise InputError(
                 "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
             )
+        if bool(state["pull"]) != (self._pull is not None):
+            raise InputError(
+                "the sparsifier's state belongs to one that revives channels, or this one does and it did not"
+            )
         self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
         self._alive.copy_(numbers.join(state["alive"]))
         self._weights.copy_(numbers.join(state["weights"]))
         self._acted = True
         if self._controller is not None:
             self._controller.load_state_dict(state["controller"])
+        if self._pull is not None:
+            self._pull.load_state_dict(state["pull"])
 
 
 def _check_arguments(
@@ -316,6 +337,7 @@ def _check_arguments(
     target: Mapping[Quantity, float] | None,
     round_to: int,
     importance: Importance,
+    revive: bool,
 ) -> None:
     if penalty not in get_args(Penalty):
         raise InputError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
@@ -327,6 +349,10 @@ def _check_arguments(
         raise InputError(
             "penalty 'group_mcp' spares what is far from zero, so strength 'auto' cannot take it there; 'auto' shrinks "
             "no channel that is to stay, so take 'group_lasso', or give a strength"
+        )
+    if strength == "auto" and revive:
+        raise InputError(
+            "revive is for a constant strength; 'auto' chooses anew, until it has met its target, which channels go"
         )
     if strength != "auto" and not (isinstance(strength, (int, float)) and 0 <= strength < math.inf):
         raise InputError(f"strength must be a finite number >= 0 or 'auto', got {strength!r}")

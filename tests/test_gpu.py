@@ -58,9 +58,11 @@ def _backward(model: nn.Module, device: str = "cuda") -> None:
     F.cross_entropy(model(images), labels).backward()
 
 
-def _sparsifier(model: nn.Module, penalty: Penalty, strength: float | str) -> sk.Sparsifier:
+def _sparsifier(
+    model: nn.Module, penalty: Penalty, strength: float | str, *, revive: bool = False
+) -> sk.Sparsifier:
     groups = sk.find_groups(model, EXAMPLE.to(next(model.parameters()).device))
-    settings: dict[str, Any] = {"strength": strength}
+    settings: dict[str, Any] = {"strength": strength, "revive": revive}
     if strength == "auto":  # of 100,000 steps none but every thousandth is planned anew
         settings |= {"total_steps": 100_000, "target": {"macs": 0.5}, "shares": NO_PARTS}
     return sk.Sparsifier(model, groups, penalty=penalty, **settings)
@@ -69,11 +71,13 @@ def _sparsifier(model: nn.Module, penalty: Penalty, strength: float | str) -> sk
 @pytest.mark.parametrize("strength", [0.01, "auto"])
 @pytest.mark.parametrize("penalty", get_args(Penalty))
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_step_waits_for_nothing(kind: str, penalty: Penalty, strength: float | str) -> None:
-    if (penalty, strength) == ("group_mcp", "auto"):
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_step_waits_for_nothing(kind: str, penalty: Penalty, strength: float | str, revive: bool) -> None:
+    if strength == "auto" and (penalty == "group_mcp" or revive):
         pytest.skip("refused")
     model = _network().cuda()
-    sparsifier, optimizer = _sparsifier(model, penalty, strength), _optimizer(kind, model)
+    sparsifier = _sparsifier(model, penalty, strength, revive=revive)
+    optimizer = _optimizer(kind, model)
     for step in range(4):
         _backward(model)
         optimizer.step()

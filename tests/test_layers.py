@@ -22,7 +22,7 @@ tracing coupling
 operators calls grouping scores
 watching
 masks penalties
-importance penalised
+importance penalised pull
 rates
 controller fold
 surgery

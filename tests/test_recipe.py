@@ -350,6 +350,7 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty=group_mcp",
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
+    ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
     ("cut.target={}", "cut.target must have exactly one of macs, params and channels, got none"),
     (
         "cut.target.params=0.5",

@@ -665,13 +665,18 @@ class _NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("penalty", ["group_lasso", "l1"])
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
-def test_a_step_with_a_fixed_strength_never_waits_for_the_device(kind: str, penalty: str) -> None:
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_step_with_a_fixed_strength_never_waits_for_the_device(
+    kind: str, penalty: str, revive: bool
+) -> None:
     scattered = Member("y", 1, (4, 0, 2), 1, "producer", penalised=True)
     group = _groups(("x",), n=3).groups[0]
     groups = ChannelGroups((ChannelGroup("x", 3, (*group.members, scattered)),), ())
     model = Points(x=torch.ones(3, 2), y=torch.ones(2, 5))
     optimizer = OPTIMIZERS[kind][0](model.parameters())
-    sparsifier = sk.Sparsifier(model, groups, penalty=penalty, strength=0.1, total_steps=4, shares=NO_PARTS)
+    sparsifier = sk.Sparsifier(
+        model, groups, penalty=penalty, strength=0.1, total_steps=4, shares=NO_PARTS, revive=revive
+    )
     _set_gradients(model, torch.Generator().manual_seed(0))
     optimizer.step()
     before = model.x.detach().clone()
