@@ -138,8 +138,7 @@ def _measured(layer: LayerCost) -> float:
 class CostShare:
     """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels.
 
-    `latency`: of the time that the dense model's layers take, each in proportion to what is left of its weight; NaN
-    where it has not been measured.
+    `latency`: of the time that the dense model takes, by the curves of its layers; NaN where it was not measured.
     """
 
     macs: float
@@ -167,14 +166,19 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
             key = (member.tensor, member.dim)
             removed[key] = removed.get(key, 0) + gone * member.repeat
 
-    def left(tensor: str, shape: tuple[int, ...]) -> int:
+    def sizes_left(tensor: str, shape: tuple[int, ...]) -> list[int]:
         # A block that goes as a whole may have lost channels as well.
-        return prod(max(size - removed.get((tensor, dim), 0), 0) for dim, size in enumerate(shape))
+        return [max(size - removed.get((tensor, dim), 0), 0) for dim, size in enumerate(shape)]
+
+    def left(tensor: str, shape: tuple[int, ...]) -> int:
+        return prod(sizes_left(tensor, shape))
 
     dense_macs = sum(layer.macs for layer in groups.layers)
     dense_ms = sum(math.nan if layer.ms is None else layer.ms for layer in groups.layers)
     ms = sum(
-        math.nan if layer.ms is None else layer.ms * left(layer.weight, layer.shape) / prod(layer.shape)
+        math.nan
+        if layer.curve is None
+        else float(layer.curve.at(*sizes_left(layer.weight, layer.shape)[:2]))
         for layer in groups.layers
     )
     macs = sum(left(layer.weight, layer.shape) * layer.positions for layer in groups.layers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import gcd
 from typing import Literal
 
+from sparsekit.latency_curve import LatencyCurve
 from sparsekit.rewriting import Place
 
 Role = Literal[
@@ -119,13 +120,18 @@ class ChannelGroup:
 class LayerCost:
     """MACs of one layer: elements of its weight times the positions the weight is applied at (batch 1).
 
-    `ms` is what it takes in ONNX Runtime, None until `measure_layers` has measured it.
+    `curve` is what it takes in ONNX Runtime, None until `measure_layers` has measured it.
     """
 
     weight: str
     shape: tuple[int, ...]
     positions: int
-    ms: float | None = None
+    curve: LatencyCurve | None = None
+
+    @property
+    def ms(self) -> float | None:
+        """What the whole layer takes in ONNX Runtime, None until that has been measured."""
+        return None if self.curve is None else self.curve.dense_ms
 
     @property
     def macs(self) -> int:

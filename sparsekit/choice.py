@@ -1,0 +1,318 @@
+"""Which channels to keep under a budget of latency, multiply-accumulates or parameters: the most worth that fits in.
+
+A knapsack whose items depend on each other: what a channel costs depends on how many others its layers keep. Channels
+of a group go in the order of their worth, in whole blocks, so a solution is how many each group keeps.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsekit.errors import InputError
+from sparsekit.groups import ChannelGroups
+from sparsekit.masks import Masks, Quantity
+
+__all__ = ["choose_channels"]
+
+Array = NDArray[np.float64]
+# A dimension: the indices that stay in any case, and how many more each kept channel of a group brings.
+_Dimension = tuple[float, Mapping[str, float]]
+# What gains less than this, relative to all there is, is no gain but rounding.
+_NOTHING = 1e-9
+# The most numbers of channels to keep that a group's choice is between: more would differ by next to nothing.
+_MAX_OPTIONS = 64
+_MAX_SWEEPS = 20
+
+
+def choose_channels(
+    groups: ChannelGroups,
+    worth: Masks,
+    limits: Mapping[Quantity, float],
+    rounding: Mapping[str, tuple[int, int]],
+) -> Masks:
+    """Keep-masks that keep the most worth under all `limits`.
+
+    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`relative_worth`, or what a Sparsifier has
+    learned). `limits` are shares of the dense model's "latency" (`measure_layers` comes first), "macs", "params" or
+    "channels".
+    `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least
+    (`ChannelGroup.rounding`).
+
+    Greedy from the whole model down, the block (or run of blocks: on a staircase the first may save nothing) with the
+    least worth for its cost first; then pairs of groups trade until no pair gains, which makes up for what the last
+    step overshot. Costs are those at the widths that the other groups have by then. Channels that are worth nothing but
+    cost nothing either may stay. Raises InputError for limits out of reach.
+    """
+    return Choice(groups, worth, rounding).under(limits)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One addend of a cost: `of` its dimensions' sizes; 0 where one of `gates` (blocks that go as a whole) is shut."""
+
+    dimensions: tuple[_Dimension, ...]
+    of: Callable[..., Array | float]
+    gates: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.gates, *(name for _, brings in self.dimensions for name in brings)}
+
+    def at(self, counts: Mapping[str, Array | float]) -> Array | float:
+        """Its value; counts may be arrays that broadcast against each other."""
+        sizes = [
+            base + sum((brings[name] * counts[name] for name in brings), start=0.0)
+            for base, brings in self.dimensions
+        ]
+        value = self.of(*sizes)
+        for gate in self.gates:
+            value = value * (np.asarray(counts[gate]) > 0)
+        return value
+
+
+class Choice:
+    """Finds masks for one model and one worth of its channels, for any limits; the greedy part is done once a limit.
+
+    Raises InputError if the latency is limited and was not measured.
+    """
+
+    def __init__(
+        self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]
+    ) -> None:
+        self._groups = groups
+        self._terms = {quantity: _terms(groups, quantity) for quantity in get_args(Quantity)}
+        self._order: dict[str, torch.Tensor] = {}
+        self._options: dict[str, NDArray[np.int64]] = {}
+        self._kept_worth: dict[str, Array] = {}  # of each option
+        for group in groups.free:
+            values = worth[group.name].detach().double().cpu()
+            order = values.argsort(descending=True, stable=True)
+            sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
+            multiple, least = rounding[group.name]
+            options = _counts(group.n_channels, multiple, least)
+            self._order[group.name], self._options[group.name] = order, options
+            self._kept_worth[group.name] = sums[options]
+        self._dense = {name: len(options) - 1 for name, options in self._options.items()}
+        self._all_worth = sum(float(kept[-1]) for kept in self._kept_worth.values())
+
+    def under(self, limits: Mapping[Quantity, float]) -> Masks:
+        """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
+        chosen = self._traded(self._greedy(limits), limits)
+        masks = {}
+        for name, option in chosen.items():
+            mask = torch.zeros(len(self._order[name]), dtype=torch.bool)
+            mask[self._order[name][: int(self._options[name][option])]] = True
+            masks[name] = mask
+        return masks
+
+    def _cost(self, quantity: str, chosen: Mapping[str, int]) -> float:
+        counts = {name: float(self._options[name][option]) for name, option in chosen.items()}
+        return float(sum(term.at(counts) for term in self._measured_terms(quantity)))
+
+    def _measured_terms(self, quantity: str) -> Sequence[_Term]:
+        terms = self._terms[quantity]
+        if terms is None:
+            raise InputError(
+                "a limit on latency needs the layers' latencies; take the groups that sparsekit.measure_layers returns"
+            )
+        return terms
+
+    def _greedy(self, limits: Mapping[str, float]) -> dict[str, int]:
+        """Down from the dense model until all limits are met, the lowest first."""
+        chosen = dict(self._dense)
+        allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
+        for quantity in sorted(allowed, key=lambda q: limits[q]):
+            self._descend(chosen, quantity, allowed[quantity])
+        return chosen
+
+    def _descend(self, chosen: dict[str, int], quantity: str, allowed: float) -> None:
+        terms = self._measured_terms(quantity)
+        touching = _by_group(terms)
+        cost = self._cost(quantity, chosen)
+        version = dict.fromkeys(chosen, 0)
+        heap: list[tuple[float, str, int, int, float]] = []
+
+        def offer(name: str) -> None:
+            found = self._best_drop(name, chosen, touching.get(name, ()))
+            if found is not None:
+                ratio, option, saved = found
+                heapq.heappush(heap, (ratio, name, version[name], option, saved))
+
+        for name in chosen:
+            offer(name)
+        while cost > allowed:
+            if not heap:
+                raise InputError(self._out_of_reach(quantity, allowed))
+            _, name, when, option, saved = heapq.heappop(heap)
+            if when != version[name]:
+                continue
+            chosen[name] = option
+            cost -= saved
+            for other in {name, *(n for term in touching.get(name, ()) for n in term.names)}:
+                version[other] += 1
+                offer(other)
+
+    def _best_drop(
+        self, name: str, chosen: Mapping[str, int], terms: Sequence[_Term]
+    ) -> tuple[float, int, float] | None:
+        """The drop to fewer channels that loses the least worth for its cost: that ratio, the option, the saving."""
+        option = chosen[name]
+        if option == 0 or not terms:
+            return None
+        costs = self._costs_of_options(name, chosen, terms)
+        saved = costs[option] - costs[:option]
+        lost = self._kept_worth[name][option] - self._kept_worth[name][:option]
+        helps = saved > _NOTHING * abs(costs[option])
+        if not helps.any():
+            return None
+        ratio = np.where(helps, lost / np.where(helps, saved, 1.0), np.inf)
+        best = int(ratio.argmin())
+        return float(ratio[best]), best, float(saved[best])
+
+    def _costs_of_options(self, name: str, chosen: Mapping[str, int], terms: Sequence[_Term]) -> Array:
+        counts: dict[str, Array | float] = {n: float(self._options[n][o]) for n, o in chosen.items()}
+        counts[name] = self._options[name].astype(float)
+        return np.broadcast_to(sum(term.at(counts) for term in terms), (len(self._options[name]),))
+
+    def _traded(self, chosen: dict[str, int], limits: Mapping[str, float]) -> dict[str, int]:
+        """Better by trades between two groups (or one alone), until there is none."""
+        allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
+        costs = {q: self._cost(q, chosen) for q in allowed}
+        touching = {q: _by_group(self._measured_terms(q)) for q in allowed}
+        names = [name for name in chosen if len(self._options[name]) > 1]
+        pairs = list(combinations(names, 2)) or [(name, name) for name in names]
+        changed = set(names)
+        for _ in range(_MAX_SWEEPS):
+            stale, changed = changed, set()
+            for pair in pairs:
+                if stale.isdisjoint(pair) and changed.isdisjoint(pair):
+                    continue
+                better = self._best_pair(pair, chosen, costs, allowed, touching)
+                if better is not None:
+                    chosen.update(better)
+                    costs = {q: self._cost(q, chosen) for q in allowed}
+                    changed.update(n for name in pair for n in self._neighbours(name, touching))
+            if not changed:
+                break
+        return chosen
+
+    def _neighbours(
+        self, name: str, touching: Mapping[str, Mapping[str, Sequence[_Term]]]
+    ) -> Iterator[str]:
+        yield name
+        for by_group in touching.values():
+            for term in by_group.get(name, ()):
+                yield from term.names
+
+    def _best_pair(
+        self,
+        pair: tuple[str, str],
+        chosen: Mapping[str, int],
+        costs: Mapping[str, float],
+        allowed: Mapping[str, float],
+        touching: Mapping[str, Mapping[str, Sequence[_Term]]],
+    ) -> dict[str, int] | None:
+        first, second = pair
+        rows, columns = self._options[first].astype(float), self._options[second].astype(float)
+        kept = self._kept_worth[first][:, None] + self._kept_worth[second][None]
+        here = chosen[first], chosen[second]
+        if first == second:
+            kept, here = self._kept_worth[first][:, None], (chosen[first], 0)
+            columns = np.zeros(1)
+        gain = kept - kept[here]
+        possible = gain > _NOTHING * max(self._all_worth, _NOTHING)
+        counts: dict[str, Array | float] = {n: float(self._options[n][o]) for n, o in chosen.items()}
+        for quantity, by_group in touching.items():
+            if not possible.any():
+                return None
+            terms = list(
+                {id(t): t for t in (*by_group.get(first, ()), *by_group.get(second, ()))}.values()
+            )
+            before = float(sum(term.at(counts) for term in terms))
+            trial = counts | {second: columns[None]} | {first: rows[:, None]}
+            after = np.broadcast_to(sum((term.at(trial) for term in terms), start=0.0), kept.shape)
+            possible &= costs[quantity] - before + after <= allowed[quantity]
+        if not possible.any():
+            return None
+        best = np.unravel_index(np.where(possible, gain, -np.inf).argmax(), kept.shape)
+        return {second: int(best[1])} | {first: int(best[0])}  # of a group with itself the first counts
+
+    def _out_of_reach(self, quantity: str, allowed: float) -> str:
+        smallest = dict.fromkeys(self._dense, 0)
+        dense = self._cost(quantity, self._dense)
+        frozen = sum(1 for group in self._groups if group.frozen)
+        return (
+            f"{quantity} {allowed / dense:.3f} is out of reach: keeping the fewest channels allowed leaves "
+            f"{self._cost(quantity, smallest) / dense:.3f}"
+            + (f"; {frozen} of {len(self._groups)} groups are frozen" if frozen else "")
+            + "; ask for less, or lower min_channels or round_to"
+        )
+
+
+def _counts(n: int, multiple: int, least: int) -> NDArray[np.int64]:
+    """How many of n channels a group may keep, ascending: multiples, from the least on, and all."""
+    multiple = max(multiple, -(-n // _MAX_OPTIONS // multiple) * multiple)
+    first = -(-least // multiple) * multiple
+    return np.unique([*range(first, n, multiple), n])
+
+
+def _by_group(terms: Sequence[_Term]) -> dict[str, list[_Term]]:
+    touching: dict[str, list[_Term]] = {}
+    for term in terms:
+        for name in term.names:
+            touching.setdefault(name, []).append(term)
+    return touching
+
+
+def _terms(groups: ChannelGroups, quantity: str) -> list[_Term] | None:
+    """The addends of a quantity; None for latencies that have not been measured."""
+    shapes = {layer.weight: layer.shape for layer in groups.layers} | dict(groups.tensor_shapes)
+    brought: dict[tuple[str, int], dict[str, float]] = {}
+    for group in groups.free:
+        for member in group.members if not group.bypass else ():
+            if member.role != "size":
+                dimension = brought.setdefault((member.tensor, member.dim), {})
+                dimension[group.name] = dimension.get(group.name, 0.0) + member.repeat
+    sizes = {group.name: group.n_channels for group in groups.free}
+    gates = [group for group in groups.free if group.bypass]
+
+    def term(tensor: str, n_dims: int, of: Callable[..., Array | float]) -> _Term:
+        dimensions = []
+        for dim, size in enumerate(shapes[tensor][:n_dims]):
+            brings = brought.get((tensor, dim), {})
+            base = size - sum(each * sizes[name] for name, each in brings.items())
+            dimensions.append((float(base), brings))
+        shut = tuple(gate.name for gate in gates if tensor.startswith(f"{gate.bypass}."))
+        return _Term(tuple(dimensions), of, shut)
+
+    if quantity == "latency":
+        if any(layer.curve is None for layer in groups.layers):
+            return None
+        return [
+            term(layer.weight, 2, layer.curve.at) for layer in groups.layers if layer.curve is not None
+        ]
+    if quantity == "channels":
+        return [_Term(((0.0, {name: 1.0}),), _product(1)) for name in sizes]
+    if quantity == "macs":
+        return [
+            term(layer.weight, len(layer.shape), _product(layer.positions)) for layer in groups.layers
+        ]
+    return [term(name, len(shapes[name]), _product(1)) for name in groups.parameters]
+
+
+def _product(factor: float) -> Callable[..., Array | float]:
+    def product(*sizes: Array | float) -> Array | float:
+        value: Array | float = factor
+        for size in sizes:
+            value = value * size
+        return value
+
+    return product
