@@ -9,24 +9,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsekit.analysis import find_groups
     from sparsekit.artifact import load, save
+    from sparsekit.choice import choose_channels
     from sparsekit.complexity import channel_latencies, channel_macs
     from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
     from sparsekit.export import export_onnx
     from sparsekit.latency import compare_latency
+    from sparsekit.latency_table import LatencyTable
     from sparsekit.layer_latency import measure_layers
     from sparsekit.masks import keep_masks
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.recalibration import recalibrate_batchnorms
     from sparsekit.sparsifier import Sparsifier
+    from sparsekit.speed_search import search_speed
     from sparsekit.surgery import apply_plan, verify_cut
 
 __version__ = version("sparsekit")
 __all__ = [
+    "LatencyTable",
     "PrunePlan",
     "Sparsifier",
     "apply_plan",
     "channel_latencies",
     "channel_macs",
+    "choose_channels",
     "compare_latency",
     "export_onnx",
     "find_groups",
@@ -37,6 +42,7 @@ __all__ = [
     "rebind_scheduler",
     "recalibrate_batchnorms",
     "save",
+    "search_speed",
     "transplant",
     "transplant_ema",
     "verify_cut",
@@ -44,11 +50,13 @@ __all__ = [
 
 # Imported on first use (PEP 562), so that `sparsekit --help` does not wait for torch.
 _HOMES = {
+    "LatencyTable": "latency_table",
     "PrunePlan": "plan",
     "Sparsifier": "sparsifier",
     "apply_plan": "surgery",
     "channel_latencies": "complexity",
     "channel_macs": "complexity",
+    "choose_channels": "choice",
     "compare_latency": "latency",
     "export_onnx": "export",
     "find_groups": "analysis",
@@ -59,6 +67,7 @@ _HOMES = {
     "rebind_scheduler": "continuation",
     "recalibrate_batchnorms": "recalibration",
     "save": "artifact",
+    "search_speed": "speed_search",
     "transplant": "continuation",
     "transplant_ema": "continuation",
     "verify_cut": "surgery",

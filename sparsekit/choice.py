@@ -40,9 +40,9 @@ def choose_channels(
 ) -> Masks:
     """Keep-masks that keep the most worth under all `limits`.
 
-    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`relative_worth`, or what a Sparsifier has
-    learned). `limits` are shares of the dense model's "latency" (`measure_layers` comes first), "macs", "params" or
-    "channels".
+    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`relative_worth`, or `Sparsifier.worth`);
+    infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
+    first), "macs", "params" or "channels".
     `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least
     (`ChannelGroup.rounding`).
 
@@ -72,9 +72,9 @@ class _Term:
             base + sum((brings[name] * counts[name] for name in brings), start=0.0)
             for base, brings in self.dimensions
         ]
-        value = self.of(*sizes)
+        value: Array | float = self.of(*sizes)
         for gate in self.gates:
-            value = value * (np.asarray(counts[gate]) > 0)
+            value = np.multiply(value, np.asarray(counts[gate]) > 0)
         return value
 
 
@@ -84,9 +84,7 @@ class Choice:
     Raises InputError if the latency is limited and was not measured.
     """
 
-    def __init__(
-        self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]
-    ) -> None:
+    def __init__(self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> None:
         self._groups = groups
         self._terms = {quantity: _terms(groups, quantity) for quantity in get_args(Quantity)}
         self._order: dict[str, torch.Tensor] = {}
@@ -98,6 +96,8 @@ class Choice:
             sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
             multiple, least = rounding[group.name]
             options = _counts(group.n_channels, multiple, least)
+            if not bool(values.isfinite().all()):
+                options, sums = options[-1:], np.zeros_like(sums)
             self._order[group.name], self._options[group.name] = order, options
             self._kept_worth[group.name] = sums[options]
         self._dense = {name: len(options) - 1 for name, options in self._options.items()}
@@ -113,11 +113,15 @@ class Choice:
             masks[name] = mask
         return masks
 
-    def _cost(self, quantity: str, chosen: Mapping[str, int]) -> float:
+    def least(self, quantity: Quantity) -> float:
+        """The smallest share of a quantity that is within reach."""
+        return self._cost(quantity, dict.fromkeys(self._dense, 0)) / self._cost(quantity, self._dense)
+
+    def _cost(self, quantity: Quantity, chosen: Mapping[str, int]) -> float:
         counts = {name: float(self._options[name][option]) for name, option in chosen.items()}
         return float(sum(term.at(counts) for term in self._measured_terms(quantity)))
 
-    def _measured_terms(self, quantity: str) -> Sequence[_Term]:
+    def _measured_terms(self, quantity: Quantity) -> Sequence[_Term]:
         terms = self._terms[quantity]
         if terms is None:
             raise InputError(
@@ -125,7 +129,7 @@ class Choice:
             )
         return terms
 
-    def _greedy(self, limits: Mapping[str, float]) -> dict[str, int]:
+    def _greedy(self, limits: Mapping[Quantity, float]) -> dict[str, int]:
         """Down from the dense model until all limits are met, the lowest first."""
         chosen = dict(self._dense)
         allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
@@ -133,7 +137,7 @@ class Choice:
             self._descend(chosen, quantity, allowed[quantity])
         return chosen
 
-    def _descend(self, chosen: dict[str, int], quantity: str, allowed: float) -> None:
+    def _descend(self, chosen: dict[str, int], quantity: Quantity, allowed: float) -> None:
         terms = self._measured_terms(quantity)
         touching = _by_group(terms)
         cost = self._cost(quantity, chosen)
@@ -148,7 +152,7 @@ class Choice:
 
         for name in chosen:
             offer(name)
-        while cost > allowed:
+        while cost > allowed * (1 + _NOTHING):
             if not heap:
                 raise InputError(self._out_of_reach(quantity, allowed))
             _, name, when, option, saved = heapq.heappop(heap)
@@ -182,7 +186,7 @@ class Choice:
         counts[name] = self._options[name].astype(float)
         return np.broadcast_to(sum(term.at(counts) for term in terms), (len(self._options[name]),))
 
-    def _traded(self, chosen: dict[str, int], limits: Mapping[str, float]) -> dict[str, int]:
+    def _traded(self, chosen: dict[str, int], limits: Mapping[Quantity, float]) -> dict[str, int]:
         """Better by trades between two groups (or one alone), until there is none."""
         allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
         costs = {q: self._cost(q, chosen) for q in allowed}
@@ -205,7 +209,7 @@ class Choice:
         return chosen
 
     def _neighbours(
-        self, name: str, touching: Mapping[str, Mapping[str, Sequence[_Term]]]
+        self, name: str, touching: Mapping[Quantity, Mapping[str, Sequence[_Term]]]
     ) -> Iterator[str]:
         yield name
         for by_group in touching.values():
@@ -216,9 +220,9 @@ class Choice:
         self,
         pair: tuple[str, str],
         chosen: Mapping[str, int],
-        costs: Mapping[str, float],
-        allowed: Mapping[str, float],
-        touching: Mapping[str, Mapping[str, Sequence[_Term]]],
+        costs: Mapping[Quantity, float],
+        allowed: Mapping[Quantity, float],
+        touching: Mapping[Quantity, Mapping[str, Sequence[_Term]]],
     ) -> dict[str, int] | None:
         first, second = pair
         rows, columns = self._options[first].astype(float), self._options[second].astype(float)
@@ -233,25 +237,22 @@ class Choice:
         for quantity, by_group in touching.items():
             if not possible.any():
                 return None
-            terms = list(
-                {id(t): t for t in (*by_group.get(first, ()), *by_group.get(second, ()))}.values()
-            )
+            terms = list({id(t): t for t in (*by_group.get(first, ()), *by_group.get(second, ()))}.values())
             before = float(sum(term.at(counts) for term in terms))
             trial = counts | {second: columns[None]} | {first: rows[:, None]}
             after = np.broadcast_to(sum((term.at(trial) for term in terms), start=0.0), kept.shape)
-            possible &= costs[quantity] - before + after <= allowed[quantity]
+            possible &= costs[quantity] - before + after <= allowed[quantity] * (1 + _NOTHING)
         if not possible.any():
             return None
         best = np.unravel_index(np.where(possible, gain, -np.inf).argmax(), kept.shape)
         return {second: int(best[1])} | {first: int(best[0])}  # of a group with itself the first counts
 
-    def _out_of_reach(self, quantity: str, allowed: float) -> str:
-        smallest = dict.fromkeys(self._dense, 0)
+    def _out_of_reach(self, quantity: Quantity, allowed: float) -> str:
         dense = self._cost(quantity, self._dense)
         frozen = sum(1 for group in self._groups if group.frozen)
         return (
             f"{quantity} {allowed / dense:.3f} is out of reach: keeping the fewest channels allowed leaves "
-            f"{self._cost(quantity, smallest) / dense:.3f}"
+            f"{self.least(quantity):.3f}"
             + (f"; {frozen} of {len(self._groups)} groups are frozen" if frozen else "")
             + "; ask for less, or lower min_channels or round_to"
         )
@@ -272,7 +273,7 @@ def _by_group(terms: Sequence[_Term]) -> dict[str, list[_Term]]:
     return touching
 
 
-def _terms(groups: ChannelGroups, quantity: str) -> list[_Term] | None:
+def _terms(groups: ChannelGroups, quantity: Quantity) -> list[_Term] | None:
     """The addends of a quantity; None for latencies that have not been measured."""
     shapes = {layer.weight: layer.shape for layer in groups.layers} | dict(groups.tensor_shapes)
     brought: dict[tuple[str, int], dict[str, float]] = {}
@@ -296,15 +297,11 @@ def _terms(groups: ChannelGroups, quantity: str) -> list[_Term] | None:
     if quantity == "latency":
         if any(layer.curve is None for layer in groups.layers):
             return None
-        return [
-            term(layer.weight, 2, layer.curve.at) for layer in groups.layers if layer.curve is not None
-        ]
+        return [term(layer.weight, 2, layer.curve.at) for layer in groups.layers if layer.curve is not None]
     if quantity == "channels":
         return [_Term(((0.0, {name: 1.0}),), _product(1)) for name in sizes]
     if quantity == "macs":
-        return [
-            term(layer.weight, len(layer.shape), _product(layer.positions)) for layer in groups.layers
-        ]
+        return [term(layer.weight, len(layer.shape), _product(layer.positions)) for layer in groups.layers]
     return [term(name, len(shapes[name]), _product(1)) for name in groups.parameters]
 
 

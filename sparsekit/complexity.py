@@ -176,9 +176,7 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
     dense_macs = sum(layer.macs for layer in groups.layers)
     dense_ms = sum(math.nan if layer.ms is None else layer.ms for layer in groups.layers)
     ms = sum(
-        math.nan
-        if layer.curve is None
-        else float(layer.curve.at(*sizes_left(layer.weight, layer.shape)[:2]))
+        math.nan if layer.curve is None else float(layer.curve.at(*sizes_left(layer.weight, layer.shape)[:2]))
         for layer in groups.layers
     )
     macs = sum(left(layer.weight, layer.shape) * layer.positions for layer in groups.layers)

@@ -135,6 +135,10 @@ class Controller:
         rate = sum(rates.values()) / len(rates)
         return Decision(weights, self._pace / rate if rate > 0 else 0.0)
 
+    def worth(self, alive: Tensor) -> Masks:
+        """What the channels of each group are worth by now, on the CPU; 0 of those at zero."""
+        return self._split((self._worth * (alive > 0)).cpu())
+
     @torch.no_grad()
     def planned_masks(self, alive: Tensor) -> Masks:
         """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is planned now."""

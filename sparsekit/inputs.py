@@ -23,6 +23,7 @@ from sparsekit.models import InputConfig, build_arguments, create_model, input_c
 from sparsekit.recipe import DenseSpec, FinetuneSpec, Recipe, SparsifySpec
 from sparsekit.schedules import PhaseShares
 from sparsekit.sparsifier import Sparsifier
+from sparsekit.speed_search import block_rounding
 from sparsekit.train import TrainOptions, make_optimizer, seed_everything
 
 
@@ -164,7 +165,8 @@ def make_sparsifier(
         strength=spec.strength,
         total_steps=total_steps,
         shares=PhaseShares(spec.warmup, spec.ramp, spec.debias),
-        target=cut_target(recipe),
+        # Masks that are chosen as a whole replace this target when the warm-up is over.
+        target={"macs": 1.0} if wants_choice(recipe) else cut_target(recipe),
         round_to=channel_rounding(recipe),
         min_channels=recipe.cut.min_channels,
         adaptive=spec.adaptive,
@@ -258,11 +260,33 @@ def augmentation(recipe: Recipe) -> Augment | None:
     return Augment(**{**spec.model_dump(), "color_jitter": spec.color_jitter or 0.0})
 
 
-def cut_target(recipe: Recipe) -> dict[Quantity, float] | None:
-    if recipe.cut.target is None:
-        return None
+def kept_limits(recipe: Recipe) -> dict[Quantity, float]:
+    """The shares of the dense model that the target leaves at most."""
     quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
-    return {q: value for q in quantities if (value := getattr(recipe.cut.target, q)) is not None}
+    return {q: value for q in quantities if (value := getattr(recipe.cut.target, q, None)) is not None}
+
+
+def wants_speed(recipe: Recipe) -> bool:
+    """Whether the target names a speed-up or a latency."""
+    target = recipe.cut.target
+    return target is not None and (target.speedup is not None or target.latency_ms is not None)
+
+
+def wants_choice(recipe: Recipe) -> bool:
+    """Whether the target takes more than a threshold over one quantity: masks that are chosen as a whole."""
+    return wants_speed(recipe) or len(kept_limits(recipe)) > 1
+
+
+def cut_target(recipe: Recipe) -> dict[Quantity, float] | None:
+    """The target as one quantity's share; None if there is none, or masks are chosen as a whole."""
+    return None if wants_choice(recipe) else kept_limits(recipe) or None
+
+
+def group_rounding(recipe: Recipe, groups: ChannelGroups) -> dict[str, tuple[int, int]]:
+    """In multiples of how many channels each free group is cut, and how many stay: measured, where the layers were."""
+    if recipe.cut.round_to == "auto" and all(layer.curve is not None for layer in groups.layers):
+        return block_rounding(groups, recipe.cut.min_channels)
+    return {g.name: g.rounding(channel_rounding(recipe), recipe.cut.min_channels) for g in groups.free}
 
 
 def channel_rounding(recipe: Recipe) -> int:

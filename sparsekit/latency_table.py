@@ -45,7 +45,9 @@ class LatencyTable:
         }
         self._threads = threads
         text = json.dumps(self.machine, sort_keys=True)
-        self.path = (cache or _cache_folder()) / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self.path = (
+            cache or _cache_folder()
+        ) / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self._ms = self._read()
 
     def ms(
@@ -61,9 +63,7 @@ class LatencyTable:
 
     def conv_block(self) -> int:
         """In blocks of how many channels convolutions run: 16 where ONNX Runtime has AVX-512, 1 if in none."""
-        probes = [
-            Operator((1, c, 28, 28), (c, c, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for c in _CONV_WIDTHS
-        ]
+        probes = [Operator((1, c, 28, 28), (c, c, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for c in _CONV_WIDTHS]
         return block_width(dict(zip(_CONV_WIDTHS, self.ms(probes), strict=True)))
 
     def product_block(self) -> int:
@@ -72,26 +72,25 @@ class LatencyTable:
         return block_width(dict(zip(_PRODUCT_WIDTHS, self.ms(probes), strict=True)))
 
     def _read(self) -> dict[str, float]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            warnings.warn(f"the latency table {self.path} cannot be read ({error}): measuring", stacklevel=3)
+        """What the file holds; nothing, with a warning, if that cannot be used."""
+        if not self.path.exists():
             return {}
         try:
-            found = json.loads(text)
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             if (found["format"], found["machine"]) != (_FORMAT, self.machine):
                 raise ValueError("it is of another machine, version or format")
             return {str(key): float(ms) for key, ms in found["ms"].items() if 0 < float(ms) < float("inf")}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(
-                f"the latency table {self.path} is left out ({error}): measuring anew", stacklevel=3
+                f"the latency table {self.path} is left out ({type(error).__name__}: {error}): measuring anew",
+                stacklevel=3,
             )
             return {}
 
     def _write(self) -> None:
-        self._ms = self._read() | self._ms  # another process may have measured as well
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._ms = self._read() | self._ms  # another process may have measured as well
         content: dict[str, Any] = {"format": _FORMAT, "machine": self.machine, "ms": self._ms}
         try:
             write_json(self.path, content)

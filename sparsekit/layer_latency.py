@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor, nn
 
 from sparsekit.complexity import watch_layers
@@ -96,9 +95,7 @@ class _Sweep:
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
         block = blocks["product" if isinstance(module, nn.Linear) else "conv"]
-        shrinking = {
-            member.dim for g in groups.free for member in g.members if member.tensor == layer.weight
-        }
+        shrinking = {member.dim for g in groups.free for member in g.members if member.tensor == layer.weight}
         steps = (_step(module, block), block)
         first, second = (
             _sizes(layer.shape[dim], steps[dim]) if dim in shrinking else (layer.shape[dim],)
@@ -155,7 +152,12 @@ def _operator(call: _Call, out: int, into: int) -> Operator:
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
     return Operator(
-        (shape[0], into * conv_groups, *shape[2:]), (out, into, *kernel), strides, pads, dilations, conv_groups
+        (shape[0], into * conv_groups, *shape[2:]),
+        (out, into, *kernel),
+        strides,
+        pads,
+        dilations,
+        conv_groups,
     )
 
 
@@ -183,8 +185,7 @@ def _shared_out(
     timed_ms = sum(curve.dense_ms for curve in curves if curve is not None)
     per_mac = timed_ms / timed_macs if timed_macs else whole_ms / max(sum(layer.macs for layer in layers), 1)
     estimated = [
-        curve
-        or LatencyCurve(((layer.shape[0],), (layer.shape[1],)), ((per_mac * layer.macs,),), outputs=1)
+        curve or LatencyCurve(((layer.shape[0],), (layer.shape[1],)), ((per_mac * layer.macs,),), outputs=1)
         for layer, curve in zip(layers, curves, strict=True)
     ]
     explained = sum(curve.dense_ms for curve in estimated)

@@ -126,9 +126,7 @@ def _narrow_enough(times: NDArray[np.float64]) -> bool:
     return bool(centre[wide].sum() <= 0.1 * centre.sum())
 
 
-def _profiled(
-    operators: Sequence[Operator], folder: Path, threads: int, rounds: int
-) -> NDArray[np.float64]:
+def _profiled(operators: Sequence[Operator], folder: Path, threads: int, rounds: int) -> NDArray[np.float64]:
     """Milliseconds, (rounds, operators), of one session."""
     file = folder / "operators.onnx"
     file.write_bytes(_graph(operators).SerializeToString())
@@ -151,7 +149,8 @@ def _kernel_times(session: onnxruntime.InferenceSession, n: int) -> NDArray[np.f
         # The kernel keeps the name of the operator, or of its output, whatever it was fused with.
         if event.get("cat") == "Node" and (found := _NAME.fullmatch(event["name"])):
             readings[int(found[1])].append(event["dur"] / 1000)
-    return np.array(readings).T
+    times: NDArray[np.float64] = np.array(readings).T
+    return times
 
 
 def _graph(operators: Sequence[Operator]) -> onnx.ModelProto:
@@ -161,7 +160,7 @@ def _graph(operators: Sequence[Operator]) -> onnx.ModelProto:
         weight = generator.standard_normal(o.weight_shape, dtype=np.float32)
         weights.append(numpy_helper.from_array(weight, f"w{i}"))
         if o.strides:
-            settings = {
+            settings: dict[str, Any] = {
                 "strides": o.strides,
                 "pads": o.pads,
                 "dilations": o.dilations,

@@ -1,6 +1,6 @@
 """The story of a run, one stage after the other.
 
-    dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
+    measure -> dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
 
 Every stage is journaled in the run directory: done stages are skipped on resume, a training stage goes on after
 its last completed epoch. Stages hand over through files (weights, artifacts, ONNX) and small results in the
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from sparsekit import artifact
 from sparsekit.analysis import find_groups
+from sparsekit.checkpoint import load_state, save_state
+from sparsekit.choice import Choice, choose_channels
 from sparsekit.complexity import channel_latencies, channel_macs, count_macs, count_params
 from sparsekit.data import Images, make_loader
 from sparsekit.errors import FileError, InputError, VerificationError
@@ -41,17 +43,21 @@ from sparsekit.inputs import (
     build_model,
     channel_rounding,
     cut_target,
+    group_rounding,
+    kept_limits,
     make_accelerator,
     make_sparsifier,
     open_inputs,
     train_options,
     wants_baseline,
+    wants_choice,
+    wants_speed,
 )
 from sparsekit.inspection import Inspection, inspect_module
 from sparsekit.latency import compare_latency
 from sparsekit.layer_latency import measure_layers
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks, keep_masks
+from sparsekit.masks import Masks, keep_masks, relative_worth
 from sparsekit.models import (
     create_model,
     input_config,
@@ -65,7 +71,10 @@ from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run_directory import RunDirectory
-from sparsekit.scores import zero_channels
+from sparsekit.scores import channel_scores, zero_channels
+from sparsekit.settling import Settling
+from sparsekit.sparsifier import Sparsifier
+from sparsekit.speed_search import search_speed
 from sparsekit.summary import build_report, final_accuracies, write_report
 from sparsekit.surgery import apply_plan, verify_cut
 from sparsekit.train import (
@@ -126,7 +135,9 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     baseline = _Stage(
         "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
     )
+    measure = _Stage("measure", _measure, ("model", "cut", "export", "benchmark"))
     story = [
+        *([measure] if wants_speed(recipe) else []),
         _Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
         _Stage("sparsify", _sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
         _Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
@@ -199,6 +210,11 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
 
 def _told(name: str, result: Mapping[str, Any]) -> str:
     """What a finished stage says besides its duration."""
+    if name == "measure":
+        return (
+            f"; the dense model takes {result['dense_ms']:.3g} ms, and can be made up to about "
+            f"{result['most']:.2g} times as fast"
+        )
     if name == "cut":
         return (
             f"; {result['removed']} of {result['channels']} channels removed, test accuracy "
@@ -209,6 +225,31 @@ def _told(name: str, result: Mapping[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- the stages
+
+
+def _measure(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
+    """How long the layers take, before hours are spent on a target that is met already, or never."""
+    target = run.recipe.cut.target
+    assert target is not None
+    model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
+    groups = _with_latencies(run, model, find_groups(model, run.example.cpu(), **_cut_options(run)))
+    dense_ms = sum(layer.ms or 0.0 for layer in groups.layers)
+    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    most = 1 / Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
+    asked = target.speedup or dense_ms / (target.latency_ms or dense_ms)
+    if asked <= 1:
+        raise InputError(
+            f"cut.target.latency_ms {target.latency_ms:g} is met already: the dense model takes {dense_ms:.3g} ms in "
+            "ONNX Runtime; ask for less, or leave it out"
+        )
+    # Predictions are a few per cent off; what is far beyond is beyond.
+    if asked > 1.1 * most:
+        raise InputError(
+            f"cut.target asks for {asked:.3g} times the speed, and with the fewest channels allowed the model is "
+            f"predicted to be about {most:.3g} times as fast; ask for less, lower cut.min_channels, or free more with "
+            "cut.through_layer_norm or cut.blocks"
+        )
+    return {"dense_ms": dense_ms, "most": most}
 
 
 def _train_dense(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
@@ -236,19 +277,78 @@ def _sparsify(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     spec = run.recipe.sparsify
     model = _with_weights(run, "dense")
     groups = _groups(run, model)
+    hook: Sparsifier | Settling | None = None
     if spec.epochs:
         options, loader = train_options(run.recipe, spec), _loader(run, run.inputs.data.train, True)
         steps = spec.epochs * steps_per_epoch(loader, options, run.accelerator)
         costs = _channel_costs(run, model, groups)
         sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
-        _train(run, model, spec, "sparsify", tick, hook=sparsifier)
-        shortfall = sparsifier.shortfall()
-    else:
-        shortfall = ""
+        hook = sparsifier
+        if spec.strength == "auto" and wants_choice(run.recipe):
+            measured = _with_latencies(run, model, groups)
+            at = max(round(steps * spec.warmup), 1)
+            hook = Settling(sparsifier, at, lambda worth: _chosen(run, model, measured, worth))
+        _train(run, model, spec, "sparsify", tick, hook=hook)
+    settled = hook if isinstance(hook, Settling) else None
+    if settled is not None and run.files.writes:
+        save_state(run.files.checkpoints / "settled.safetensors", settled.masks)
     _keep_weights(run, model, "sparse")
     zeros = sum(int(dead.sum()) for dead in zero_channels(model, groups).values())
     channels = sum(group.n_channels for group in groups.free)
-    return {"zero_channels": zeros, "channels": channels, "shortfall": shortfall}
+    return {
+        "zero_channels": zeros,
+        "channels": channels,
+        "shortfall": "" if hook is None else hook.shortfall(),
+        "choice": {} if settled is None else dict(settled.notes),
+    }
+
+
+def _with_latencies(run: _Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
+    """Groups whose layers are measured if the target is a speed; by the first process, so that all agree."""
+    if not wants_speed(run.recipe):
+        return groups
+    shared = [groups]
+    if run.accelerator.is_main_process:
+        threads = run.recipe.benchmark.threads
+        shared = [measure_layers(copy.deepcopy(model).cpu(), groups, _timed_example(run), threads=threads)]
+    broadcast_object_list(shared)
+    return shared[0]
+
+
+def _timed_example(run: _Run) -> Tensor:
+    return torch.zeros(run.recipe.export.batch_size, *run.inputs.config.input_size)
+
+
+def _chosen(run: _Run, model: nn.Module, groups: ChannelGroups, worth: Masks) -> tuple[Masks, dict[str, Any]]:
+    """Masks for the target and notes on how they were found; by the first process, so that all agree."""
+    shared: list[Any] = [None]
+    if run.accelerator.is_main_process:
+        target, limits = run.recipe.cut.target, kept_limits(run.recipe)
+        rounding = group_rounding(run.recipe, groups)
+        assert target is not None
+        if not wants_speed(run.recipe):
+            shared = [(choose_channels(groups, worth, limits, rounding), {})]
+        else:
+            search = search_speed(
+                copy.deepcopy(model).cpu(),
+                groups,
+                worth,
+                _timed_example(run),
+                speedup=target.speedup,
+                latency_ms=target.latency_ms,
+                limits=limits,
+                rounding=rounding,
+                threads=run.recipe.benchmark.threads,
+                progress=lambda trial: run.say(
+                    f"choice: predicted to be {trial.predicted:.3g} times as fast, measured {trial.measured:.3g}"
+                ),
+            )
+            notes = {"asked": search.asked, "remark": search.remark, "found": asdict(search.found)}
+            notes["trials"] = [asdict(trial) for trial in search.trials]
+            shared = [(search.masks, notes)]
+    broadcast_object_list(shared)
+    masks, notes = shared[0]
+    return masks, notes
 
 
 def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
@@ -273,17 +373,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     """Scores, masks, plan, surgery, proof. The sparse and the cut model are compared on the test images."""
     model = _with_weights(run, "sparse")
     groups = _groups(run, model)
-    spec = run.recipe.cut
-    masks = keep_masks(
-        model,
-        groups,
-        method=spec.method,
-        threshold=spec.threshold,
-        relative=spec.relative,
-        target=cut_target(run.recipe),
-        round_to=channel_rounding(run.recipe),
-        min_channels=spec.min_channels,
-    )
+    masks, choice = _cut_masks(run, model, groups)
     masks = keep_carriers(model, groups, masks, round_to=channel_rounding(run.recipe))
     plan = make_plan(groups, masks)
     if not (plan.cuts or plan.blocks):
@@ -304,6 +394,7 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
         "channels": sum(len(mask) for mask in masks.values()),
         "removed": sum(group.n_channels - _kept(group, masks, plan) for group in groups.free),
         "removed_live": live,
+        "choice": choice,
         "layers": [
             {
                 "name": group.name,
@@ -314,6 +405,31 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
             for group in groups
         ],
     }
+
+
+def _cut_masks(run: _Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks, dict[str, Any]]:
+    """Keep-masks, and notes on how they were chosen: in training already, or here, where the target is more than one
+    share.
+    """
+    spec = run.recipe.cut
+    settled = run.files.checkpoints / "settled.safetensors"
+    if wants_choice(run.recipe) and spec.method in ("auto", "budget"):
+        if settled.exists():
+            return load_state(settled), run.files.result("sparsify")["choice"]
+        scores, zeros = channel_scores(model, groups), zero_channels(model, groups)
+        worth = relative_worth({name: torch.where(zeros[name], 0.0, score) for name, score in scores.items()})
+        return _chosen(run, model, _with_latencies(run, model, groups), worth)
+    masks = keep_masks(
+        model,
+        groups,
+        method=spec.method,
+        threshold=spec.threshold,
+        relative=spec.relative,
+        target=cut_target(run.recipe),
+        round_to=channel_rounding(run.recipe),
+        min_channels=spec.min_channels,
+    )
+    return masks, {}
 
 
 def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
@@ -476,14 +592,16 @@ def _recalibrate(run: _Run, model: nn.Module) -> None:
 
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:
+    return find_groups(model, run.example, **_cut_options(run))
+
+
+def _cut_options(run: _Run) -> dict[str, Any]:
     cut = run.recipe.cut
-    return find_groups(
-        model,
-        run.example,
-        ignore=cut.ignore,
-        through_layer_norm=cut.through_layer_norm,
-        blocks=cut.blocks,
-    )
+    return {
+        "ignore": cut.ignore,
+        "through_layer_norm": cut.through_layer_norm,
+        "blocks": cut.blocks,
+    }
 
 
 def _keep_weights(run: _Run, model: nn.Module, name: str) -> None:

@@ -262,8 +262,17 @@ class SparsifySpec(_Phase):
 
 
 class TargetSpec(_Spec):
-    """How much of the dense model is to be left: exactly one fraction in (0, 1]."""
+    """How fast the pruned model is to be, or how much of the dense one is to be left; of several the tightest binds."""
 
+    speedup: float | None = Field(
+        default=None,
+        gt=1,
+        description="times as fast as the dense model in ONNX Runtime, measured at export.batch_size and "
+        "benchmark.threads on this machine",
+    )
+    latency_ms: float | None = Field(
+        default=None, gt=0, description="milliseconds in ONNX Runtime, measured in the same way"
+    )
     macs: Kept | None = Field(default=None, description="fraction of the MACs to keep")
     params: Kept | None = Field(default=None, description="fraction of the parameters to keep")
     channels: Kept | None = Field(default=None, description="fraction of the removable channels to keep")
@@ -285,7 +294,8 @@ class CutSpec(_Spec):
         default=True, description="threshold is a fraction of the largest score of its group"
     )
     target: TargetSpec | None = Field(
-        default=None, description="fraction of macs, params or channels to keep"
+        default=None,
+        description="speedup or latency_ms to reach, fractions of macs, params or channels to keep",
     )
     round_to: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto",
@@ -508,7 +518,7 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
     if sparsify.strength == "auto" and sparsify.epochs > 0 and cut.target is None:
         yield _Contradiction(
             ("cut.target", "sparsify.strength", "sparsify.epochs"),
-            "cut.target is required where sparsify.strength is auto, for example {macs: 0.5}; "
+            "cut.target is required where sparsify.strength is auto, for example {speedup: 2}; "
             "or give sparsify.strength a number",
         )
     if sparsify.strength == "auto" and sparsify.penalty == "group_mcp":
@@ -536,12 +546,21 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
         given = [key for key, value in cut.target if value is not None]
-        if len(given) != 1:
+        if not given:
             yield _Contradiction(
-                ("cut.target", "cut.target.macs", "cut.target.params", "cut.target.channels"),
-                "cut.target must have exactly one of macs, params and channels, "
-                f"got {' and '.join(given) if given else 'none'}; "
-                "to replace one write cut.target={params: 0.5}",
+                ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),
+                f"cut.target must have one of {', '.join(TargetSpec.model_fields)}, got none",
+            )
+        if cut.target.speedup is not None and cut.target.latency_ms is not None:
+            yield _Contradiction(
+                ("cut.target.speedup", "cut.target.latency_ms", "cut.target"),
+                "cut.target must have one of speedup and latency_ms, got both; "
+                "to replace one write cut.target={latency_ms: 5}",
+            )
+        if len(given) > 1 and cut.method not in ("auto", "budget"):
+            yield _Contradiction(
+                ("cut.method", "cut.target"),
+                f"cut.method {cut.method} goes by one share at most, got {' and '.join(given)}; use auto or budget",
             )
 
 

@@ -21,8 +21,8 @@ def open_session(
     """Load the ONNX file `path` on the CPU, all graph optimisations on, `threads` threads in each operator.
 
     Operators run one after another. Threads do not spin while they wait, because two live sessions would
-    steal each other's cores. Nothing is printed. With `profile`, the beginning of a file's name, each operator's time is
-    noted; the session's `end_profiling()` writes the file.
+    steal each other's cores. Nothing is printed. With `profile`, the beginning of a file's name, each operator's
+    time is noted; the session's `end_profiling()` writes the file.
 
     Raises:
         FileError: `path` is missing, is no ONNX file, or ONNX Runtime cannot load it.

@@ -245,6 +245,15 @@ class Sparsifier:
         tensors = dict(_unwrapped(model).named_parameters())
         self._penalised.hold_(self._alive, tensors)
 
+    def worth(self) -> Masks:
+        """With strength "auto", what the channels of each free group are worth by now, on the CPU; >= 0, comparable.
+
+        Infinite for groups that the penalty does not act on: they stay. For `choose_channels` and `search_speed`, whose
+        masks `settle` takes. Waits for the device. Raises InputError without "auto".
+        """
+        learned = self._planning().worth(self._alive)
+        return {g.name: learned.get(g.name, torch.full((g.n_channels,), math.inf)) for g in self._groups.free}
+
     def planned_masks(self) -> Masks:
         """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
 

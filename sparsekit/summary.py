@@ -112,6 +112,9 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
     if shortfall:
         found.append(f"The penalty fell short of its target: {shortfall}.")
+    remark = cut.get("choice", {}).get("remark")
+    if remark:
+        found.append(f"The target was not met as asked: {remark}.")
     if cut["removed_live"]:
         found.append(
             f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -27,13 +27,16 @@ def _chain(widths: list[int], generator: np.random.Generator) -> ChannelGroups:
     members: dict[int, list[Member]] = {i: [] for i in range(len(widths))}
     layers = []
     sizes = [8, *widths, 10]
-    for i, (into, out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (into, out) in enumerate(pairwise(sizes)):
         name = f"{i}.weight"
         grid = [tuple(range(MULTIPLE, n + 1, MULTIPLE)) if n in widths else (n,) for n in (out, into)]
         steps = np.where(generator.random((len(grid[0]), len(grid[1]))) < 0.3, 0.0, 1.0)
         times = (steps * generator.random(steps.shape)).cumsum(0).cumsum(1) + 0.1
         curve = LatencyCurve(
-            (grid[0], grid[1]), tuple(tuple(float(t) for t in row) for row in times), (MULTIPLE, MULTIPLE), 0.05
+            (grid[0], grid[1]),
+            tuple(tuple(float(t) for t in row) for row in times),
+            (MULTIPLE, MULTIPLE),
+            0.05,
         )
         layers.append(LayerCost(name, (out, into), 1, curve))
         if i < len(widths):

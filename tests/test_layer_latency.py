@@ -1,11 +1,12 @@
-"""Layers are timed once a shape, under their own names; what cannot be asked of unmeasured groups is refused."""
+"""Layers get the times of their operators at the widths their groups can leave; the model's time is shared out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -14,8 +15,52 @@ from sparsekit import layer_latency
 from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError
 from sparsekit.latency import Interval, Latency, LatencyComparison
+from sparsekit.latency_table import LatencyTable
+from sparsekit.operator_times import Operator
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
+
+
+class Stopwatch(LatencyTable):
+    """Every operator takes what it multiplies; convolutions run in blocks of 4, products in none."""
+
+    def __init__(self) -> None:
+        self.asked: list[Operator] = []
+
+    def ms(self, operators: Sequence[Operator], **_: object) -> list[float]:
+        self.asked += operators
+        return [self._one(operator) for operator in operators]
+
+    def _one(self, operator: Operator) -> float:
+        maps = torch.zeros(operator.input_shape)
+        if not operator.strides:
+            return float(operator.input_shape[0] * operator.weight_shape[0] * operator.weight_shape[1])
+        n = len(operator.strides)
+        before, behind = operator.pads[:n], operator.pads[n:]
+        pads = [p for pair in zip(reversed(before), reversed(behind), strict=True) for p in pair]
+        convolve = {1: nn.functional.conv1d, 2: nn.functional.conv2d}[n]
+        out = convolve(
+            nn.functional.pad(maps, pads),
+            torch.zeros(operator.weight_shape),
+            stride=operator.strides,
+            dilation=operator.dilations,
+            groups=operator.conv_groups,
+        )
+        return float(out.numel() * torch.zeros(operator.weight_shape[1:]).numel())
+
+    def conv_block(self) -> int:
+        return 4
+
+    def product_block(self) -> int:
+        return 1
+
+
+def _whole_takes(ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(files: list[Path], **_: object) -> LatencyComparison:
+        readings = tuple(Latency(str(file), ms, ms, ms, 2) for file in files)
+        return LatencyComparison(readings, (), Interval(1.0, 1.0, 1.0), 1, 2, 10, True, "")
+
+    monkeypatch.setattr(layer_latency, "compare_latency", compare)
 
 
 def _network() -> nn.Sequential:
@@ -26,37 +71,77 @@ def _network() -> nn.Sequential:
     )
 
 
-def test_layers_are_really_measured() -> None:
+def test_layers_are_really_measured(tmp_path: Path) -> None:
     model = _network()
     groups = sk.find_groups(model, EXAMPLE)
-    measured = sk.measure_layers(model, groups, EXAMPLE, rounds=10)
+    measured = sk.measure_layers(model, groups, EXAMPLE, table=LatencyTable(cache=tmp_path))
     assert all(layer.ms is not None and layer.ms > 0 for layer in measured.layers)
     assert [layer.weight for layer in measured.layers] == [layer.weight for layer in groups.layers]
     assert measured.groups == groups.groups
+    half = {group.name: torch.arange(8) < 4 for group in measured.free}
+    assert 0 < kept_share(measured, half).latency < 1
 
 
-def test_a_stopwatch_of_known_readings_gives_known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three kinds of layer: 2 -> 4 and 4 -> 6 are the same convolution on the same shape."""
-    asked: list[Path] = []
+def test_the_sizes_that_groups_can_leave_are_timed_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    _whole_takes(1e9, monkeypatch)
+    model, table = _network(), Stopwatch()
+    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=table)
+    curves = [layer.curve for layer in groups.layers]
+    assert [curve and curve.sizes for curve in curves] == [
+        ((4, 8), (3,)),
+        ((4, 8), (4, 8)),
+        ((4, 8), (4, 8)),
+        ((4,), (1, 3, 5, 8)),  # a product has no blocks
+    ]
+    shapes = {(o.input_shape[:2], o.weight_shape[:2]) for o in table.asked if o.strides}
+    assert shapes == {((2, i), (o, i)) for i in (3, 4, 8) for o in (4, 8)}
 
-    def stopwatch(files: list[Path], **_: Any) -> LatencyComparison:
-        asked.extend(files)
-        one = Interval(1.0, 1.0, 1.0)
-        readings = tuple(Latency(str(f), ms, ms, ms, 2) for f, ms in zip(files, (3.0, 8.0, 1.0), strict=True))
-        return LatencyComparison(readings, (), one, 1, 2, 10, True, "")
 
-    monkeypatch.setattr(layer_latency, "compare_latency", stopwatch)
+def test_the_whole_models_time_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, table = _network(), Stopwatch()
+    groups = sk.find_groups(model, EXAMPLE)
+    kernels = [2 * 64 * 8 * 27, 2 * 64 * 8 * 72, 2 * 64 * 8 * 72, 2 * 32]
+    elements = [2 * 8 * 64] * 3 + [2 * 4]
+    for more in (0.0, 1000.0):
+        _whole_takes(sum(kernels) + more, monkeypatch)
+        layers = sk.measure_layers(model, groups, EXAMPLE, table=table).layers
+        expected = [k + more * e / sum(elements) for k, e in zip(kernels, elements, strict=True)]
+        assert [layer.ms for layer in layers] == pytest.approx(expected)
+    _whole_takes(sum(kernels) / 2, monkeypatch)  # kernels that are faster in the model than side by side
+    layers = sk.measure_layers(model, groups, EXAMPLE, table=table).layers
+    assert [layer.ms for layer in layers] == pytest.approx([k / 2 for k in kernels])
+
+
+def test_predicted_shares_are_those_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that are products of sizes are interpolated exactly: then latency is multiply-accumulates."""
+    _whole_takes(2 * 64 * 8 * (27 + 72 + 72) + 2 * 32, monkeypatch)
     model = _network()
-    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE)
-    assert len(asked) == 3
-    assert [layer.ms for layer in groups.layers] == [3.0, 8.0, 8.0, 1.0]
-    # Of 8 channels each: the first is made in 3 ms and read in 8, ...
-    assert list(sk.channel_latencies(groups).values()) == [11 / 8, 16 / 8, 9 / 8]
-    half = {group.name: torch.arange(8) < 4 for group in groups.free}
-    assert kept_share(groups, half).latency == (3 / 2 + 8 / 4 + 8 / 4 + 1 / 2) / 20
+    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch())
+    masks = {group.name: torch.arange(8) < 4 for group in groups.free}
+    share = kept_share(groups, masks)
+    assert share.latency == pytest.approx(share.macs)
+    # Of 8 channels each: the first is made in 27 and read in 72, ...
+    costs = list(sk.channel_latencies(groups).values())
+    assert costs == pytest.approx([2 * 64 * (27 + 72), 2 * 64 * (72 + 72), 2 * 64 * 72 + 8])
     masks = sk.keep_masks(model, groups, method="budget", target={"latency": 0.5})
-    assert kept_share(groups, masks).latency <= 0.5
-    assert kept_share(groups, masks).macs != 0.5
+    assert 0.25 < kept_share(groups, masks).latency <= 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "regnety_002"]
+)
+def test_operators_do_what_the_layers_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole layers multiply as often as is counted for the model, padded and grouped as they may be."""
+    _whole_takes(1e-9, monkeypatch)
+    model = timm.create_model(name)
+    size = model.pretrained_cfg["input_size"]
+    example = torch.zeros(1, *size)
+    groups = sk.find_groups(model, example)
+    table = Stopwatch()
+    sk.measure_layers(model, groups, example, table=table)
+    timed = {operator.key: table._one(operator) for operator in table.asked}
+    for layer in groups.layers:
+        assert layer.macs in timed.values(), layer
 
 
 def test_a_layer_that_runs_twice_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,15 +154,22 @@ def test_a_layer_that_runs_twice_takes_twice_as_long(monkeypatch: pytest.MonkeyP
             out: torch.Tensor = self.layer(self.layer(x).relu())
             return out
 
-    def stopwatch(files: list[Path], **_: Any) -> LatencyComparison:
-        (file,) = files
-        reading = Latency(str(file), 3.0, 3.0, 3.0, 2)
-        return LatencyComparison((reading,), (), Interval(1.0, 1.0, 1.0), 1, 2, 10, True, "")
+    model, once = Twice(), 2 * 64 * 3 * 27
+    _whole_takes(2 * once, monkeypatch)
+    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
+    assert layer.ms == 2 * once
 
-    monkeypatch.setattr(layer_latency, "compare_latency", stopwatch)
-    model = Twice()
-    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE).layers
-    assert layer.ms == 6.0
+
+def test_layers_of_other_kinds_get_time_by_their_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2))
+    groups = sk.find_groups(model, EXAMPLE)
+    _whole_takes(1.0, monkeypatch)
+    conv, transposed = sk.measure_layers(model, groups, EXAMPLE, table=Stopwatch()).layers
+    assert conv.ms is not None
+    assert transposed.ms is not None
+    assert conv.ms + transposed.ms == pytest.approx(1.0)
+    assert transposed.ms / conv.ms == pytest.approx(transposed.macs / conv.macs)
 
 
 def test_latencies_that_were_not_measured_are_refused() -> None:

@@ -14,6 +14,7 @@ LAYERS = """
 errors files
 recipe
 rewriting
+latency_curve
 groups modes labels sizes standardised layer_norms bypass
 prox schedules
 facts plan complexity
@@ -22,6 +23,7 @@ tracing coupling
 operators calls grouping scores
 watching
 masks penalties
+choice
 importance penalised pull
 rates
 controller fold
@@ -31,8 +33,9 @@ blocks
 analysis sparsifier continuation recalibration
 checkpoint models machine
 data train session
-artifact export parity latency
-report run_directory inspection layer_latency
+artifact export parity latency operator_times
+latency_table
+report run_directory inspection layer_latency speed_search settling
 inputs summary
 lightning transformers
 pipeline

@@ -14,11 +14,13 @@ import sparsekit
 def test_the_public_names_are_these() -> None:
     """Changing this list changes what people's programs may rely on."""
     assert sparsekit.__all__ == [
+        "LatencyTable",
         "PrunePlan",
         "Sparsifier",
         "apply_plan",
         "channel_latencies",
         "channel_macs",
+        "choose_channels",
         "compare_latency",
         "export_onnx",
         "find_groups",
@@ -29,6 +31,7 @@ def test_the_public_names_are_these() -> None:
         "rebind_scheduler",
         "recalibrate_batchnorms",
         "save",
+        "search_speed",
         "transplant",
         "transplant_ema",
         "verify_cut",

@@ -89,6 +89,8 @@ def test_template_shows_every_key_at_its_default(tmp_path: Path) -> None:
     shown = re.sub(r"^( *)#(\w+:)", r"\1\2", text, flags=re.M)
     keys = set(re.findall(r"^ *(\w+):", shown, flags=re.M))
     assert {dotted.rpartition(".")[2] for dotted, _ in fields(Recipe)} - keys == {
+        "speedup",
+        "latency_ms",
         "params",
         "channels",
         "macs",
@@ -345,17 +347,19 @@ ONE_BAD_OVERRIDE = [
         "sparsify.warmup, ramp and debias are shares of the phase and must sum to at most 1, ",
     ),
     ("sparsify.warmup_epochs=4", "sparsify.warmup_epochs must be at most sparsify.epochs, 3, "),
-    ("cut.target=null", "cut.target is required where sparsify.strength is auto, for example {macs: 0.5}"),
+    ("cut.target=null", "cut.target is required where sparsify.strength is auto, for example {speedup: 2}"),
     (
         "sparsify.penalty=group_mcp",
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
-    ("cut.target={}", "cut.target must have exactly one of macs, params and channels, got none"),
+    ("cut.target={}", "cut.target must have one of speedup, latency_ms, macs, params, channels, got none"),
     (
-        "cut.target.params=0.5",
-        "cut.target must have exactly one of macs, params and channels, got macs and params",
+        "cut.target={speedup: 2, latency_ms: 5}",
+        "cut.target must have one of speedup and latency_ms, got both; ",
     ),
+    ("cut.target.speedup=1", ""),
+    ("cut.target.latency_ms=0", ""),
     ("cut.target={macs: 30}", ""),
     ("cut.method=threshold", "cut.method threshold needs cut.threshold, a number > 0 (--set "),
     ("cut.threshold=0.1", "cut.threshold is read only where cut.method is threshold, got method auto"),
