@@ -217,6 +217,31 @@ def inspect(
 
 @_app.command()
 @_reported
+def plan(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe, or a run directory.")],
+    overrides: Overrides = None,
+    json: AsJson = False,
+) -> None:
+    """Show what a target would keep, and how fast that is: predicted, and measured in ONNX Runtime.
+
+    Channels are chosen by the sizes of their filters, in the dense model of the run or in what the recipe starts from.
+    Nothing is trained.
+    """
+    from sparsekit.recipe import load_recipe
+
+    run = source if source.is_dir() else None
+    recipe = load_recipe(source / "recipe.yaml" if run else source, overrides or ())
+    from sparsekit import pipeline
+
+    planned = pipeline.plan_cut(recipe, run=run, console=_console(stderr=True))
+    if json:
+        _print_json(planned.to_json())
+    else:
+        _console().print(planned.table())
+
+
+@_app.command()
+@_reported
 def bench(
     files: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx ...]", help="Files to compare.")],
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,

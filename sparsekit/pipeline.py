@@ -67,6 +67,7 @@ from sparsekit.models import (
 from sparsekit.modes import comparing
 from sparsekit.parity import check_parity, onnx_accuracy
 from sparsekit.plan import PrunePlan, make_plan
+from sparsekit.planning import Planned
 from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
@@ -74,7 +75,7 @@ from sparsekit.run_directory import RunDirectory
 from sparsekit.scores import channel_scores, zero_channels
 from sparsekit.settling import Settling
 from sparsekit.sparsifier import Sparsifier
-from sparsekit.speed_search import search_speed
+from sparsekit.speed_search import SpeedSearch, search_speed, time_masks
 from sparsekit.summary import build_report, final_accuracies, write_report
 from sparsekit.surgery import apply_plan, verify_cut
 from sparsekit.train import (
@@ -232,7 +233,7 @@ def _measure(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     target = run.recipe.cut.target
     assert target is not None
     model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
-    groups = _with_latencies(run, model, find_groups(model, run.example.cpu(), **_cut_options(run)))
+    groups = _with_latencies(run, model, find_groups(model, run.example.cpu(), **_cut_options(run.recipe)))
     dense_ms = sum(layer.ms or 0.0 for layer in groups.layers)
     worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
     most = 1 / Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
@@ -322,30 +323,15 @@ def _timed_example(run: _Run) -> Tensor:
 def _chosen(run: _Run, model: nn.Module, groups: ChannelGroups, worth: Masks) -> tuple[Masks, dict[str, Any]]:
     """Masks for the target and notes on how they were found; by the first process, so that all agree."""
     shared: list[Any] = [None]
-    if run.accelerator.is_main_process:
-        target, limits = run.recipe.cut.target, kept_limits(run.recipe)
+    if run.accelerator.is_main_process and wants_speed(run.recipe):
+        on_cpu = copy.deepcopy(model).cpu()
+        search = _searched(run.recipe, on_cpu, groups, worth, _timed_example(run), run.say)
+        notes = {"asked": search.asked, "remark": search.remark, "found": asdict(search.found)}
+        notes["trials"] = [asdict(trial) for trial in search.trials]
+        shared = [(search.masks, notes)]
+    elif run.accelerator.is_main_process:
         rounding = group_rounding(run.recipe, groups)
-        assert target is not None
-        if not wants_speed(run.recipe):
-            shared = [(choose_channels(groups, worth, limits, rounding), {})]
-        else:
-            search = search_speed(
-                copy.deepcopy(model).cpu(),
-                groups,
-                worth,
-                _timed_example(run),
-                speedup=target.speedup,
-                latency_ms=target.latency_ms,
-                limits=limits,
-                rounding=rounding,
-                threads=run.recipe.benchmark.threads,
-                progress=lambda trial: run.say(
-                    f"choice: predicted to be {trial.predicted:.3g} times as fast, measured {trial.measured:.3g}"
-                ),
-            )
-            notes = {"asked": search.asked, "remark": search.remark, "found": asdict(search.found)}
-            notes["trials"] = [asdict(trial) for trial in search.trials]
-            shared = [(search.masks, notes)]
+        shared = [(choose_channels(groups, worth, kept_limits(run.recipe), rounding), {})]
     broadcast_object_list(shared)
     masks, notes = shared[0]
     return masks, notes
@@ -367,6 +353,32 @@ def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[s
         costs = [channel_latencies(measured)]
     broadcast_object_list(costs)
     return costs[0]
+
+
+def _searched(
+    recipe: Recipe,
+    model: nn.Module,
+    groups: ChannelGroups,
+    worth: Masks,
+    example: Tensor,
+    say: Callable[[str], None],
+) -> SpeedSearch:
+    target = recipe.cut.target
+    assert target is not None
+    return search_speed(
+        model,
+        groups,
+        worth,
+        example,
+        speedup=target.speedup,
+        latency_ms=target.latency_ms,
+        limits=kept_limits(recipe),
+        rounding=group_rounding(recipe, groups),
+        threads=recipe.benchmark.threads,
+        progress=lambda trial: say(
+            f"choice: predicted to be {trial.predicted:.3g} times as fast, measured {trial.measured:.3g}"
+        ),
+    )
 
 
 def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
@@ -416,9 +428,7 @@ def _cut_masks(run: _Run, model: nn.Module, groups: ChannelGroups) -> tuple[Mask
     if wants_choice(run.recipe) and spec.method in ("auto", "budget"):
         if settled.exists():
             return load_state(settled), run.files.result("sparsify")["choice"]
-        scores, zeros = channel_scores(model, groups), zero_channels(model, groups)
-        worth = relative_worth({name: torch.where(zeros[name], 0.0, score) for name, score in scores.items()})
-        return _chosen(run, model, _with_latencies(run, model, groups), worth)
+        return _chosen(run, model, _with_latencies(run, model, groups), _score_worth(model, groups))
     masks = keep_masks(
         model,
         groups,
@@ -430,6 +440,12 @@ def _cut_masks(run: _Run, model: nn.Module, groups: ChannelGroups) -> tuple[Mask
         min_channels=spec.min_channels,
     )
     return masks, {}
+
+
+def _score_worth(model: nn.Module, groups: ChannelGroups) -> Masks:
+    """What channels are worth by their filters' sizes; zeros nothing."""
+    scores, zeros = channel_scores(model, groups), zero_channels(model, groups)
+    return relative_worth({name: torch.where(zeros[name], 0.0, score) for name, score in scores.items()})
 
 
 def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
@@ -592,11 +608,11 @@ def _recalibrate(run: _Run, model: nn.Module) -> None:
 
 
 def _groups(run: _Run, model: nn.Module) -> ChannelGroups:
-    return find_groups(model, run.example, **_cut_options(run))
+    return find_groups(model, run.example, **_cut_options(run.recipe))
 
 
-def _cut_options(run: _Run) -> dict[str, Any]:
-    cut = run.recipe.cut
+def _cut_options(recipe: Recipe) -> dict[str, Any]:
+    cut = recipe.cut
     return {
         "ignore": cut.ignore,
         "through_layer_norm": cut.through_layer_norm,
@@ -725,6 +741,42 @@ def inspect_model(
     config = input_config(model, image_size=image_size)
     example = torch.zeros(1, *config.input_size)
     return inspect_module(name, model, example, through_layer_norm=through_layer_norm, blocks=blocks)
+
+
+def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
+    """What the recipe's target would keep, by the sizes of the filters, and how fast that is; trains nothing.
+
+    The weights are those of the dense model of the run directory `run`, or what the recipe starts from. Raises
+    InputError for a recipe without a target, FileError for a run that has not trained its dense model.
+    """
+    if recipe.cut.target is None:
+        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    inputs = open_inputs(recipe)
+    n_classes = len(inputs.data.class_names)
+    model = build_model(recipe, n_classes, weights=run is None).eval()
+    if run is not None:
+        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    trained = run is not None or recipe.model.pretrained or recipe.model.checkpoint is not None
+    example = torch.zeros(1, *inputs.config.input_size)
+    timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
+    threads = recipe.benchmark.threads
+    with console.status("measuring"):
+        groups = find_groups(model, example, **_cut_options(recipe))
+        groups = measure_layers(model, groups, timed, threads=threads)
+        worth = _score_worth(model, groups)
+        remark = "" if trained else "the weights are random: how many channels go is real, which ones is not"
+        if wants_speed(recipe):
+            search = _searched(
+                recipe, model, groups, worth, timed, lambda line: console.print(line, highlight=False)
+            )
+            masks, found, trials = search.masks, search.found, search.trials
+            remark = "; ".join(filter(None, (search.remark, remark)))
+        else:
+            masks = choose_channels(groups, worth, kept_limits(recipe), group_rounding(recipe, groups))
+            found = time_masks(model, groups, masks, timed, threads=threads)
+            trials = (found,)
+    target = recipe.cut.target.model_dump(exclude_none=True)
+    return Planned(recipe.model.name, target, groups, masks, found, trials, remark)
 
 
 def export_again(

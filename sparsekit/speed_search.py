@@ -20,7 +20,7 @@ from sparsekit.masks import Masks, Quantity
 from sparsekit.plan import make_plan
 from sparsekit.surgery import apply_plan
 
-__all__ = ["SpeedSearch", "SpeedTrial", "block_rounding", "search_speed"]
+__all__ = ["SpeedSearch", "SpeedTrial", "block_rounding", "search_speed", "time_masks"]
 
 # A measured speed-up this near to the one asked for is good enough to stop at, and this near is what was asked for.
 _NEAR = 0.01
@@ -119,50 +119,66 @@ def search_speed(
         raise InputError("search_speed needs one of speedup and latency_ms")
     if not 0 < (asked_value := speedup or latency_ms or 0.0) < math.inf:
         raise InputError(f"a speed-up or a latency must be a finite number > 0, got {asked_value}")
-    search = _Search(
-        Choice(groups, worth, rounding or block_rounding(groups)),
-        groups,
-        model,
-        example_input,
-        dict(limits or {}),
-        threads,
-        progress,
-    )
+    choice = Choice(groups, worth, rounding or block_rounding(groups))
     with TemporaryDirectory() as folder:
-        search.folder = Path(folder)
-        search.export(model, "dense.onnx")
-        return search.run(speedup, latency_ms)
+        stopwatch = _Stopwatch(model, groups, example_input, threads, Path(folder))
+        return _Search(choice, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)
+
+
+def time_masks(
+    model: nn.Module,
+    groups: ChannelGroups,
+    masks: Masks,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    threads: int = 1,
+) -> SpeedTrial:
+    """How fast the model cut by `masks` is: what measured `groups` predict, and what ONNX Runtime measures."""
+    with TemporaryDirectory() as folder:
+        return _Stopwatch(model, groups, example_input, threads, Path(folder)).of(masks)
+
+
+class _Stopwatch:
+    """Times copies of a model, cut by masks, against the model itself; files go to `folder`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        example_input: Tensor | tuple[Tensor, ...],
+        threads: int,
+        folder: Path,
+    ) -> None:
+        self._model, self._groups, self._threads = model, groups, threads
+        self._inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+        self._folder = folder
+        self._dense = self._export(model, "dense.onnx")
+
+    def of(self, masks: Masks) -> SpeedTrial:
+        pruned = apply_plan(self._model, make_plan(self._groups, masks))
+        files = [self._dense, self._export(pruned, "pruned.onnx")]
+        compared = compare_latency(files, threads=self._threads, rounds=_ROUNDS)
+        return SpeedTrial.of(1 / kept_share(self._groups, masks).latency, compared)
+
+    def _export(self, model: nn.Module, name: str) -> Path:
+        names = [f"input{i}" for i in range(len(self._inputs))]
+        return export_onnx(model, self._folder / name, self._inputs, input_names=names, output_names=())
 
 
 class _Search:
-    """The state of a search: what was tried, and between which predicted shares the one sought for lies."""
-
-    folder: Path
+    """The state of a search: what was tried, in order."""
 
     def __init__(
         self,
         choice: Choice,
         groups: ChannelGroups,
-        model: nn.Module,
-        example_input: Tensor | tuple[Tensor, ...],
         limits: dict[Quantity, float],
-        threads: int,
+        stopwatch: _Stopwatch,
         progress: Callable[[SpeedTrial], None] | None,
     ) -> None:
-        self._choice, self._groups, self._model = choice, groups, model
-        self._example, self._limits, self._threads = example_input, limits, threads
-        self._progress = progress
+        self._choice, self._groups, self._limits = choice, groups, limits
+        self._stopwatch, self._progress = stopwatch, progress
         self._trials: list[tuple[Masks, SpeedTrial]] = []
-
-    def export(self, model: nn.Module, name: str) -> Path:
-        n = 1 if isinstance(self._example, Tensor) else len(self._example)
-        return export_onnx(
-            model,
-            self.folder / name,
-            self._example,
-            input_names=[f"input{i}" for i in range(n)],
-            output_names=(),
-        )
 
     def run(self, speedup: float | None, latency_ms: float | None) -> SpeedSearch:
         dense_ms = sum(layer.ms or 0.0 for layer in self._groups.layers)
@@ -192,10 +208,7 @@ class _Search:
         for known, trial in self._trials:
             if all(bool((known[name] == mask).all()) for name, mask in masks.items()):
                 return trial
-        pruned = apply_plan(self._model, make_plan(self._groups, masks))
-        files = [self.folder / "dense.onnx", self.export(pruned, f"{len(self._trials)}.onnx")]
-        compared = compare_latency(files, threads=self._threads, rounds=_ROUNDS)
-        trial = SpeedTrial.of(1 / kept_share(self._groups, masks).latency, compared)
+        trial = self._stopwatch.of(masks)
         self._trials.append((masks, trial))
         if self._progress is not None:
             self._progress(trial)

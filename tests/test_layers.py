@@ -36,6 +36,7 @@ data train session
 artifact export parity latency operator_times
 latency_table
 report run_directory inspection layer_latency speed_search settling
+planning
 inputs summary
 lightning transformers
 pipeline
