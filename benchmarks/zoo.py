@@ -454,58 +454,25 @@ def parity(chain: Chain) -> None:
 def peer_prune(chain: Chain) -> None:
     """Half of every layer by magnitude, in place; the attention modules are told what is left of their heads."""
     import torch_pruning as tp
-    from timm.layers.attention import Attention
+    from peers import classifier_layers, free_attention_, told_of_its_width_
 
     from sparsekit.complexity import count_params
 
     before = count_params(chain.model)
-    attentions = [module for module in chain.model.modules() if isinstance(module, Attention)]
-    for attention in attentions:
-        attention.forward = _attention_of_any_width.__get__(attention)  # type: ignore[method-assign]
+    attentions = free_attention_(chain.model)
     pruner = tp.pruner.MagnitudePruner(
         chain.model,
         chain.example,
         importance=tp.importance.MagnitudeImportance(p=2),
         pruning_ratio=0.5,
-        ignored_layers=_classifier_layers(chain.model),
+        ignored_layers=classifier_layers(chain.model, NUM_CLASSES),
         num_heads={attention.qkv: attention.num_heads for attention in attentions},
         prune_num_heads=False,
         prune_head_dims=True,
     )
     pruner.step()
-    for attention in attentions:
-        attention.num_heads = pruner.num_heads[attention.qkv]
-        attention.head_dim = attention.qkv.out_features // (3 * attention.num_heads)
+    told_of_its_width_(attentions, pruner)
     chain.figures["params_removed"] = 1 - count_params(chain.model) / before
-
-
-def _attention_of_any_width(
-    self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """timm's attention, its sizes read off the qkv layer instead of remembered."""
-    from torch.nn import functional as F
-
-    batch, n_tokens, _ = x.shape
-    head_dim = self.qkv.out_features // (3 * self.num_heads)
-    qkv = self.qkv(x).reshape(batch, n_tokens, 3, self.num_heads, head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(
-        self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, is_causal=is_causal
-    )
-    mixed = self.norm(mixed.transpose(1, 2).reshape(batch, n_tokens, -1))
-    if self.gate is not None:
-        mixed = mixed * self.gate(x).sigmoid()
-    return self.proj_drop(self.proj(mixed))  # type: ignore[no-any-return]
-
-
-def _classifier_layers(model: Any) -> list[nn.Module]:
-    """The last linear layer with one output a class, and what timm says classifies."""
-    from torch import nn
-
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == NUM_CLASSES][-1:]
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
-    several = found if isinstance(found, (tuple, list)) else [found]
-    return layers + [layer for layer in several if isinstance(layer, nn.Module)]
 
 
 def peer_forward(chain: Chain) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsekit.latency import compare_latency
     from sparsekit.latency_table import LatencyTable
     from sparsekit.layer_latency import measure_layers
-    from sparsekit.masks import keep_masks
+    from sparsekit.masks import channel_worth, keep_masks
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.recalibration import recalibrate_batchnorms
     from sparsekit.sparsifier import Sparsifier
@@ -31,6 +31,7 @@ __all__ = [
     "apply_plan",
     "channel_latencies",
     "channel_macs",
+    "channel_worth",
     "choose_channels",
     "compare_latency",
     "export_onnx",
@@ -56,6 +57,7 @@ _HOMES = {
     "apply_plan": "surgery",
     "channel_latencies": "complexity",
     "channel_macs": "complexity",
+    "channel_worth": "masks",
     "choose_channels": "choice",
     "compare_latency": "latency",
     "export_onnx": "export",

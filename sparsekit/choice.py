@@ -40,7 +40,7 @@ def choose_channels(
 ) -> Masks:
     """Keep-masks that keep the most worth under all `limits`.
 
-    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`relative_worth`, or `Sparsifier.worth`);
+    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`channel_worth`, or `Sparsifier.worth`);
     infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
     first), "macs", "params" or "channels".
     `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least

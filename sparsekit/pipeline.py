@@ -57,7 +57,7 @@ from sparsekit.inspection import Inspection, inspect_module
 from sparsekit.latency import compare_latency
 from sparsekit.layer_latency import measure_layers
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks, keep_masks, relative_worth
+from sparsekit.masks import Masks, channel_worth, keep_masks
 from sparsekit.models import (
     create_model,
     input_config,
@@ -72,7 +72,7 @@ from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run_directory import RunDirectory
-from sparsekit.scores import channel_scores, zero_channels
+from sparsekit.scores import zero_channels
 from sparsekit.settling import Settling
 from sparsekit.sparsifier import Sparsifier
 from sparsekit.speed_search import SpeedSearch, search_speed, time_masks
@@ -428,7 +428,7 @@ def _cut_masks(run: _Run, model: nn.Module, groups: ChannelGroups) -> tuple[Mask
     if wants_choice(run.recipe) and spec.method in ("auto", "budget"):
         if settled.exists():
             return load_state(settled), run.files.result("sparsify")["choice"]
-        return _chosen(run, model, _with_latencies(run, model, groups), _score_worth(model, groups))
+        return _chosen(run, model, _with_latencies(run, model, groups), channel_worth(model, groups))
     masks = keep_masks(
         model,
         groups,
@@ -440,12 +440,6 @@ def _cut_masks(run: _Run, model: nn.Module, groups: ChannelGroups) -> tuple[Mask
         min_channels=spec.min_channels,
     )
     return masks, {}
-
-
-def _score_worth(model: nn.Module, groups: ChannelGroups) -> Masks:
-    """What channels are worth by their filters' sizes; zeros nothing."""
-    scores, zeros = channel_scores(model, groups), zero_channels(model, groups)
-    return relative_worth({name: torch.where(zeros[name], 0.0, score) for name, score in scores.items()})
 
 
 def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
@@ -763,7 +757,7 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
     with console.status("measuring"):
         groups = find_groups(model, example, **_cut_options(recipe))
         groups = measure_layers(model, groups, timed, threads=threads)
-        worth = _score_worth(model, groups)
+        worth = channel_worth(model, groups)
         remark = "" if trained else "the weights are random: how many channels go is real, which ones is not"
         if wants_speed(recipe):
             search = _searched(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+# Tests leave no latencies in the user's cache, and take none from it; all processes of a session share one.
+os.environ.setdefault("PYTEST_SPARSEKIT_CACHE", tempfile.mkdtemp(prefix="sparsekit-tests-"))
+os.environ["SPARSEKIT_CACHE"] = os.environ["PYTEST_SPARSEKIT_CACHE"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the commands that tests start
 
 import torch

@@ -20,6 +20,7 @@ def test_the_public_names_are_these() -> None:
         "apply_plan",
         "channel_latencies",
         "channel_macs",
+        "channel_worth",
         "choose_channels",
         "compare_latency",
         "export_onnx",

@@ -1,0 +1,380 @@
+"""Asked and measured speed-ups in ONNX Runtime, beside Torch-Pruning's global magnitude pruning.
+
+    python benchmarks/speed.py
+
+For each model (224 px, batch 1, one thread, random weights of seed 0 unless --pretrained) and each speed-up asked:
+
+    ours        search_speed: the most worth under the latency, predicted from the table of this machine, measured and
+                corrected; widths under LayerNorm stay whole
+    unaligned   Torch-Pruning, MagnitudePruner with GroupMagnitudeImportance, global, cut to our MACs ratio
+    aligned     the same with round_to=16
+    dense       the model itself, twice: the second is the null
+
+All five files run interleaved. Torch-Pruning is then cut further, to the speed that was measured for ours, and measured
+again: its retained score at equal speed is read off the line between its two cuts.
+
+Retained score: a channel is worth (score / mean score of its group)^2 times the layers that make it
+(`sparsekit.channel_worth`), over all groups, those under LayerNorm included; a cut retains the share of all worth that
+its channels have. What Torch-Pruning kept is read off tags that travel with its cut. The table of latencies starts
+empty for each model, in --cache (by default a temporary folder).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import matplotlib.pyplot as plt
+import timm
+import torch
+import torch_pruning as tp
+from peers import classifier_layers, free_attention_, told_of_its_width_
+from rich.console import Console
+from torch import Tensor, nn
+
+import sparsekit as sk
+from sparsekit.complexity import count_macs
+from sparsekit.files import atomic_path, write_json, write_text
+from sparsekit.groups import ChannelGroup, ChannelGroups
+from sparsekit.latency_table import LatencyTable
+from sparsekit.machine import describe_machine, library_versions
+from sparsekit.masks import Masks
+from sparsekit.speed_search import block_rounding
+
+HERE = Path(__file__).parent
+Row = Mapping[str, Any]
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "mobilenetv3_large_100",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "deit_tiny_patch16_224",
+    "regnety_004",
+)
+ASKED = (1.5, 2.0, 3.0)
+EXAMPLE = torch.zeros(1, 3, 224, 224)
+PEERS = {"unaligned": None, "aligned": 16}
+ROUNDS = 60
+# Least efficiency (speed-up / MACs ratio) asked of the ResNets, and of every other.
+EFFICIENT = {"resnet": 0.95, "": 0.85}
+
+
+# ---- Torch-Pruning ---------------------------------------------------------------------------------------------------
+
+
+def peer_cut(model: nn.Module, ratio: float, round_to: int | None) -> nn.Module:
+    """A copy of the model, cut by Torch-Pruning."""
+    pruned = copy.deepcopy(model)
+    attentions = free_attention_(pruned)
+    pruner = tp.pruner.MagnitudePruner(
+        pruned,
+        EXAMPLE,
+        importance=tp.importance.GroupMagnitudeImportance(),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        max_pruning_ratio=0.95,
+        round_to=round_to,
+        ignored_layers=classifier_layers(pruned, 1000),
+        num_heads={attention.qkv: attention.num_heads for attention in attentions},
+        prune_num_heads=False,
+        prune_head_dims=True,
+    )
+    pruner.step()
+    told_of_its_width_(attentions, pruner)
+    return pruned
+
+
+def peer_cut_to_macs(model: nn.Module, macs_ratio: float, round_to: int | None) -> nn.Module:
+    """The cut whose MACs ratio is nearest to the one asked for, by bisection of the share to prune."""
+    dense, low, high = count_macs(model, EXAMPLE), 0.0, 0.97
+    best: tuple[float, nn.Module] | None = None
+    for _ in range(8):
+        ratio = (low + high) / 2
+        pruned = peer_cut(model, ratio, round_to)
+        found = dense / count_macs(pruned, EXAMPLE)
+        if best is None or abs(found - macs_ratio) < abs(best[0] - macs_ratio):
+            best = found, pruned
+        if abs(found / macs_ratio - 1) < 0.01:
+            break
+        low, high = (ratio, high) if found < macs_ratio else (low, ratio)
+    assert best is not None
+    return best[1]
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def tag_(model: nn.Module, groups: ChannelGroups) -> dict[str, str]:
+    """Write each channel's number into a vector of it that no score reads; returns its name for each group.
+
+    A running mean, or the bias of a layer or LayerNorm: what magnitude scores do not look at.
+    """
+    state, tags = model.state_dict(), {}
+    with torch.no_grad():
+        for group in groups:
+            found = [m for m in group.members if m.tensor.endswith("running_mean")]
+            found += [
+                m for m in group.members if m.tensor.endswith("bias") and m.role in ("producer", "layer_norm")
+            ]
+            for member in found:
+                vector = state[member.tensor]
+                if vector.dim() == 1 and member.repeat * group.n_channels == len(vector):
+                    numbers = torch.arange(group.n_channels).repeat_interleave(member.repeat)
+                    vector[list(member.positions)] = numbers.to(vector)
+                    tags[group.name] = member.tensor
+                    break
+    return tags
+
+
+def kept_by_tags(pruned: nn.Module, group: ChannelGroup, tag: str) -> Tensor:
+    """Which share of each channel is left, (n_channels,)."""
+    numbers = pruned.state_dict()[tag].round().long()
+    repeat = next(member.repeat for member in group.members if member.tensor == tag)
+    return torch.bincount(numbers, minlength=group.n_channels)[: group.n_channels] / repeat
+
+
+def retained(worth: Masks, kept: Mapping[str, Tensor]) -> float:
+    """The share of all worth that is kept; groups that `kept` does not name are kept whole."""
+    total = sum(float(values.sum()) for values in worth.values())
+    lost = sum(
+        float((worth[name] * (1 - share.double())).sum()) for name, share in kept.items() if name in worth
+    )
+    return 1 - lost / total
+
+
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+
+class Subject:
+    """A model with its measured groups, and how its cuts are exported and timed."""
+
+    def __init__(self, name: str, folder: Path, cache: Path, pretrained: bool) -> None:
+        torch.manual_seed(0)
+        self.name, self.folder = name, folder
+        self.model = timm.create_model(name, pretrained=pretrained).eval()
+        groups = sk.find_groups(self.model, EXAMPLE)
+        started = time.perf_counter()
+        self.groups = sk.measure_layers(self.model, groups, EXAMPLE, table=LatencyTable(cache=cache))
+        self.table_seconds = time.perf_counter() - started
+        scored = sk.find_groups(self.model, EXAMPLE, through_layer_norm=True)
+        self.worth = {
+            n: w for n, w in sk.channel_worth(self.model, scored).items() if bool(w.isfinite().all())
+        }
+        self.tags = tag_(self.model, scored)
+        self.scored = {group.name: group for group in scored.free if group.name in self.tags}
+        missing = sorted(set(self.worth) - set(self.scored))
+        if missing:
+            warnings.warn(f"{name}: no tag for {len(missing)} groups, which count as kept", stacklevel=2)
+        self.dense = self.export(self.model)
+
+    def export(self, model: nn.Module) -> Path:
+        """A new file."""
+        return sk.export_onnx(model, self.folder / f"{len(list(self.folder.iterdir()))}.onnx", EXAMPLE)
+
+    def macs_ratio(self, model: nn.Module) -> float:
+        """Dense over cut."""
+        return count_macs(self.model, EXAMPLE) / count_macs(model, EXAMPLE)
+
+    def peer_retained(self, pruned: nn.Module) -> float:
+        """The score that a cut of Torch-Pruning retains."""
+        kept = {n: kept_by_tags(pruned, group, self.tags[n]) for n, group in self.scored.items()}
+        return retained(self.worth, kept)
+
+    def row(self, asked: float, say: Callable[[str], None]) -> dict[str, Any]:
+        """Ours and both variants of the peer at one speed."""
+        started = time.perf_counter()
+        worth = {
+            group.name: self.worth.get(group.name, torch.full((group.n_channels,), torch.inf))
+            for group in self.groups.free
+        }
+        search = sk.search_speed(
+            self.model, self.groups, worth, EXAMPLE, speedup=asked, rounding=block_rounding(self.groups, 8)
+        )
+        seconds = time.perf_counter() - started
+        plan = sk.make_plan(self.groups, search.masks)
+        ours = sk.apply_plan(self.model, plan)
+        sk.verify_cut(self.model, ours, plan)
+        cuts: dict[str, nn.Module] = {"ours": ours}
+        for peer, round_to in PEERS.items():
+            try:
+                cuts[peer] = peer_cut_to_macs(self.model, self.macs_ratio(ours), round_to)
+            except Exception as error:
+                say(f"{self.name} {asked:g}x: Torch-Pruning, {peer}, failed: {type(error).__name__}: {error}")
+        files = [self.dense, *(self.export(cut) for cut in cuts.values())]
+        compared = sk.compare_latency(files, rounds=ROUNDS)
+        figures = {
+            name: {
+                "macs_ratio": self.macs_ratio(cut),
+                "measured": speed.value,
+                "low": speed.low,
+                "high": speed.high,
+                "efficiency": speed.value / self.macs_ratio(cut),
+            }
+            for (name, cut), speed in zip(cuts.items(), compared.speedups, strict=True)
+        }
+        ours_figures = figures.pop("ours")
+        for peer in figures:
+            figures[peer]["retained_score"] = self.peer_retained(cuts[peer])
+            figures[peer] |= self._at_equal_speed(peer, figures[peer], ours_figures["measured"])
+        return {
+            "model": self.name,
+            "asked": asked,
+            **ours_figures,
+            "retained_score": retained(self.worth, search.masks),
+            "torch_pruning": figures,
+            "null": compared.null.value,
+            "trustworthy": compared.trustworthy,
+            "trials": [[trial.predicted, trial.measured] for trial in search.trials],
+            "remark": search.remark,
+            "search_seconds": seconds,
+            "table_seconds": self.table_seconds,
+            "dense_ms": compared.latencies[0].median_ms,
+        }
+
+    def _at_equal_speed(self, peer: str, figures: Row, speed: float) -> dict[str, Any]:
+        """Torch-Pruning, cut until it should be as fast as ours; its score there, between its two cuts."""
+        wanted = figures["macs_ratio"] * (speed / figures["measured"]) ** 1.2
+        pruned = peer_cut_to_macs(self.model, wanted, PEERS[peer])
+        compared = sk.compare_latency([self.dense, self.export(pruned)], rounds=30)
+        second, score = compared.speedups[0].value, self.peer_retained(pruned)
+        slope = (score - figures["retained_score"]) / (second - figures["measured"] or 1e-9)
+        return {
+            "further": {"macs_ratio": self.macs_ratio(pruned), "measured": second, "retained_score": score},
+            "retained_at_our_speed": figures["retained_score"] + slope * (speed - figures["measured"]),
+        }
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(rows: Sequence[Row], picture: str, command: str) -> str:
+    """The results as Markdown, with what they say."""
+    machine, versions = describe_machine(), library_versions()
+    named = ("torch", "timm", "torch-pruning", "onnxruntime")
+    lines = [
+        "# Asked and measured: speed-ups in ONNX Runtime",
+        "",
+        f"Written by `{command}`, whose docstring says what was run. Efficiency: speed-up / MACs ratio. Torch-Pruning "
+        "(TP) is cut to the same MACs ratio, without and with multiples of 16; its score at our speed is that of a "
+        "further cut.",
+        "",
+        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores, one thread, batch 1; versions: "
+        + ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
+        "",
+        f"![asked and measured]({picture})",
+        "",
+        "| model | asked | measured | 95 % interval | MACs ratio | efficiency | score | TP | TP, 16 "
+        "| TP score at our speed | TP, 16 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        peers = [r["torch_pruning"].get(peer) for peer in PEERS]
+        speeds = " | ".join("-" if p is None else f"{p['measured']:.2f}x" for p in peers)
+        scores = " | ".join("-" if p is None else f"{p['retained_at_our_speed']:.3f}" for p in peers)
+        mark = "" if r["trustworthy"] else " (noisy)"
+        lines.append(
+            f"| {r['model']} | {r['asked']:g}x | {r['measured']:.2f}x{mark} | {r['low']:.2f} to {r['high']:.2f} "
+            f"| {r['macs_ratio']:.2f} | {r['efficiency']:.2f} | {r['retained_score']:.3f} | {speeds} | {scores} |"
+        )
+    return "\n".join([*lines, "", *claims(rows), ""])
+
+
+def claims(rows: Sequence[Row]) -> list[str]:
+    """What was to be reached, and what was."""
+    near = sum(abs(r["measured"] / r["asked"] - 1) <= 0.03 for r in rows)
+    efficient = [
+        r for r in rows if r["efficiency"] >= EFFICIENT["resnet" if r["model"].startswith("resnet") else ""]
+    ]
+    led = [
+        all(r["retained_score"] > p["retained_at_our_speed"] for p in r["torch_pruning"].values())
+        for r in rows
+    ]
+    errors = [abs(trial[0] / trial[1] - 1) for r in rows for trial in r["trials"]]
+    seconds = {r["model"]: r["table_seconds"] for r in rows}
+    return [
+        f"- measured within 3 % of what was asked: {near} of {len(rows)}",
+        f"- efficiency of at least {EFFICIENT['resnet']} (ResNets) or {EFFICIENT['']} (others): "
+        f"{len(efficient)} of {len(rows)}",
+        f"- a larger retained score than both variants of Torch-Pruning at the same speed: {sum(led)} of {len(rows)}",
+        f"- error of the predicted speed-up of whole networks, over {len(errors)} cuts: median "
+        f"{100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %",
+        "- table of latencies built, whole model timed included, in: "
+        + ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items()),
+        *(f"- {r['model']} at {r['asked']:g}x: {r['remark']}" for r in rows if r["remark"]),
+    ]
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Measured over asked, and speed-up over MACs ratio."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for number, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
+        mine = [r for r in rows if r["model"] == name]
+        left.plot(
+            [r["asked"] for r in mine], [r["measured"] for r in mine], "o", color=f"C{number}", label=name
+        )
+        right.plot([r["macs_ratio"] for r in mine], [r["measured"] for r in mine], "o", color=f"C{number}")
+        for peer, marker in zip(PEERS, "x+", strict=True):
+            theirs = [r["torch_pruning"][peer] for r in mine if peer in r["torch_pruning"]]
+            right.plot(
+                [p["macs_ratio"] for p in theirs], [p["measured"] for p in theirs], marker, color=f"C{number}"
+            )
+    for panel, label in ((left, "asked"), (right, "MACs ratio (x: Torch-Pruning, +: its multiples of 16)")):
+        limit = max(panel.get_xlim()[1], panel.get_ylim()[1])
+        panel.plot([1, limit], [1, limit], color="grey", linewidth=0.8)
+        panel.set(xlabel=label, ylabel="measured speed-up")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run all models, print and write the rows."""
+    parser = argparse.ArgumentParser(description="asked and measured speed-ups")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--asked", type=float, nargs="+", default=list(ASKED))
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--cache", type=Path, help="folder of latency tables; a temporary one by default")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.json")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "speed.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console()
+    kept = arguments.resume and arguments.output.exists()
+    rows: list[dict[str, Any]] = json.loads(arguments.output.read_text()) if kept else []
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    for name in arguments.models:
+        missing = [a for a in arguments.asked if (name, a) not in {(r["model"], r["asked"]) for r in rows}]
+        if not missing:
+            continue
+        with TemporaryDirectory() as folder, TemporaryDirectory() as cache:
+            subject = Subject(name, Path(folder), arguments.cache or Path(cache), arguments.pretrained)
+            say(f"{name}: table in {subject.table_seconds:.1f} s")
+            for asked in missing:
+                rows.append(subject.row(asked, say))
+                write_json(arguments.output, rows)
+                say(json.dumps(rows[-1]))
+    write_text(
+        arguments.docs, page(rows, arguments.docs.with_suffix(".svg").name, "python benchmarks/speed.py")
+    )
+    plot(rows, arguments.docs.with_suffix(".svg"))
+    for claim in claims(rows):
+        say(claim)
+
+
+if __name__ == "__main__":
+    main()
