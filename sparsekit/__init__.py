@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from sparsekit.latency import compare_latency
     from sparsekit.latency_table import LatencyTable
     from sparsekit.layer_latency import measure_layers
-    from sparsekit.masks import channel_worth, keep_masks
+    from sparsekit.masks import keep_masks
     from sparsekit.plan import PrunePlan, make_plan
     from sparsekit.recalibration import recalibrate_batchnorms
+    from sparsekit.scores import channel_worth
     from sparsekit.sparsifier import Sparsifier
     from sparsekit.speed_search import search_speed
     from sparsekit.surgery import apply_plan, verify_cut
@@ -57,7 +58,7 @@ _HOMES = {
     "apply_plan": "surgery",
     "channel_latencies": "complexity",
     "channel_macs": "complexity",
-    "channel_worth": "masks",
+    "channel_worth": "scores",
     "choose_channels": "choice",
     "compare_latency": "latency",
     "export_onnx": "export",

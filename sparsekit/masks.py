@@ -178,24 +178,6 @@ def relative_worth(ranks: Masks) -> Masks:
     return {name: rank.clamp_min(0).square() for name, rank in _normalised(ranks).items()}
 
 
-def channel_worth(model: nn.Module, groups: ChannelGroups) -> Masks:
-    """What the channels of each free group are worth by their filters, comparable across groups; 0 for zeros.
-
-    (Score / mean score of the group)^2, on average about 1, times the number of layers that make the channel: of a
-    residual stream every block loses a part of its output with it. Without filters to score (a whole block) infinite.
-    """
-    scores, zeros = channel_scores(model, groups), zero_channels(model, groups)
-    layers = {layer.weight for layer in groups.layers}
-    worth = relative_worth({name: torch.where(zeros[name], 0.0, score) for name, score in scores.items()})
-    for group in groups.free:
-        makers = {m.tensor for m in group.members if m.dim == 0 and m.tensor in layers and m.role != "inside"}
-        unknown = group.bypass and not bool(zeros[group.name])
-        worth[group.name] = (
-            worth[group.name] * max(len(makers), 1) if not unknown else torch.full((1,), math.inf)
-        )
-    return worth
-
-
 def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
     """For each channel the mean worth of its block; infinite for blocks that stay in any case.
 

@@ -57,7 +57,7 @@ from sparsekit.inspection import Inspection, inspect_module
 from sparsekit.latency import compare_latency
 from sparsekit.layer_latency import measure_layers
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks, channel_worth, keep_masks
+from sparsekit.masks import Masks, keep_masks
 from sparsekit.models import (
     create_model,
     input_config,
@@ -72,7 +72,7 @@ from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run_directory import RunDirectory
-from sparsekit.scores import zero_channels
+from sparsekit.scores import channel_worth, zero_channels
 from sparsekit.settling import Settling
 from sparsekit.sparsifier import Sparsifier
 from sparsekit.speed_search import SpeedSearch, search_speed, time_masks

@@ -177,7 +177,7 @@ class RunReport(_Record):
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
     same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. The ratios are computed from the figures, so that they cannot disagree with them.
+    saved model. `asked` is the recipe's target. The ratios are computed from the figures, so that they cannot disagree with them.
     """
 
     schema_version: Literal[1] = 1
@@ -206,6 +206,7 @@ class RunReport(_Record):
     layers: tuple[LayerFigures, ...]
     curves: tuple[CurvePoint, ...]
     warnings: tuple[str, ...] = ()
+    asked: dict[str, float] = {}
 
     @property
     def macs_ratio(self) -> float:
@@ -383,6 +384,11 @@ def _speedup_text(report: RunReport) -> str:
     return f"{measured}, batch {benchmark.batch}, {_plural(benchmark.threads, 'thread')}; {itself}"
 
 
+def _asked_text(asked: Mapping[str, float]) -> str:
+    phrases = {"speedup": "a speed-up of {:g}", "latency_ms": "{:g} ms"}
+    return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
+
+
 def _parity_text(parity: ParityFigures) -> str:
     return (
         f"{_tiny(parity.max_rel)} of the largest logit ({_tiny(parity.max_abs)} absolute), "
@@ -395,6 +401,7 @@ def _findings(report: RunReport) -> list[tuple[str, str]]:
     sparse = report.sparse
     speed = _significant(report.speed_efficiency, 2) if report.benchmark.trustworthy else "not trustworthy"
     return [
+        *([("asked for", _asked_text(report.asked))] if report.asked else []),
         ("speed-up", _speedup_text(report)),
         ("speed efficiency", f"{speed} (speed-up / MACs ratio of {_significant(report.macs_ratio)})"),
         ("near-zero channels", f"{sparse.near_zero_channels:,} of {sparse.channels:,}"),

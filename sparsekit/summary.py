@@ -89,6 +89,7 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
                 if stage.name != "report"
             ],
             "layers": cut["layers"],
+            "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
             "curves": files.metrics,
             "warnings": _warnings(recipe, files),
         }

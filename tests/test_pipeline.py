@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,81 @@ def test_two_processes_meet_the_same_target_and_print_one_report(recipe: Path, t
     report = read_report(tmp_path / "run" / "report.json")
     assert report.macs_ratio >= 2.0
     assert report.sparse.max_abs_logit_change <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def fast_run(recipe: Path) -> Path:
+    """A finished run that was asked for a speed; how near it came is the machine's affair."""
+    directory = recipe.parent / "fast"
+    target = "cut.target={speedup: 1.2, params: 0.9}"
+    done = sparsekit("prune", recipe, "--output", directory, "--set", target, "--set", "dense.baseline=false")
+    assert done.returncode == 0, done.stderr
+    assert "times as fast, measured" in done.stderr
+    return directory
+
+
+def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_run: Path) -> None:
+    journal = json.loads((fast_run / "checkpoints" / "journal.json").read_text())
+    stages = {stage["name"]: stage for stage in journal["stages"]}
+    assert list(stages)[0] == "measure"
+    assert stages["measure"]["result"]["dense_ms"] > 0
+    choice = stages["cut"]["result"]["choice"]
+    assert choice == stages["sparsify"]["result"]["choice"]
+    assert choice["asked"] == 1.2
+    assert 1 <= len(choice["trials"]) <= 8
+    assert choice["found"] in choice["trials"]
+    assert stages["cut"]["result"]["removed_live"] == 0
+    assert stages["cut"]["result"]["max_abs_logit_change"] < 1e-4
+    report = read_report(fast_run / "report.json")
+    assert report.params_ratio >= 1 / 0.9
+    assert report.asked == {"speedup": 1.2, "params": 0.9}
+    assert any("not met as asked" in warning for warning in report.warnings) == bool(choice["remark"])
+
+
+def test_plan_shows_what_a_target_keeps_predicted_and_measured(recipe: Path, fast_run: Path) -> None:
+    of_recipe = sparsekit("plan", recipe, "--json")
+    assert of_recipe.returncode == 0, of_recipe.stderr
+    planned = json.loads(of_recipe.stdout)
+    assert planned["target"] == {"macs": 0.5}
+    assert planned["left"]["macs"] <= 0.5
+    assert planned["left"]["latency"] == pytest.approx(1 / planned["found"]["predicted"])
+    assert all(0 < group["kept"] <= group["channels"] for group in planned["groups"])
+    assert all(group["kept"] % 4 == 0 for group in planned["groups"] if not group["frozen"])
+    assert "weights are random" in planned["remark"]
+    of_run = sparsekit("plan", fast_run)
+    assert of_run.returncode == 0, of_run.stderr
+    assert "target speedup 1.2, params 0.9" in of_run.stdout
+    assert "measured:" in of_run.stdout
+    assert "weights are random" not in of_run.stdout
+    nothing = sparsekit("plan", recipe, "--set", "cut.target=null", "--set", "sparsify.strength=0.1")
+    assert nothing.returncode == 2
+    assert "no cut.target to plan for" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{latency_ms: 5000}", r"cut.target.latency_ms 5000 is met already: the dense model takes [\d.]+ ms"),
+        ("{speedup: 900}", "cut.target asks for 900 times the speed, and with the fewest channels allowed"),
+    ],
+)
+def test_a_speed_that_is_met_or_out_of_reach_is_told_before_anything_is_trained(
+    target: str, message: str, recipe: Path, tmp_path: Path
+) -> None:
+    done = sparsekit("prune", recipe, "--output", tmp_path / "run", "--set", f"cut.target={target}")
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert not (tmp_path / "run" / "checkpoints" / "dense.safetensors").exists()
+
+
+def test_one_shot_cuts_to_several_shares_at_once(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["cut.target={macs: 0.6, params: 0.5}", "cut.method=budget", "sparsify.epochs=0"]
+    options = [part for override in overrides for part in ("--set", override)]
+    done = sparsekit("prune", recipe, "--output", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "run" / "report.json")
+    assert report.params_ratio >= 2
+    assert report.macs_ratio >= 1 / 0.6 * 0.99
 
 
 def test_inspect_shows_groups_and_reasons() -> None:
