@@ -1,7 +1,12 @@
 """Which channels to keep under a budget of latency, multiply-accumulates or parameters: the most worth that fits in.
 
 A knapsack whose items depend on each other: what a channel costs depends on how many others its layers keep. Channels
-of a group go in the order of their worth, in whole blocks, so a solution is how many each group keeps.
+of a group go in the order of their worth, in whole blocks, so a solution is how many each group keeps. Its value is
+
+    sum over groups of W log(kept worth / W),    W the worth of the whole group
+
+A plain sum would empty some layers and spare others, as if the last channels of a layer could be missed as easily as
+the first. With the logarithm channels count relative to what is left beside them, and the first to go as in the sum.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ def choose_channels(
     limits: Mapping[Quantity, float],
     rounding: Mapping[str, tuple[int, int]],
 ) -> Masks:
-    """Keep-masks that keep the most worth under all `limits`.
+    """Keep-masks that keep the most worth (as this module's docstring adds it up) under all `limits`.
 
     `worth` >= 0 (n_channels,) of each free group, comparable across groups (`channel_worth`, or `Sparsifier.worth`);
     infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
@@ -89,7 +94,7 @@ class Choice:
         self._terms = {quantity: _terms(groups, quantity) for quantity in get_args(Quantity)}
         self._order: dict[str, torch.Tensor] = {}
         self._options: dict[str, NDArray[np.int64]] = {}
-        self._kept_worth: dict[str, Array] = {}  # of each option
+        self._value: dict[str, Array] = {}  # of each option
         for group in groups.free:
             values = worth[group.name].detach().double().cpu()
             order = values.argsort(descending=True, stable=True)
@@ -99,9 +104,9 @@ class Choice:
             if not bool(values.isfinite().all()):
                 options, sums = options[-1:], np.zeros_like(sums)
             self._order[group.name], self._options[group.name] = order, options
-            self._kept_worth[group.name] = sums[options]
+            self._value[group.name] = _value(sums[options])
         self._dense = {name: len(options) - 1 for name, options in self._options.items()}
-        self._all_worth = sum(float(kept[-1]) for kept in self._kept_worth.values())
+        self._all_worth = sum(float(value[-1]) for value in self._value.values())
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
         """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
@@ -173,7 +178,7 @@ class Choice:
             return None
         costs = self._costs_of_options(name, chosen, terms)
         saved = costs[option] - costs[:option]
-        lost = self._kept_worth[name][option] - self._kept_worth[name][:option]
+        lost = self._value[name][option] - self._value[name][:option]
         helps = saved > _NOTHING * abs(costs[option])
         if not helps.any():
             return None
@@ -226,10 +231,10 @@ class Choice:
     ) -> dict[str, int] | None:
         first, second = pair
         rows, columns = self._options[first].astype(float), self._options[second].astype(float)
-        kept = self._kept_worth[first][:, None] + self._kept_worth[second][None]
+        kept = self._value[first][:, None] + self._value[second][None]
         here = chosen[first], chosen[second]
         if first == second:
-            kept, here = self._kept_worth[first][:, None], (chosen[first], 0)
+            kept, here = self._value[first][:, None], (chosen[first], 0)
             columns = np.zeros(1)
         gain = kept - kept[here]
         possible = gain > _NOTHING * max(self._all_worth, _NOTHING)
@@ -256,6 +261,15 @@ class Choice:
             + (f"; {frozen} of {len(self._groups)} groups are frozen" if frozen else "")
             + "; ask for less, or lower min_channels or round_to"
         )
+
+
+def _value(kept: Array) -> Array:
+    """W (1 + log(kept / W)) of each option, W being the last; of a whole block, which has the option 0, the worth."""
+    whole = kept[-1]
+    if whole <= 0 or kept[0] == 0:
+        return kept
+    value: Array = whole * (1 + np.log(kept / whole))
+    return value
 
 
 def _counts(n: int, multiple: int, least: int) -> NDArray[np.int64]:

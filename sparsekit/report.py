@@ -177,7 +177,8 @@ class RunReport(_Record):
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
     same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. `asked` is the recipe's target. The ratios are computed from the figures, so that they cannot disagree with them.
+    saved model. `asked` is the recipe's target. The ratios are computed from the figures, so that they cannot
+    disagree with them.
     """
 
     schema_version: Literal[1] = 1

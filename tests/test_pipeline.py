@@ -310,7 +310,7 @@ def fast_run(recipe: Path) -> Path:
 def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_run: Path) -> None:
     journal = json.loads((fast_run / "checkpoints" / "journal.json").read_text())
     stages = {stage["name"]: stage for stage in journal["stages"]}
-    assert list(stages)[0] == "measure"
+    assert next(iter(stages)) == "measure"
     assert stages["measure"]["result"]["dense_ms"] > 0
     choice = stages["cut"]["result"]["choice"]
     assert choice == stages["sparsify"]["result"]["choice"]
