@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sparsekit import artifact
 from sparsekit.analysis import find_groups
+from sparsekit.census import take_census
 from sparsekit.checkpoint import load_state, save_state
 from sparsekit.choice import Choice, choose_channels
 from sparsekit.complexity import channel_latencies, channel_macs, count_macs, count_params
@@ -511,6 +512,7 @@ def _export_one(run: _Run, name: str, model: nn.Module) -> dict[str, Any]:
         "parity": asdict(parity),
         "accuracy_onnx": onnx_accuracy(path, test, threads=run.recipe.benchmark.threads),
         "onnx_bytes": path.stat().st_size,
+        "graph": asdict(take_census(path)),
     }
 
 

@@ -126,6 +126,21 @@ class BenchmarkInfo(_Record):
     reason: str = ""
 
 
+class GraphFigures(_Record):
+    """Operators of an ONNX file as ONNX Runtime runs it.
+
+    `blocked` and `plain` convolutions lie inside and outside its blocked layout; `activations` and `norms` were not
+    fused into what comes before them.
+    """
+
+    operators: Count
+    blocked: Count
+    plain: Count
+    reorders: Count
+    activations: Count
+    norms: Count
+
+
 class EpochCounts(_Record):
     """Epochs of each phase. `baseline`: for how long the dense model was trained on, without a penalty."""
 
@@ -177,7 +192,8 @@ class RunReport(_Record):
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
     same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. `asked` is the recipe's target. The ratios are computed from the figures, so that they cannot
+    saved model. `asked` is the recipe's target, the graphs what ONNX Runtime makes of the files (runs of
+    before that was counted have none). The ratios are computed from the figures, so that they cannot
     disagree with them.
     """
 
@@ -208,6 +224,8 @@ class RunReport(_Record):
     curves: tuple[CurvePoint, ...]
     warnings: tuple[str, ...] = ()
     asked: dict[str, float] = {}
+    dense_graph: GraphFigures | None = None
+    pruned_graph: GraphFigures | None = None
 
     @property
     def macs_ratio(self) -> float:
@@ -390,6 +408,17 @@ def _asked_text(asked: Mapping[str, float]) -> str:
     return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
 
 
+def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
+    if report.dense_graph is None or report.pruned_graph is None:
+        return []
+    texts = [
+        f"{graph.blocked} of {_plural(graph.blocked + graph.plain, 'convolution')} in the blocked layout, "
+        f"{_plural(graph.reorders, 'reorder')}, {graph.activations + graph.norms} not fused"
+        for graph in (report.pruned_graph, report.dense_graph)
+    ]
+    return [("graph, pruned", texts[0]), *([("graph, dense", texts[1])] if texts[1] != texts[0] else [])]
+
+
 def _parity_text(parity: ParityFigures) -> str:
     return (
         f"{_tiny(parity.max_rel)} of the largest logit ({_tiny(parity.max_abs)} absolute), "
@@ -416,6 +445,7 @@ def _findings(report: RunReport) -> list[tuple[str, str]]:
         ),
         ("parity, pruned", _parity_text(report.parity)),
         ("parity, dense", _parity_text(report.dense_parity)),
+        *_graph_rows(report),
         ("saved and reloaded", f"logits differ by {_tiny(report.round_trip_max_abs)}"),
         ("dense baseline", _baseline_text(report.epochs)),
     ]

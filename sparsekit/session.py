@@ -16,13 +16,17 @@ _FATAL_ONLY = 4
 
 
 def open_session(
-    path: str | os.PathLike[str], *, threads: int = 1, profile: Path | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    profile: Path | None = None,
+    optimised: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Load the ONNX file `path` on the CPU, all graph optimisations on, `threads` threads in each operator.
 
     Operators run one after another. Threads do not spin while they wait, because two live sessions would
     steal each other's cores. Nothing is printed. With `profile`, the beginning of a file's name, each operator's
-    time is noted; the session's `end_profiling()` writes the file.
+    time is noted; the session's `end_profiling()` writes the file. The graph that it runs is written to `optimised`.
 
     Raises:
         FileError: `path` is missing, is no ONNX file, or ONNX Runtime cannot load it.
@@ -42,6 +46,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     try:

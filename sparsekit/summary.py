@@ -89,6 +89,8 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
                 if stage.name != "report"
             ],
             "layers": cut["layers"],
+            "dense_graph": exported["dense"].get("graph"),
+            "pruned_graph": exported["pruned"].get("graph"),
             "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
             "curves": files.metrics,
             "warnings": _warnings(recipe, files),
@@ -124,6 +126,12 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
         found.append(
             "The cut changed the logits although every channel removed was zero: an activation turns zero into a "
             "constant, which a padded convolution does not read as one."
+        )
+    graphs = [files.result("export")[name].get("graph") for name in ("dense", "pruned")]
+    if all(graphs) and graphs[1]["plain"] > graphs[0]["plain"]:
+        found.append(
+            f"The cut pushed {graphs[1]['plain'] - graphs[0]['plain']} convolutions out of ONNX Runtime's blocked "
+            "layout, and outside they are slow: channels that are no multiple of 4; set cut.round_to: auto."
         )
     if files.result("dense")["data"]["test"] < 1000:
         n = files.result("dense")["data"]["test"]

@@ -15,7 +15,7 @@ from sparsekit.complexity import kept_share
 from sparsekit.errors import InputError
 from sparsekit.groups import ChannelGroups
 from sparsekit.masks import block_worth, keep_masks, keep_too, round_up
-from sparsekit.scores import channel_scores, rows, zero_channels
+from sparsekit.scores import channel_scores, channel_worth, rows, zero_channels
 
 
 def chain(*scores: list[float]) -> tuple[nn.Module, ChannelGroups]:
@@ -111,6 +111,34 @@ def test_scores_are_non_negative_float64_one_a_channel_of_each_free_group(name: 
         assert scores[group.name].shape == (group.n_channels,)
         assert scores[group.name].dtype == torch.float64
         assert (scores[group.name] > 0).all()
+
+
+def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> None:
+    """The residual stream is made by two layers; filters count with their BatchNorm folded in, so relative sizes do."""
+    model, inputs = build("Residual")
+    groups = find_groups(model, inputs)
+    worth = channel_worth(model, groups)
+    macs = {layer.weight: layer.macs for layer in groups.layers}
+
+    def shares(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+        weight, _ = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        energy = weight.detach().flatten(1).square().sum(1)
+        return energy / energy.sum()
+
+    by_size = {g.n_channels: worth[g.name] for g in groups.free}
+    torch.testing.assert_close(by_size[6], macs["inner.weight"] * shares(model.inner, model.inner_norm))
+    stream = macs["stem.weight"] * shares(model.stem, model.stem_norm)
+    stream = stream + macs["outer.weight"] * shares(model.outer, model.outer_norm)
+    torch.testing.assert_close(by_size[8], stream)
+    with torch.no_grad():
+        model.inner_norm.weight[2] = 0
+        model.inner_norm.bias[2] = 0
+        model.inner_norm.weight *= 3
+    after = {g.n_channels: channel_worth(model, groups)[g.name] for g in groups.free}
+    assert after[6][2] == 0
+    torch.testing.assert_close(after[6].sum(), torch.tensor(float(macs["inner.weight"]), dtype=torch.float64))
 
 
 def test_rows_belong_to_their_channels() -> None:
