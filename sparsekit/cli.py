@@ -245,21 +245,26 @@ def plan(
 def bench(
     files: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx ...]", help="Files to compare.")],
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
-    batch: Annotated[int | None, typer.Option(min=1, help="Batch of files that leave it open.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Batch of files that leave it open; may be repeated, for a table of each."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=10, help="Timed runs of each file.")] = 100,
     json: AsJson = False,
 ) -> None:
     """Measure ONNX files against the first.
 
-    All run interleaved in one process; the speed-up comes with an interval.
+    All run interleaved in one process; the speed-up comes with an interval, unless the machine is too busy for one.
     """
     from sparsekit.latency import compare_latency
 
+    sizes: list[int | None] = [*batch] if batch else [None]
     with _console(stderr=True).status("measuring"):
-        comparison = compare_latency(files, threads=threads, batch=batch, rounds=rounds)
+        found = [compare_latency(files, threads=threads, batch=size, rounds=rounds) for size in sizes]
     if json:
-        _print_json(comparison.to_json())
-    else:
+        _print_json([one.to_json() for one in found] if len(found) > 1 else found[0].to_json())
+        return
+    for comparison in found:
         _console().print(_latency_table(comparison))
 
 
@@ -352,15 +357,18 @@ def _latency_table(comparison: LatencyComparison) -> RenderableType:
 
     table = Table()
     table.add_column("file", overflow="fold")
-    for column in ("median ms", "p10 to p90 ms", "speed-up", "95 % interval"):
+    for column in ("median ms", "p10 to p90 ms", "p99 ms", "per second", "speed-up", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for latency, speedup in zip(comparison.latencies, (None, *comparison.speedups), strict=True):
+        stated = speedup if comparison.trustworthy else None
         table.add_row(
             Text(latency.path),
             f"{latency.median_ms:.3f}",
             f"{latency.p10_ms:.3f} to {latency.p90_ms:.3f}",
-            f"{speedup.value:.2f}" if speedup else "1",
-            f"{speedup.low:.2f} to {speedup.high:.2f}" if speedup else "",
+            "" if latency.p99_ms is None else f"{latency.p99_ms:.3f}",
+            f"{latency.per_second:.4g}",
+            f"{stated.value:.2f}" if stated else "noisy" if speedup else "1",
+            f"{stated.low:.2f} to {stated.high:.2f}" if stated else "",
         )
     null = comparison.null
     lines = [
@@ -368,5 +376,5 @@ def _latency_table(comparison: LatencyComparison) -> RenderableType:
         f"null (the first file against itself): {null.value:.3f}, {null.low:.3f} to {null.high:.3f}",
     ]
     if not comparison.trustworthy:
-        lines.append(f"not trustworthy: {comparison.reason}")
+        lines.append(f"no speed-up stated: {comparison.reason}")
     return Group(table, Text("\n".join(lines)))

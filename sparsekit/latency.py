@@ -39,13 +39,22 @@ _NULL_MAX_HALF_WIDTH = 0.02
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one run of the ONNX file `path` with `batch` inputs: median, 10th and 90th percentile."""
+    """Wall time of one run of the ONNX file `path` with `batch` inputs: median and other percentiles.
+
+    `p99_ms` is None in what was written before it was noted.
+    """
 
     path: str
     median_ms: float
     p10_ms: float
     p90_ms: float
     batch: int
+    p99_ms: float | None = None
+
+    @property
+    def per_second(self) -> float:
+        """Inputs that are done in a second, one run after the other."""
+        return 1000 * self.batch / self.median_ms
 
 
 @dataclass(frozen=True)
@@ -307,5 +316,5 @@ def _distrust(null: Interval) -> str:
 
 
 def _summary(path: Path, times_ms: NDArray[np.float64], batch: int) -> Latency:
-    p10, median, p90 = (float(value) for value in np.percentile(times_ms, [10, 50, 90]))
-    return Latency(str(path), median, p10, p90, batch)
+    p10, median, p90, p99 = (float(value) for value in np.percentile(times_ms, [10, 50, 90, 99]))
+    return Latency(str(path), median, p10, p90, batch, p99)

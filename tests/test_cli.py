@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -355,19 +356,44 @@ def test_report_prints_the_table(call: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_bench_shows_speedup_interval_and_null(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     comparison = LatencyComparison(
-        latencies=(Latency("[a].onnx", 2.0, 1.9, 2.2, 1), Latency("b.onnx", 0.8, 0.75, 0.9, 1)),
+        latencies=(Latency("[a].onnx", 2.0, 1.9, 2.2, 4, 3.125), Latency("b.onnx", 0.8, 0.75, 0.9, 4, 1.0)),
         speedups=(Interval(2.5, 2.4, 2.6),),
-        null=Interval(1.1, 1.0, 1.2),
+        null=Interval(1.01, 1.0, 1.02),
         threads=2,
-        batch=1,
+        batch=4,
         rounds=50,
-        trustworthy=False,
-        reason="the machine is busy",
+        trustworthy=True,
+        reason="",
     )
     monkeypatch.setattr("sparsekit.latency.compare_latency", lambda files, **kwargs: comparison)
     code, out, _ = call("bench", "[a].onnx", "b.onnx", "--threads", "2", "--rounds", "50")
     assert code == 0
-    for text in ("[a].onnx", "2.000", "1.900 to 2.200", "2.50", "2.40 to 2.60", "1.100, 1.000 to 1.200"):
+    figures = ("2.000", "1.900 to 2.200", "3.125", "2000", "5000", "2.50", "2.40 to 2.60")
+    for text in ("[a].onnx", *figures, "1.010, 1.000 to 1.020"):
         assert text in out
-    assert "batch 1, threads 2, rounds 50" in out
-    assert "not trustworthy: the machine is busy" in out
+    assert "batch 4, threads 2, rounds 50" in out
+
+    noisy = replace(comparison, trustworthy=False, reason="the machine is busy")
+    monkeypatch.setattr("sparsekit.latency.compare_latency", lambda files, **kwargs: noisy)
+    code, out, _ = call("bench", "[a].onnx", "b.onnx")
+    assert code == 0
+    assert "2.50" not in out
+    assert "noisy" in out
+    assert "no speed-up stated: the machine is busy" in out
+
+
+def test_bench_gives_a_table_for_every_batch(tmp_path: Path) -> None:
+    path = tmp_path / "relu.onnx"
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "relu",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, 32, 32])],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    done = run("bench", path, "--rounds", "10", "--batch", "1", "--batch", "8")
+    assert done.returncode == 0, done.stderr
+    assert "batch 1, threads 1" in done.stdout
+    assert "batch 8, threads 1" in done.stdout
+    done = run("bench", path, "--rounds", "10", "--batch", "1", "--batch", "8", "--json")
+    assert [one["batch"] for one in json.loads(done.stdout)] == [1, 8]
