@@ -69,6 +69,7 @@ from sparsekit.modes import comparing
 from sparsekit.parity import check_parity, onnx_accuracy
 from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.planning import Planned
+from sparsekit.quantize import Precision, convert_to_fp16, quantize_to_int8
 from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
@@ -484,11 +485,28 @@ def _train_baseline(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
 
 
 def _export(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Both models as ONNX files, compared with torch, and their test accuracy through ONNX Runtime."""
+    """Both models as ONNX files, compared with torch and tested through ONNX Runtime; then in fewer bits."""
     if not run.files.writes:
         return {}
     models = {"dense": _final_dense(run), "pruned": artifact.load(run.files.path / "pruned")}
-    return {name: _export_one(run, name, model) for name, model in models.items()}
+    exported = {name: _export_one(run, name, model) for name, model in models.items()}
+    return exported | {"variants": [_export_variant(run, p) for p in run.recipe.export.precisions]}
+
+
+def _export_variant(run: _Run, precision: Precision) -> dict[str, Any]:
+    """The pruned model's file in fewer bits, with its size and test accuracy."""
+    source, path = run.files.path / "pruned.onnx", run.files.path / f"pruned.{precision}.onnx"
+    if precision == "int8":
+        images = run.inputs.data.train
+        n = min(run.recipe.export.calibration, len(images))
+        chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[:n]
+        loader = _loader(run, images.subset(chosen), False)
+        quantize_to_int8(source, path, (batch for batch, _ in loader))
+    else:
+        convert_to_fp16(source, path)
+    test = _loader(run, run.inputs.data.test, False)
+    accuracy = onnx_accuracy(path, test, threads=run.recipe.benchmark.threads)
+    return {"precision": precision, "onnx_bytes": path.stat().st_size, "accuracy_onnx": accuracy}
 
 
 def _export_one(run: _Run, name: str, model: nn.Module) -> dict[str, Any]:
@@ -517,11 +535,12 @@ def _export_one(run: _Run, name: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _benchmark(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Latency of dense and pruned model in ONNX Runtime, interleaved."""
+    """Latency of all the files in ONNX Runtime, interleaved."""
     if not run.files.writes:
         return {}
     spec = run.recipe.benchmark
-    paths = [run.files.path / "dense.onnx", run.files.path / "pruned.onnx"]
+    names = ["dense", "pruned", *(f"pruned.{precision}" for precision in run.recipe.export.precisions)]
+    paths = [run.files.path / f"{name}.onnx" for name in names]
     compared = compare_latency(
         paths, threads=spec.threads, rounds=spec.rounds, warmup=spec.warmup, seed=run.recipe.seed
     )

@@ -346,6 +346,12 @@ class ExportSpec(_Spec):
     )
     batch_size: int = Field(default=1, ge=1, description="batch of the exported graph, and of the benchmark")
     dynamic_batch: bool = Field(default=False, description="leave the batch dimension open")
+    precisions: tuple[Literal["int8", "fp16"], ...] = Field(
+        default=(), description="the pruned model in fewer bits too, timed and tested beside it"
+    )
+    calibration: int = Field(
+        default=256, ge=1, description="training images that the ranges of int8 activations are taken from"
+    )
 
 
 class BenchmarkSpec(_Spec):

@@ -107,6 +107,16 @@ class IntervalFigures(_Record):
     high: Positive
 
 
+class VariantFigures(_Record):
+    """The pruned model in fewer bits; `speedup` is over the dense model in float32."""
+
+    precision: Literal["int8", "fp16"]
+    accuracy_onnx: Fraction
+    onnx_bytes: PositiveCount
+    latency_ms: LatencyFigures
+    speedup: IntervalFigures
+
+
 class ParityFigures(_Record):
     """Torch against ONNX Runtime on the same input: largest |difference|, the same over the largest |logit|,
     and the fraction of images with the same top class."""
@@ -224,6 +234,7 @@ class RunReport(_Record):
     curves: tuple[CurvePoint, ...]
     warnings: tuple[str, ...] = ()
     asked: dict[str, float] = {}
+    variants: tuple[VariantFigures, ...] = ()
     dense_graph: GraphFigures | None = None
     pruned_graph: GraphFigures | None = None
 
@@ -408,6 +419,14 @@ def _asked_text(asked: Mapping[str, float]) -> str:
     return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
 
 
+def _variant_text(report: RunReport, variant: VariantFigures) -> str:
+    speed = f"{_value(variant.speedup)} times as fast as dense ({_range(variant.speedup)})"
+    return (
+        f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, accuracy "
+        f"{_fraction(variant.accuracy_onnx)}, {_milliseconds(variant.latency_ms.median)}, {_bytes(variant.onnx_bytes)}"
+    )
+
+
 def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
     if report.dense_graph is None or report.pruned_graph is None:
         return []
@@ -433,6 +452,7 @@ def _findings(report: RunReport) -> list[tuple[str, str]]:
     return [
         *([("asked for", _asked_text(report.asked))] if report.asked else []),
         ("speed-up", _speedup_text(report)),
+        *((f"pruned, {variant.precision}", _variant_text(report, variant)) for variant in report.variants),
         ("speed efficiency", f"{speed} (speed-up / MACs ratio of {_significant(report.macs_ratio)})"),
         ("near-zero channels", f"{sparse.near_zero_channels:,} of {sparse.channels:,}"),
         (

@@ -89,6 +89,19 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
                 if stage.name != "report"
             ],
             "layers": cut["layers"],
+            "variants": [
+                {
+                    **variant,
+                    "latency_ms": _latency_figures(measured),
+                    "speedup": speedup,
+                }
+                for variant, measured, speedup in zip(
+                    exported.get("variants", ()),
+                    latency["latencies"][2:],
+                    latency["speedups"][1:],
+                    strict=True,
+                )
+            ],
             "dense_graph": exported["dense"].get("graph"),
             "pruned_graph": exported["pruned"].get("graph"),
             "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
@@ -104,8 +117,12 @@ def _figures(
     return {
         **{key: trained[key] for key in ("accuracy", "params", "macs")},
         **{key: exported[key] for key in ("onnx_bytes", "accuracy_onnx")},
-        "latency_ms": {"median": latency["median_ms"], "p10": latency["p10_ms"], "p90": latency["p90_ms"]},
+        "latency_ms": _latency_figures(latency),
     }
+
+
+def _latency_figures(latency: Mapping[str, Any]) -> dict[str, float]:
+    return {"median": latency["median_ms"], "p10": latency["p10_ms"], "p90": latency["p90_ms"]}
 
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:

@@ -33,7 +33,7 @@ blocks
 analysis sparsifier continuation recalibration
 checkpoint models machine
 data train session
-artifact export parity latency operator_times census
+artifact export parity latency operator_times census quantize
 latency_table
 report run_directory inspection layer_latency speed_search settling
 planning

@@ -301,7 +301,9 @@ def fast_run(recipe: Path) -> Path:
     """A finished run that was asked for a speed; how near it came is the machine's affair."""
     directory = recipe.parent / "fast"
     target = "cut.target={speedup: 1.2, params: 0.9}"
-    done = sparsekit("prune", recipe, "--output", directory, "--set", target, "--set", "dense.baseline=false")
+    overrides = [target, "dense.baseline=false", "export.precisions=[int8, fp16]"]
+    options = [part for override in overrides for part in ("--set", override)]
+    done = sparsekit("prune", recipe, "--output", directory, *options)
     assert done.returncode == 0, done.stderr
     assert "times as fast, measured" in done.stderr
     return directory
@@ -323,6 +325,17 @@ def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_ru
     assert report.params_ratio >= 1 / 0.9
     assert report.asked == {"speedup": 1.2, "params": 0.9}
     assert any("not met as asked" in warning for warning in report.warnings) == bool(choice["remark"])
+
+
+def test_files_in_fewer_bits_are_tested_and_timed_beside_the_others(fast_run: Path) -> None:
+    report = read_report(fast_run / "report.json")
+    assert [variant.precision for variant in report.variants] == ["int8", "fp16"]
+    for variant in report.variants:
+        file = fast_run / f"pruned.{variant.precision}.onnx"
+        assert file.stat().st_size == variant.onnx_bytes < report.pruned.onnx_bytes
+        assert abs(variant.accuracy_onnx - report.pruned.accuracy_onnx) < 0.1
+        assert sk.compare_latency([file], rounds=10).latencies[0].batch == 1
+        assert f"pruned, {variant.precision}" in (fast_run / "report.html").read_text()
 
 
 def test_plan_shows_what_a_target_keeps_predicted_and_measured(recipe: Path, fast_run: Path) -> None:

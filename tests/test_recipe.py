@@ -269,7 +269,7 @@ ONE_MISTAKE = [
     ),
     (
         "export: 5",
-        "export must be a mapping with keys of opset, batch_size, dynamic_batch, got 5 (x.yaml, line 8)",
+        "export must be a mapping with keys of opset, batch_size, dynamic_batch, precisions, calibration, got 5 (x.yaml, line 8)",
     ),
     (
         "benchmark: [1]",
