@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, cast
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sparsekit.latency import LatencyComparison
     from sparsekit.recipe import Recipe
+    from sparsekit.session import Provider
 
 __all__ = ["main"]
 
@@ -250,6 +251,9 @@ def bench(
         typer.Option(min=1, help="Batch of files that leave it open; may be repeated, for a table of each."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=10, help="Timed runs of each file.")] = 100,
+    provider: Annotated[
+        str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, directml.")
+    ] = "cpu",
     json: AsJson = False,
 ) -> None:
     """Measure ONNX files against the first.
@@ -260,7 +264,12 @@ def bench(
 
     sizes: list[int | None] = [*batch] if batch else [None]
     with _console(stderr=True).status("measuring"):
-        found = [compare_latency(files, threads=threads, batch=size, rounds=rounds) for size in sizes]
+        found = [
+            compare_latency(
+                files, threads=threads, batch=size, rounds=rounds, provider=cast("Provider", provider)
+            )
+            for size in sizes
+        ]
     if json:
         _print_json([one.to_json() for one in found] if len(found) > 1 else found[0].to_json())
         return

@@ -22,6 +22,7 @@ from sparsekit.masks import Quantity
 from sparsekit.models import InputConfig, build_arguments, create_model, input_config, load_weights_
 from sparsekit.recipe import DenseSpec, FinetuneSpec, Recipe, SparsifySpec
 from sparsekit.schedules import PhaseShares
+from sparsekit.session import check_provider
 from sparsekit.sparsifier import Sparsifier
 from sparsekit.speed_search import block_rounding
 from sparsekit.train import TrainOptions, make_optimizer, seed_everything
@@ -59,6 +60,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
 
     attempt(lambda: _check_device(recipe))
     attempt(lambda: check_threads(recipe.benchmark.threads))
+    attempt(lambda: check_provider(recipe.benchmark.provider))
     data = attempt(lambda: _open_images(recipe))
     # Without data any class count shows whether the model can be built.
     probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))

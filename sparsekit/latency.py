@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from sparsekit.errors import FileError, InputError
-from sparsekit.session import open_session
+from sparsekit.session import Provider, open_session
 
 __all__ = ["Interval", "Latency", "LatencyComparison", "bootstrap_median", "compare_latency"]
 
@@ -108,14 +108,16 @@ def compare_latency(
     rounds: int = 100,
     warmup: int = 10,
     seed: int = 0,
+    provider: Provider = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyComparison:
-    """Time the ONNX files `paths` against each other on the CPU, on one fixed random input each.
+    """Time the ONNX files `paths` against each other, on one fixed random input each.
 
     Open batch dimensions become `batch` (1 if None). Each file is warmed up with at least `warmup` runs; then
     come `rounds` rounds, each timing every file and the null once in shuffled order (`seed`), input and
     output bound beforehand. `progress(done, rounds)` is called after each round. Files are compared as they
-    are, in this process and without changing the machine; what else it does shows in the null.
+    are, in this process and without changing the machine; what else it does shows in the null. Inputs and outputs lie
+    in the host's memory, whatever the `provider`.
 
     The result is trustworthy if the null's interval reaches into [0.99, 1.01] and its half-width is at most
     0.02: a systematic difference under 1 % between two copies of one file (where they lie in memory) is of no
@@ -124,12 +126,13 @@ def compare_latency(
     Raises:
         FileError: a file is missing or damaged, leaves more than the batch dimension open, or has another
             batch size.
-        InputError: no file, `threads` over the usable cores, `rounds` below 10, or a negative count.
+        InputError: no file, `threads` over the usable cores, `rounds` below 10, a negative count, or a provider that is
+            not installed.
     """
     _check_counts(paths, batch, rounds, warmup)
     files = [Path(path) for path in paths]
     # The null is one more file at the end.
-    sessions = [open_session(path, threads=threads) for path in [*files, files[0]]]
+    sessions = [open_session(path, threads=threads, provider=provider) for path in [*files, files[0]]]
     inputs = [
         _random_inputs(session, path, batch, seed)
         for session, path in zip(sessions, [*files, files[0]], strict=True)

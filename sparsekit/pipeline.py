@@ -542,7 +542,12 @@ def _benchmark(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     names = ["dense", "pruned", *(f"pruned.{precision}" for precision in run.recipe.export.precisions)]
     paths = [run.files.path / f"{name}.onnx" for name in names]
     compared = compare_latency(
-        paths, threads=spec.threads, rounds=spec.rounds, warmup=spec.warmup, seed=run.recipe.seed
+        paths,
+        threads=spec.threads,
+        rounds=spec.rounds,
+        warmup=spec.warmup,
+        seed=run.recipe.seed,
+        provider=spec.provider,
     )
     if not compared.trustworthy:
         run.say(f"benchmark: not trustworthy: {compared.reason}")

@@ -360,6 +360,9 @@ class BenchmarkSpec(_Spec):
     threads: int = Field(default=1, ge=1, description="threads of ONNX Runtime")
     rounds: int = Field(default=100, ge=10, description="timed runs of each model, interleaved")
     warmup: int = Field(default=10, ge=1, description="untimed runs of each model before them")
+    provider: Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"] = Field(
+        default="cpu", description="execution provider of ONNX Runtime for this measurement"
+    )
 
 
 class Recipe(_Spec):
@@ -562,6 +565,12 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
                 ("cut.target.speedup", "cut.target.latency_ms", "cut.target"),
                 "cut.target must have one of speedup and latency_ms, got both; "
                 "to replace one write cut.target={latency_ms: 5}",
+            )
+        if {"speedup", "latency_ms"} & set(given) and recipe.benchmark.provider != "cpu":
+            yield _Contradiction(
+                ("cut.target", "benchmark.provider"),
+                "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider "
+                f"{recipe.benchmark.provider}; ask for macs or params, or leave provider out",
             )
         if len(given) > 1 and cut.method not in ("auto", "budget"):
             yield _Contradiction(

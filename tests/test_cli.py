@@ -190,6 +190,14 @@ def test_bench_as_a_process(tmp_path: Path) -> None:
     assert [one["path"] for one in measured["latencies"]] == [str(path)] * 2
     assert measured["rounds"] == 10
 
+    done = run("bench", path, "--provider", "cuda", "--json")
+    if done.returncode:  # where there is no GPU
+        assert done.returncode == 2
+        assert re.search(r"error: provider cuda is .*(install onnxruntime-gpu|does not start)", done.stderr)
+    done = run("bench", path, "--provider", "abacus")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "provider must be one of cpu, cuda" in done.stderr
+
     path.write_bytes(b"not a model")
     done = run("bench", path)
     assert done.returncode == 2

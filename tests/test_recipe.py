@@ -269,11 +269,12 @@ ONE_MISTAKE = [
     ),
     (
         "export: 5",
-        "export must be a mapping with keys of opset, batch_size, dynamic_batch, precisions, calibration, got 5 (x.yaml, line 8)",
+        "export must be a mapping with keys of opset, batch_size, dynamic_batch, precisions, calibration, got 5 "
+        "(x.yaml, line 8)",
     ),
     (
         "benchmark: [1]",
-        "benchmark must be a mapping with keys of threads, rounds, warmup, got [1] (x.yaml, line 8)",
+        "benchmark must be a mapping with keys of threads, rounds, warmup, provider, got [1] (x.yaml, line 8)",
     ),
     ("Seed: 1", "unknown key Seed; did you mean seed? (x.yaml, line 8)"),
     ("training:\n  learning: 1", "unknown key training.learning; the keys of training are optimizer, lr, "),
@@ -359,6 +360,7 @@ ONE_BAD_OVERRIDE = [
         "cut.target must have one of speedup and latency_ms, got both; ",
     ),
     ("cut.target.speedup=1", ""),
+    ("benchmark.provider=abacus", "benchmark.provider must be one of cpu, cuda"),
     ("cut.target.latency_ms=0", ""),
     ("cut.target={macs: 30}", ""),
     ("cut.method=threshold", "cut.method threshold needs cut.threshold, a number > 0 (--set "),
@@ -393,6 +395,14 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
             "cut.method budget needs cut.target",
         ),
         (["sparsify.epochs=0", "cut.method=zeros"], "cut.method zeros finds nothing to cut"),
+        (
+            ["cut.target={speedup: 2}", "benchmark.provider=cuda"],
+            "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider cuda",
+        ),
+        (
+            ["cut.target={macs: 0.5, params: 0.5}", "cut.method=gap"],
+            "cut.method gap goes by one share at most, got macs and params",
+        ),
         (["sparsify.epochs=0", "cut.target=null"], "cut.method auto finds nothing to cut"),
         (["cut.method=threshold", "cut.threshold=2"], "cut.threshold must be a number < 1, a fraction of"),
         (
