@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from sparsekit.checkpoint import load_state, save_state
 from sparsekit.choice import Choice, choose_channels
 from sparsekit.complexity import channel_latencies, channel_macs, count_macs, count_params
 from sparsekit.data import Images, make_loader
-from sparsekit.errors import FileError, InputError, VerificationError
+from sparsekit.errors import FileError, InputError, SparsekitError, VerificationError
 from sparsekit.export import export_onnx
 from sparsekit.files import write_text
 from sparsekit.fold import keep_carriers
@@ -94,6 +94,9 @@ from sparsekit.train import (
 _PARITY_IMAGES = 64
 # Float32 kernels that add in another order differ by 1e-6; ten times worse than any seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -310,12 +313,25 @@ def _with_latencies(run: _Run, model: nn.Module, groups: ChannelGroups) -> Chann
     """Groups whose layers are measured if the target is a speed; by the first process, so that all agree."""
     if not wants_speed(run.recipe):
         return groups
-    shared = [groups]
+    threads, example = run.recipe.benchmark.threads, _timed_example(run)
+    return _by_the_first(
+        run, lambda: measure_layers(copy.deepcopy(model).cpu(), groups, example, threads=threads)
+    )
+
+
+def _by_the_first(run: _Run, action: Callable[[], _Result]) -> _Result:
+    """What the first process finds, for all: they have to agree, and times differ. An error is all's too."""
+    shared: list[Any] = [None, None]
     if run.accelerator.is_main_process:
-        threads = run.recipe.benchmark.threads
-        shared = [measure_layers(copy.deepcopy(model).cpu(), groups, _timed_example(run), threads=threads)]
+        try:
+            shared[0] = action()
+        except SparsekitError as error:
+            shared[1] = error
     broadcast_object_list(shared)
-    return shared[0]
+    if shared[1] is not None:
+        raise shared[1]
+    found: _Result = shared[0]
+    return found
 
 
 def _timed_example(run: _Run) -> Tensor:
@@ -323,20 +339,18 @@ def _timed_example(run: _Run) -> Tensor:
 
 
 def _chosen(run: _Run, model: nn.Module, groups: ChannelGroups, worth: Masks) -> tuple[Masks, dict[str, Any]]:
-    """Masks for the target and notes on how they were found; by the first process, so that all agree."""
-    shared: list[Any] = [None]
-    if run.accelerator.is_main_process and wants_speed(run.recipe):
+    """Masks for the target, and notes on how they were found."""
+
+    def choose() -> tuple[Masks, dict[str, Any]]:
+        if not wants_speed(run.recipe):
+            rounding = group_rounding(run.recipe, groups)
+            return choose_channels(groups, worth, kept_limits(run.recipe), rounding), {}
         on_cpu = copy.deepcopy(model).cpu()
         search = _searched(run.recipe, on_cpu, groups, worth, _timed_example(run), run.say)
         notes = {"asked": search.asked, "remark": search.remark, "found": asdict(search.found)}
-        notes["trials"] = [asdict(trial) for trial in search.trials]
-        shared = [(search.masks, notes)]
-    elif run.accelerator.is_main_process:
-        rounding = group_rounding(run.recipe, groups)
-        shared = [(choose_channels(groups, worth, kept_limits(run.recipe), rounding), {})]
-    broadcast_object_list(shared)
-    masks, notes = shared[0]
-    return masks, notes
+        return search.masks, notes | {"trials": [asdict(trial) for trial in search.trials]}
+
+    return _by_the_first(run, choose)
 
 
 def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
@@ -346,15 +360,13 @@ def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[s
         return None
     if recipe.sparsify.weigh_by == "macs":
         return channel_macs(groups)
-    costs: list[dict[str, float]] = [{}]
-    if run.accelerator.is_main_process:
-        example = torch.zeros(recipe.export.batch_size, *run.inputs.config.input_size)
-        measured = measure_layers(
-            copy.deepcopy(model).cpu(), groups, example, threads=recipe.benchmark.threads
-        )
-        costs = [channel_latencies(measured)]
-    broadcast_object_list(costs)
-    return costs[0]
+    threads, example = recipe.benchmark.threads, _timed_example(run)
+
+    def measure() -> dict[str, float]:
+        on_cpu = copy.deepcopy(model).cpu()
+        return channel_latencies(measure_layers(on_cpu, groups, example, threads=threads))
+
+    return _by_the_first(run, measure)
 
 
 def _searched(

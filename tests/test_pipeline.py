@@ -270,7 +270,7 @@ def test_bench_export_and_report_work_on_a_run(run: Path, tmp_path: Path) -> Non
     assert (run / "report.json").read_text() == before
 
 
-def test_two_processes_meet_the_same_target_and_print_one_report(recipe: Path, tmp_path: Path) -> None:
+def in_two_processes(recipe: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -281,19 +281,32 @@ def test_two_processes_meet_the_same_target_and_print_one_report(recipe: Path, t
         "-m",
         "sparsekit",
     ]
-    arguments = ["prune", recipe, "--output", tmp_path / "run", "--set", "device=cpu"]
-    done = subprocess.run(
+    arguments = ["prune", recipe, "--output", output, "--set", "device=cpu", *options]
+    return subprocess.run(
         [*command, *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         timeout=240,
     )
+
+
+def test_two_processes_meet_the_same_target_and_print_one_report(recipe: Path, tmp_path: Path) -> None:
+    done = in_two_processes(recipe, tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("speed efficiency") == 1
     report = read_report(tmp_path / "run" / "report.json")
     assert report.macs_ratio >= 2.0
     assert report.sparse.max_abs_logit_change <= 1e-4
+
+
+def test_two_processes_take_what_the_first_has_measured(recipe: Path, tmp_path: Path) -> None:
+    done = in_two_processes(recipe, tmp_path / "run", "--set", "cut.target={speedup: 1.2}")
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "run" / "report.json").sparse.max_abs_logit_change <= 1e-4
+    refused = in_two_processes(recipe, tmp_path / "no", "--set", "cut.target={speedup: 900}")
+    assert refused.returncode != 0
+    assert "cut.target asks for 900 times the speed" in refused.stderr
 
 
 @pytest.fixture(scope="module")
