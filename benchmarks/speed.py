@@ -12,12 +12,12 @@ For each model (224 px, batch 1, one thread) and each speed-up asked (weights ar
     dense       the model itself, twice: the second is the null
 
 All five files run interleaved. Torch-Pruning is then cut further, to the speed that was measured for ours, and measured
-again: its retained score at equal speed is read off the line between its two cuts.
+again: its retained score at equal speed is read off the line through its two cuts.
 
-Retained score: a channel is worth (score / mean score of its group)^2 times the layers that make it
-(`sparsekit.channel_worth`), over all groups, those under LayerNorm included; a cut retains the share of all worth that
-its channels have. What Torch-Pruning kept is read off tags that travel with its cut. The table of latencies starts
-empty for each model, in --cache (by default a temporary folder).
+Retained score: a channel is worth the share that it has in the squared norms of the layers that make it, in their
+multiply-accumulates (`sparsekit.channel_worth`), over all groups, those under LayerNorm included; a cut retains the
+share of all worth that its channels have. What Torch-Pruning kept is read off tags that travel with its cut. The table
+of latencies starts empty for each model, in --cache (by default a temporary folder).
 """
 
 from __future__ import annotations
@@ -233,9 +233,13 @@ class Subject:
             for (name, cut), speed in zip(cuts.items(), compared.speedups, strict=True)
         }
         ours_figures = figures.pop("ours")
-        for peer in figures:
-            figures[peer]["retained_score"] = self.peer_retained(cuts[peer])
-            figures[peer] |= self._at_equal_speed(peer, figures[peer], ours_figures["measured"])
+        for peer in list(figures):
+            try:
+                figures[peer]["retained_score"] = self.peer_retained(cuts[peer])
+                figures[peer] |= self._at_equal_speed(peer, figures[peer], ours_figures["measured"])
+            except Exception as error:
+                say(f"{self.name} {asked:g}x: Torch-Pruning, {peer}, failed: {type(error).__name__}: {error}")
+                del figures[peer]
         return {
             "model": self.name,
             "asked": asked,
@@ -306,7 +310,8 @@ def claims(rows: Sequence[Row]) -> list[str]:
         r for r in rows if r["efficiency"] >= EFFICIENT["resnet" if r["model"].startswith("resnet") else ""]
     ]
     led = [
-        all(r["retained_score"] > p["retained_at_our_speed"] for p in r["torch_pruning"].values())
+        len(r["torch_pruning"]) == len(PEERS)
+        and all(r["retained_score"] > p["retained_at_our_speed"] for p in r["torch_pruning"].values())
         for r in rows
     ]
     errors = [abs(trial[0] / trial[1] - 1) for r in rows for trial in r["trials"]]
@@ -379,9 +384,8 @@ def main() -> None:
                 rows.append(subject.row(asked, say))
                 write_json(arguments.output, rows)
                 say(json.dumps(rows[-1]))
-    write_text(
-        arguments.docs, page(rows, arguments.docs.with_suffix(".svg").name, "python benchmarks/speed.py")
-    )
+    command = "python benchmarks/speed.py" + (" --pretrained" if arguments.pretrained else "")
+    write_text(arguments.docs, page(rows, arguments.docs.with_suffix(".svg").name, command))
     plot(rows, arguments.docs.with_suffix(".svg"))
     for claim in claims(rows):
         say(claim)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from sparsekit.errors import InputError
-from sparsekit.groups import ChannelGroups
+from sparsekit.groups import ChannelGroup, ChannelGroups
 from sparsekit.masks import Masks, Quantity
 
 __all__ = ["choose_channels"]
@@ -47,14 +47,14 @@ def choose_channels(
 
     `worth` >= 0 (n_channels,) of each free group, comparable across groups (`channel_worth`, or `Sparsifier.worth`);
     infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
-    first), "macs", "params" or "channels".
+    first), "macs", "params" or "channels", in (0, 1].
     `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least
     (`ChannelGroup.rounding`).
 
     Greedy from the whole model down, the block (or run of blocks: on a staircase the first may save nothing) with the
     least worth for its cost first; then pairs of groups trade until no pair gains, which makes up for what the last
     step overshot. Costs are those at the widths that the other groups have by then. Channels that are worth nothing but
-    cost nothing either may stay. Raises InputError for limits out of reach.
+    cost nothing either may stay. Raises InputError for limits out of reach, or arguments that make no sense.
     """
     return Choice(groups, worth, rounding).under(limits)
 
@@ -96,7 +96,7 @@ class Choice:
         self._options: dict[str, NDArray[np.int64]] = {}
         self._value: dict[str, Array] = {}  # of each option
         for group in groups.free:
-            values = worth[group.name].detach().double().cpu()
+            values = _checked(group, worth).double().cpu()
             order = values.argsort(descending=True, stable=True)
             sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
             multiple, least = rounding[group.name]
@@ -110,6 +110,11 @@ class Choice:
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
         """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
+        for quantity, share in limits.items():
+            if quantity not in self._terms or not 0 < share <= 1:
+                raise InputError(
+                    f"limits must be shares in (0, 1] of {', '.join(self._terms)}, got {quantity}: {share}"
+                )
         chosen = self._traded(self._greedy(limits), limits)
         masks = {}
         for name, option in chosen.items():
@@ -263,6 +268,20 @@ class Choice:
         )
 
 
+def _checked(group: ChannelGroup, worth: Masks) -> torch.Tensor:
+    values = worth.get(group.name)
+    if values is None or values.shape != (group.n_channels,) or bool((values.isnan() | (values < 0)).any()):
+        got = (
+            "none"
+            if values is None
+            else f"shape {tuple(values.shape)}, values {values.flatten()[:3].tolist()} ..."
+        )
+        raise InputError(
+            f"worth must be {group.n_channels} numbers >= 0 for the group {group.name}, got {got}"
+        )
+    return values.detach()
+
+
 def _value(kept: Array) -> Array:
     """W (1 + log(kept / W)) of each option, W being the last; of a whole block, which has the option 0, the worth."""
     whole = kept[-1]
@@ -313,7 +332,14 @@ def _terms(groups: ChannelGroups, quantity: Quantity) -> list[_Term] | None:
             return None
         return [term(layer.weight, 2, layer.curve.at) for layer in groups.layers if layer.curve is not None]
     if quantity == "channels":
-        return [_Term(((0.0, {name: 1.0}),), _product(1)) for name in sizes]
+        return [
+            _Term(
+                ((0.0, {group.name: 1.0}),),
+                _product(1),
+                tuple(g.name for g in gates if g is not group and group.lies_in(g.bypass)),
+            )
+            for group in groups.free
+        ]
     if quantity == "macs":
         return [term(layer.weight, len(layer.shape), _product(layer.positions)) for layer in groups.layers]
     return [term(name, len(shapes[name]), _product(1)) for name in groups.parameters]

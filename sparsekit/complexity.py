@@ -86,7 +86,10 @@ def watch_layers(
 ) -> None:
     """Run the model once in eval mode; `record(name, layer, inputs, output)` for each call of a layer with MACs."""
     hooks = [
-        module.register_forward_hook(lambda m, args, out, name=name: record(name, m, args, out))
+        module.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: record(name, m, (*args, *kwargs.values()), out),
+            with_kwargs=True,
+        )
         for name, module in model.named_modules()
         if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
     ]

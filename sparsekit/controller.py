@@ -121,7 +121,7 @@ class Controller:
         interval = max(int(self._length / _PLANS), 1)
         if not 0 <= past < self._length or step % interval:
             return None
-        if self.share_left(alive) <= self._target:
+        if self._is_met(alive):
             return Decision(torch.zeros_like(alive), 0.0, met=True)
         worth = self._split(self._worth)
         if self._learns and not self._settled and not any(bool(worth[name].any()) for name in rates):
@@ -177,18 +177,34 @@ class Controller:
         self._settled = {name: masks[name].cpu() for name in sizes}
         self._target = self._share(self._settled)
 
+    def _is_met(self, alive: Tensor) -> bool:
+        """Whether all is dead that has to be. What was settled on is cut as it is, so it is not rounded again."""
+        return not self._undead(alive) if self._settled else self.share_left(alive) <= self._target
+
+    def _undead(self, alive: Tensor) -> int:
+        """How many of the channels that were settled on are not zero yet."""
+        left = self._split((alive > 0).cpu())
+        return sum(int((left[name] & ~mask).sum()) for name, mask in self._settled.items())
+
     def share_left(self, alive: Tensor) -> float:
         """What a cut of the zeros would leave of the target's quantity."""
         return self._share(self._split((alive > 0).cpu()))
 
     def shortfall(self, alive: Tensor) -> str:
         """ "" if the target is met; else how far the phase got."""
-        left = self.share_left(alive)
-        if left <= self._target:
+        if self._is_met(alive):
             return ""
+        if self._settled:
+            chosen = sum(int((~mask).sum()) for mask in self._settled.values())
+            lacking = f"{self._undead(alive)} of the {chosen} channels that were to go are not zero"
+        else:
+            lacking = (
+                f"the zeros would leave {self.share_left(alive):.3f} of the {self._quantity}, and {self._target:g} was "
+                "asked for"
+            )
         return (
-            f"the zeros would leave {left:.3f} of the {self._quantity}, and {self._target:g} was asked for: gradients "
-            "held up what had to die in the steps there were; take more epochs, a higher learning rate, or less debias"
+            f"{lacking}: gradients held up what had to die in the steps there were; take more epochs, a higher "
+            "learning rate, or less debias"
         )
 
     def _share(self, masks: Masks) -> float:

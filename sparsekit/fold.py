@@ -87,12 +87,15 @@ def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
-def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks, *, round_to: int = 1) -> Masks:
+def keep_carriers(
+    model: nn.Module, groups: ChannelGroups, masks: Masks, *, round_to: int | Mapping[str, int] = 1
+) -> Masks:
     """`masks` with a carrier kept in each group that would lose constants for want of one.
 
     That is the dropped channel with the largest constant, summed over the layers that lose any. It takes the
     place of a kept channel that is dead and reads 0 everywhere, such as one that came back to fill a multiple of
-    `round_to`. Where there is none the group keeps one channel more, rounded up again. At most one comes back in
+    `round_to` (of the layers' channels, or for each group of its own). Where there is none the group keeps one channel
+    more, rounded up again. At most one comes back in
     a group; masks of groups that lose nothing are returned as they are.
     """
     kept = dict(masks)
@@ -109,7 +112,8 @@ def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks, *, roun
         if channel is not None:
             ranks = scores[group.name]
             spare = (ranks == 0) & _reads_zero(group, readings)
-            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, group.multiple(round_to))
+            multiple = group.multiple(round_to) if isinstance(round_to, int) else round_to[group.name]
+            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, multiple)
             _mark_(stays, group, kept[group.name])
     return kept
 

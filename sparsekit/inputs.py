@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparsekit.analysis import find_groups
+from sparsekit.choice import Choice
 from sparsekit.data import Augment, ImageData, fingerprint, make_loader, open_data
 from sparsekit.errors import InputError, ModelError
 from sparsekit.groups import ChannelGroups
@@ -124,12 +125,26 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         through_layer_norm=recipe.cut.through_layer_norm,
         blocks=recipe.cut.blocks,
     )
+    if wants_choice(recipe):
+        _check_limits(recipe, groups)
     if recipe.sparsify.epochs:
         make_sparsifier(recipe, model, groups, total_steps=1, costs=None)
     elif not groups.free:
         raise ModelError(
             f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
         )
+
+
+def _check_limits(recipe: Recipe, groups: ChannelGroups) -> None:
+    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    choice = Choice(groups, worth, group_rounding(recipe, groups))
+    for quantity, share in kept_limits(recipe).items():
+        least = choice.least(quantity)
+        if share < least:
+            raise InputError(
+                f"cut.target.{quantity} {share:g} is out of reach: keeping the fewest channels allowed leaves "
+                f"{least:.3f}; raise it, or lower cut.min_channels or cut.round_to"
+            )
 
 
 def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: int) -> None:

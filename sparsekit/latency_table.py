@@ -43,7 +43,7 @@ class LatencyTable:
             "onnxruntime": onnxruntime.__version__,
             "threads": threads,
         }
-        self._threads = threads
+        self.threads = threads
         text = json.dumps(self.machine, sort_keys=True)
         self.path = (
             cache or _cache_folder()
@@ -56,7 +56,7 @@ class LatencyTable:
         """Milliseconds of each; those not known yet are measured together, and written to the file."""
         missing = list({o.key: o for o in operators if o.key not in self._ms}.values())
         if missing:
-            measured = time_operators(missing, threads=self._threads, progress=progress)
+            measured = time_operators(missing, threads=self.threads, progress=progress)
             self._ms |= {operator.key: ms for operator, ms in zip(missing, measured, strict=True)}
             self._write()
         return [self._ms[operator.key] for operator in operators]
@@ -73,13 +73,13 @@ class LatencyTable:
 
     def _read(self) -> dict[str, float]:
         """What the file holds; nothing, with a warning, if that cannot be used."""
-        if not self.path.exists():
-            return {}
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if (found["format"], found["machine"]) != (_FORMAT, self.machine):
                 raise ValueError("it is of another machine, version or format")
             return {str(key): float(ms) for key, ms in found["ms"].items() if 0 < float(ms) < float("inf")}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(
                 f"the latency table {self.path} is left out ({type(error).__name__}: {error}): measuring anew",

@@ -44,7 +44,7 @@ def measure_layers(
     convolution) is given time by its multiply-accumulates.
 
     With it `target={"latency": 0.5}`, `choose_channels` and `channel_latencies` can be had; `LayerCost.ms` are the
-    dense model's. Raises InputError if `groups` are of another model.
+    dense model's. Raises InputError if `groups` are of another model, or `table` is of another number of threads.
     """
     names = {layer.weight: layer.weight.rpartition(".")[0] for layer in groups.layers}
     modules = dict(model.named_modules())
@@ -52,6 +52,8 @@ def measure_layers(
     if missing:
         raise InputError(f"the model has no layer {missing[0]}, which its channel groups name")
     table = LatencyTable(threads=threads) if table is None else table
+    if table.threads != threads:
+        raise InputError(f"the latency table is of {table.threads} threads, and {threads} were asked for")
     calls = _calls(model, *example_inputs)
     blocks = {"conv": table.conv_block(), "product": table.product_block()}
     plans = [_Sweep.of(layer, groups, calls[names[layer.weight]], blocks) for layer in groups.layers]
@@ -94,15 +96,20 @@ class _Sweep:
         module = calls[0].layer
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
-        block = blocks["product" if isinstance(module, nn.Linear) else "conv"]
-        shrinking = {member.dim for g in groups.free for member in g.members if member.tensor == layer.weight}
-        steps = (_step(module, block), block)
+        shrinking = {m.dim for g in groups.free for m in g.members if m.tensor == layer.weight}
+        block, step, in_places = blocks["product" if isinstance(module, nn.Linear) else "conv"], 1, False
+        conv_groups = getattr(module, "groups", 1)
+        if conv_groups > 1 and layer.shape[0] != conv_groups:
+            # Whole groups go or, where the inputs shrink as well, the same places of every group.
+            in_places = 1 in shrinking
+            block, step = 1, conv_groups if in_places else layer.shape[0] // conv_groups
         first, second = (
-            _sizes(layer.shape[dim], steps[dim]) if dim in shrinking else (layer.shape[dim],)
-            for dim in (0, 1)
+            _sizes(layer.shape[dim], multiple) if dim in shrinking else (layer.shape[dim],)
+            for dim, multiple in ((0, max(block, step)), (1, block))
         )
         operators = tuple(
-            tuple(_operator(call, out, into) for call in calls) for out, into in product(first, second)
+            tuple(_operator(call, out, into, in_places) for call in calls)
+            for out, into in product(first, second)
         )
         return _Sweep((first, second), (block, block), operators)
 
@@ -119,21 +126,17 @@ class _Sweep:
         return LatencyCurve(self.sizes, rows, self.blocks)
 
 
-def _step(module: nn.Module, block: int) -> int:
-    """Of which multiples the outputs have to be: whole groups of a grouped convolution, if that is not depthwise."""
-    conv_groups = getattr(module, "groups", 1)
-    per_group = getattr(module, "out_channels", 1) // conv_groups if conv_groups > 1 else 1
-    return block if per_group == 1 else max(per_group, block // per_group * per_group)
-
-
 def _sizes(n: int, step: int) -> tuple[int, ...]:
     """Multiples of `step` near some shares of n, and n."""
     near = {min(max(round(share * n / step), 1) * step, n) for share in _SHARES}
     return tuple(sorted(near | {n}))
 
 
-def _operator(call: _Call, out: int, into: int) -> Operator:
-    """What the call would be with `out` and `into` for the first two sizes of the weight."""
+def _operator(call: _Call, out: int, into: int, in_places: bool) -> Operator:
+    """What the call would be with `out` and `into` for the first two sizes of the weight.
+
+    A grouped convolution keeps its groups if it loses places in each (`in_places`), else groups go.
+    """
     module, shape = call.layer, call.input_shape
     if isinstance(module, nn.Linear):
         return Operator((prod(shape[:-1]), into), (into, out))
@@ -141,8 +144,9 @@ def _operator(call: _Call, out: int, into: int) -> Operator:
     kernel, strides, dilations = (
         tuple(int(n) for n in getattr(module, name)) for name in ("kernel_size", "stride", "dilation")
     )
-    # Whole groups go: as many channels a group stay.
-    conv_groups = module.groups if module.groups == 1 else max(module.groups * out // module.out_channels, 1)
+    conv_groups = module.groups
+    if conv_groups > 1 and not in_places:
+        conv_groups = max(conv_groups * out // module.out_channels, 1)
     # Whatever pads, the module or code around it: the output has the size that it has.
     missing = [
         max((after - 1) * s + (k - 1) * d + 1 - before, 0)

@@ -1,6 +1,6 @@
 """The story of a run, one stage after the other.
 
-    measure -> dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
+    dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
 
 Every stage is journaled in the run directory: done stages are skipped on resume, a training stage goes on after
 its last completed epoch. Stages hand over through files (weights, artifacts, ONNX) and small results in the
@@ -32,7 +32,7 @@ from sparsekit.checkpoint import load_state, save_state
 from sparsekit.choice import Choice, choose_channels
 from sparsekit.complexity import channel_latencies, channel_macs, count_macs, count_params
 from sparsekit.data import Images, make_loader
-from sparsekit.errors import FileError, InputError, SparsekitError, VerificationError
+from sparsekit.errors import FileError, InputError, RunError, SparsekitError, VerificationError
 from sparsekit.export import export_onnx
 from sparsekit.files import write_text
 from sparsekit.fold import keep_carriers
@@ -141,9 +141,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     baseline = _Stage(
         "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
     )
-    measure = _Stage("measure", _measure, ("model", "cut", "export", "benchmark"))
     story = [
-        *([measure] if wants_speed(recipe) else []),
         _Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
         _Stage("sparsify", _sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
         _Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
@@ -157,6 +155,8 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
         files.check_settings(stage.name, stage.settings(run))
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
+    if wants_speed(recipe) and not files.is_done("cut"):
+        _check_speed(run)
     for stage in story:
         _run_stage(run, stage)
     return build_report(output)
@@ -216,11 +216,6 @@ def _run_stage(run: _Run, stage: _Stage) -> None:
 
 def _told(name: str, result: Mapping[str, Any]) -> str:
     """What a finished stage says besides its duration."""
-    if name == "measure":
-        return (
-            f"; the dense model takes {result['dense_ms']:.3g} ms, and can be made up to about "
-            f"{result['most']:.2g} times as fast"
-        )
     if name == "cut":
         return (
             f"; {result['removed']} of {result['channels']} channels removed, test accuracy "
@@ -233,8 +228,8 @@ def _told(name: str, result: Mapping[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------- the stages
 
 
-def _measure(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """How long the layers take, before hours are spent on a target that is met already, or never."""
+def _check_speed(run: _Run) -> None:
+    """Measure how long the layers take, before hours are spent on a target that is met already, or never."""
     target = run.recipe.cut.target
     assert target is not None
     model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
@@ -255,7 +250,7 @@ def _measure(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
             f"predicted to be about {most:.3g} times as fast; ask for less, lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
-    return {"dense_ms": dense_ms, "most": most}
+    run.say(f"the dense model takes {dense_ms:.3g} ms, and can be made up to about {most:.2g} times as fast")
 
 
 def _train_dense(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
@@ -314,9 +309,7 @@ def _with_latencies(run: _Run, model: nn.Module, groups: ChannelGroups) -> Chann
     if not wants_speed(run.recipe):
         return groups
     threads, example = run.recipe.benchmark.threads, _timed_example(run)
-    return _by_the_first(
-        run, lambda: measure_layers(copy.deepcopy(model).cpu(), groups, example, threads=threads)
-    )
+    return _by_the_first(run, lambda: measure_layers(_on_cpu(model), groups, example, threads=threads))
 
 
 def _by_the_first(run: _Run, action: Callable[[], _Result]) -> _Result:
@@ -327,11 +320,22 @@ def _by_the_first(run: _Run, action: Callable[[], _Result]) -> _Result:
             shared[0] = action()
         except SparsekitError as error:
             shared[1] = error
+        except Exception as error:
+            shared[1] = RunError(f"{type(error).__name__}: {error}")
+            shared[1].__cause__ = error if run.accelerator.num_processes == 1 else None
     broadcast_object_list(shared)
     if shared[1] is not None:
         raise shared[1]
     found: _Result = shared[0]
     return found
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, without the forward that accelerate may have put on the model."""
+    duplicate = copy.deepcopy(model).cpu()
+    for name in ("forward", "_original_forward"):
+        duplicate.__dict__.pop(name, None)
+    return duplicate
 
 
 def _timed_example(run: _Run) -> Tensor:
@@ -342,13 +346,15 @@ def _chosen(run: _Run, model: nn.Module, groups: ChannelGroups, worth: Masks) ->
     """Masks for the target, and notes on how they were found."""
 
     def choose() -> tuple[Masks, dict[str, Any]]:
+        rounding = group_rounding(run.recipe, groups)
+        multiples = {name: multiple for name, (multiple, _) in rounding.items()}
         if not wants_speed(run.recipe):
-            rounding = group_rounding(run.recipe, groups)
-            return choose_channels(groups, worth, kept_limits(run.recipe), rounding), {}
-        on_cpu = copy.deepcopy(model).cpu()
-        search = _searched(run.recipe, on_cpu, groups, worth, _timed_example(run), run.say)
+            masks = choose_channels(groups, worth, kept_limits(run.recipe), rounding)
+            return masks, {"multiples": multiples}
+        search = _searched(run.recipe, _on_cpu(model), groups, worth, _timed_example(run), run.say)
         notes = {"asked": search.asked, "remark": search.remark, "found": asdict(search.found)}
-        return search.masks, notes | {"trials": [asdict(trial) for trial in search.trials]}
+        trials = [asdict(trial) for trial in search.trials]
+        return search.masks, notes | {"trials": trials, "multiples": multiples}
 
     return _by_the_first(run, choose)
 
@@ -356,15 +362,14 @@ def _chosen(run: _Run, model: nn.Module, groups: ChannelGroups, worth: Masks) ->
 def _channel_costs(run: _Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
     """What a channel of each group costs; measured by the first process, so that all agree."""
     recipe = run.recipe
-    if recipe.sparsify.weigh_by == "size":
+    if recipe.sparsify.weigh_by == "size" or wants_choice(recipe):
         return None
     if recipe.sparsify.weigh_by == "macs":
         return channel_macs(groups)
     threads, example = recipe.benchmark.threads, _timed_example(run)
 
     def measure() -> dict[str, float]:
-        on_cpu = copy.deepcopy(model).cpu()
-        return channel_latencies(measure_layers(on_cpu, groups, example, threads=threads))
+        return channel_latencies(measure_layers(_on_cpu(model), groups, example, threads=threads))
 
     return _by_the_first(run, measure)
 
@@ -400,7 +405,8 @@ def _cut(run: _Run, tick: Callable[[], None]) -> dict[str, Any]:
     model = _with_weights(run, "sparse")
     groups = _groups(run, model)
     masks, choice = _cut_masks(run, model, groups)
-    masks = keep_carriers(model, groups, masks, round_to=channel_rounding(run.recipe))
+    multiples = choice.get("multiples") or channel_rounding(run.recipe)
+    masks = keep_carriers(model, groups, masks, round_to=multiples)
     plan = make_plan(groups, masks)
     if not (plan.cuts or plan.blocks):
         raise InputError(
@@ -793,8 +799,8 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
     with console.status("measuring"):
-        groups = find_groups(model, example, **_cut_options(recipe))
-        groups = measure_layers(model, groups, timed, threads=threads)
+        unmeasured = find_groups(model, example, **_cut_options(recipe))
+        groups = measure_layers(model, unmeasured, timed, threads=threads)
         worth = channel_worth(model, groups)
         remark = "" if trained else "the weights are random: how many channels go is real, which ones is not"
         if wants_speed(recipe):
@@ -804,7 +810,19 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
             masks, found, trials = search.masks, search.found, search.trials
             remark = "; ".join(filter(None, (search.remark, remark)))
         else:
-            masks = choose_channels(groups, worth, kept_limits(recipe), group_rounding(recipe, groups))
+            if wants_choice(recipe):
+                masks = choose_channels(
+                    groups, worth, kept_limits(recipe), group_rounding(recipe, unmeasured)
+                )
+            else:
+                masks = keep_masks(
+                    model,
+                    groups,
+                    method="budget",
+                    target=cut_target(recipe),
+                    round_to=channel_rounding(recipe),
+                    min_channels=recipe.cut.min_channels,
+                )
             found = time_masks(model, groups, masks, timed, threads=threads)
             trials = (found,)
     target = recipe.cut.target.model_dump(exclude_none=True)

@@ -108,11 +108,14 @@ class _Reader:
 def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
     entry = open_session(source).get_inputs()[0]
     size = entry.shape[0] if isinstance(entry.shape[0], int) else None
+    waiting: NDArray[Any] | None = None
     for batch in images:
         array = np.ascontiguousarray(batch.detach().cpu().numpy(), dtype=np.float32)
-        step = size or len(array)
-        for start in range(0, len(array) - step + 1, max(step, 1)):
-            yield {entry.name: array[start : start + step]}
+        waiting = array if waiting is None else np.concatenate([waiting, array])
+        step = size or len(waiting)
+        while 0 < step <= len(waiting):
+            yield {entry.name: waiting[:step]}
+            waiting = waiting[step:]
 
 
 def _finish(proto: onnx.ModelProto, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:

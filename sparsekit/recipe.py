@@ -572,11 +572,25 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
                 "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider "
                 f"{recipe.benchmark.provider}; ask for macs or params, or leave provider out",
             )
-        if len(given) > 1 and cut.method not in ("auto", "budget"):
+        chosen = len(given) > 1 or bool({"speedup", "latency_ms"} & set(given))
+        if chosen and cut.method not in ("auto", "budget"):
             yield _Contradiction(
                 ("cut.method", "cut.target"),
-                f"cut.method {cut.method} goes by one share at most, got {' and '.join(given)}; use auto or budget",
+                f"cut.method {cut.method} knows neither speeds nor several shares, got a cut.target of "
+                f"{' and '.join(given)}; use auto or budget",
             )
+        if chosen and sparsify.weigh_by != "size":
+            yield _Contradiction(
+                ("sparsify.weigh_by", "cut.target"),
+                f"sparsify.weigh_by is read only where cut.target is one share, got {sparsify.weigh_by} for "
+                f"{' and '.join(given)}: there what channels cost is part of the choice; leave it out",
+            )
+    if "int8" in recipe.export.precisions and recipe.export.calibration < recipe.export.batch_size:
+        yield _Contradiction(
+            ("export.calibration", "export.batch_size"),
+            f"export.calibration must be at least export.batch_size, {recipe.export.batch_size}, got "
+            f"{recipe.export.calibration}",
+        )
 
 
 def _threshold_contradictions(cut: CutSpec) -> Iterator[_Contradiction]:

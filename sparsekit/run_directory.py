@@ -133,6 +133,10 @@ class RunDirectory:
         stage.status, stage.result = "done", dict(result)
         self._write_journal()
 
+    def is_done(self, name: str) -> bool:
+        """Whether a stage is finished."""
+        return name in self.stages and self.stages[name].status == "done"
+
     def result(self, name: str) -> dict[str, Any]:
         """What a finished stage found."""
         return self.stages[name].result

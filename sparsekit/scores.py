@@ -59,24 +59,23 @@ def channel_worth(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
 
     worth_c = sum over the layers that make the channel of MACs x ||W_c||^2 / ||W||^2, norms after folding a BatchNorm
     that follows: the share of the layer's output that is the channel's, in multiply-accumulates. 0 of channels that are
-    zero; infinite of whole blocks, unless they are zero, because no filter tells what they are worth.
+    zero; infinite of others that no layer makes (of bare parameters, whole blocks): no filter tells their worth.
     """
     state, modules = model.state_dict(), dict(model.named_modules())
     macs = {layer.weight: layer.macs for layer in groups.layers}
     zeros = zero_channels(model, groups)
     worth = {}
     for group in groups.free:
-        total = torch.zeros(group.n_channels, dtype=torch.float64)
-        for member in (*group.of_role("producer"), *group.of_role("depthwise")):
-            if member.tensor not in macs:
-                continue
+        makers = [m for m in (*group.of_role("producer"), *group.of_role("depthwise")) if m.tensor in macs]
+        total = torch.full((group.n_channels,), 0.0 if makers else torch.inf, dtype=torch.float64)
+        for member in makers:
             squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
             if member.norm is not None:
                 squares = squares * _folded_scale(modules[member.norm]).square()
             share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
             own = share[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
             total += macs[member.tensor] * own
-        worth[group.name] = torch.where(zeros[group.name], 0.0, torch.inf if group.bypass else total)
+        worth[group.name] = torch.where(zeros[group.name], 0.0, total)
     return worth
 
 

@@ -325,7 +325,7 @@ class Sparsifier:
             raise InputError(
                 "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
             )
-        if bool(state["pull"]) != (self._pull is not None):
+        if bool(state.get("pull")) != (self._pull is not None):
             raise InputError(
                 "the sparsifier's state belongs to one that revives channels, or this one does and it did not"
             )

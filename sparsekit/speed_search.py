@@ -108,7 +108,7 @@ def search_speed(
     """The keep-masks that keep the most worth of those that run `speedup` times as fast as `model`, or in `latency_ms`.
 
     `groups` come from `measure_layers`; `worth` and `rounding` are those of `choose_channels` (by default the blocks
-    that were measured), `limits` further shares to keep at most ("macs", "params", "channels"). `choose_channels`
+    that were measured), `limits` further shares to keep at most of "macs", "params" or "channels". `choose_channels`
     predicts; a copy is cut and exported, and timed in ONNX Runtime, interleaved with the dense model, at the batch of
     `example_input`; the prediction is corrected by what was measured, up to eight times, until that is within 1 % of
     what was asked for. The model is not changed.
@@ -184,22 +184,23 @@ class _Search:
         dense_ms = sum(layer.ms or 0.0 for layer in self._groups.layers)
         asked = speedup or dense_ms / (latency_ms or 1.0)
         least = self._choice.least("latency")
-        share, slow, fast = 1 / asked, 1.0, least  # between what was too slow and what was fast enough
+        share, slow, fast = 1 / asked, 1.0, 0.0  # between what was too slow, and what was fast enough
         for _ in range(_MAX_TRIALS):
             share = min(max(share, least), 1.0)
-            trial = self._measure(self._choice.under({"latency": share, **self._limits}))
+            trial = self._measure(self._choice.under(self._limits | {"latency": share}))
             if latency_ms is not None:
                 asked = trial.dense_ms / latency_ms
-            if trial.measured < asked * (1 - _REACHED) and share <= least:
+            too_slow = trial.measured < asked
+            if share <= least and trial.measured < asked * (1 - _REACHED) and trial.trustworthy:
                 raise InputError(
                     f"a speed-up of {asked:.3g} is out of reach: with the fewest channels allowed the model runs "
                     f"{trial.measured:.3g} times as fast; ask for less, or lower min_channels or round_to"
                 )
-            slow, fast = (min(slow, share), fast) if trial.measured < asked else (slow, max(fast, share))
-            if abs(trial.measured / asked - 1) <= _NEAR or slow / fast < 1.002:
+            slow, fast = (min(slow, share), fast) if too_slow else (slow, max(fast, share))
+            if abs(trial.measured / asked - 1) <= _NEAR or slow <= max(fast * 1.002, least):
                 break
             share *= trial.measured / asked
-            if not fast < share < slow:
+            if fast and not fast < share < slow:
                 share = math.sqrt(slow * fast)
         return self._outcome(asked)
 

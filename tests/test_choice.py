@@ -142,6 +142,48 @@ def test_the_least_of_a_group_stays_and_whole_blocks_can_go() -> None:
     assert {name: bool(mask) for name, mask in masks.items()} == {"one": False, "two": True}
 
 
+def test_channels_inside_a_block_that_goes_are_gone_too() -> None:
+    curve = LatencyCurve(((8,), (8,)), ((1.0,),))
+    inside = ChannelGroup("one.fc", 8, (Member("one.fc.weight", 0, tuple(range(8)), 1, "producer", True),))
+    block = ChannelGroup("one", 1, (Member("one.gamma", 0, (0,), 8, "inside", True),), bypass="one")
+    groups = ChannelGroups((inside, block), (), (LayerCost("one.fc.weight", (8, 8), 1, curve),))
+    worth = {"one.fc": torch.ones(8), "one": torch.ones(1)}
+    rounding = {"one.fc": (1, 1), "one": (1, 0)}
+    masks = choose_channels(groups, worth, {"channels": 0.1}, rounding)
+    assert not masks["one"].any()
+    assert kept_share(groups, masks).channels == 0.0
+
+
+@pytest.mark.parametrize(
+    ("worth", "limits", "message"),
+    [
+        (
+            {},
+            {"flops": 0.5},
+            r"limits must be shares in \(0, 1\] of macs, params, channels, latency, got flops",
+        ),
+        ({}, {"macs": float("nan")}, "limits must be shares"),
+        ({}, {"macs": 30.0}, "limits must be shares"),
+        (
+            {"0": torch.ones(3)},
+            {"macs": 0.5},
+            r"worth must be 16 numbers >= 0 for the group 0, got shape \(3,\)",
+        ),
+        ({"0": torch.full((16,), -1.0)}, {"macs": 0.5}, "worth must be 16 numbers >= 0"),
+        ({"0": None}, {"macs": 0.5}, "got none"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    worth: dict[str, torch.Tensor | None], limits: dict[str, float], message: str
+) -> None:
+    groups = sk.find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
+    given = {g.name: torch.ones(g.n_channels) for g in groups.free} | worth
+    with pytest.raises(InputError, match=message):
+        choose_channels(
+            groups, {n: w for n, w in given.items() if w is not None}, limits, dict.fromkeys(given, (1, 1))
+        )
+
+
 def test_latencies_that_were_not_measured_are_refused() -> None:
     groups = sk.find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
     worth = {group.name: torch.ones(group.n_channels) for group in groups.free}

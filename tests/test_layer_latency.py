@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ EXAMPLE = torch.zeros(2, 3, 8, 8)
 class Stopwatch(LatencyTable):
     """Every operator takes what it multiplies; convolutions run in blocks of 4, products in none."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
         self.asked: list[Operator] = []
 
     def ms(self, operators: Sequence[Operator], **_: object) -> list[float]:
@@ -160,6 +162,47 @@ def test_a_layer_that_runs_twice_takes_twice_as_long(monkeypatch: pytest.MonkeyP
     assert layer.ms == 2 * once
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_grouped_convolution_is_timed_as_it_is_cut(pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loses whole groups, or, where another layer's channels tie the groups' places, the same places in each."""
+    torch.manual_seed(0)
+    into = 32 if pieces else 4
+    model = nn.Sequential(
+        *(nn.Conv2d(3, into, 1), nn.BatchNorm2d(into), nn.ReLU()),
+        *(nn.Conv2d(into, 32, 3, padding=1, groups=4), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)),
+    )
+    _whole_takes(1e9, monkeypatch)
+    table = Stopwatch()
+    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=table)
+    layer = next(layer for layer in groups.layers if layer.weight == "3.weight")
+    assert layer.curve is not None
+    curve = replace(layer.curve, beside_ms=0.0)
+    masks = {g.name: torch.arange(g.n_channels) < g.n_channels // 2 for g in groups.free}
+    assert masks
+    cut = sk.apply_plan(model, sk.make_plan(groups, masks))[3]
+    assert cut.weight.shape[0] == 16
+    assert float(curve.at(*cut.weight.shape[:2])) == pytest.approx(2 * 64 * cut.weight.numel())
+    timed = {o.conv_groups for o in table.asked if o.weight_shape[2:] == (3, 3)}
+    assert timed == ({4} if cut.groups == 4 else {1, 2, 4})
+
+
+def test_a_layer_that_is_called_by_keyword_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(input=x.mean((2, 3)))
+            return out
+
+    model = Named()
+    _whole_takes(24.0, monkeypatch)
+    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
+    assert layer.ms == 24.0
+
+
 def test_layers_of_other_kinds_get_time_by_their_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2))
@@ -181,5 +224,7 @@ def test_latencies_that_were_not_measured_are_refused() -> None:
         sk.keep_masks(model, groups, method="budget", target={"latency": 0.5})
     with pytest.raises(InputError, match="measure_layers"):
         sk.Sparsifier(model, groups, strength="auto", total_steps=10, target={"latency": 0.5})
+    with pytest.raises(InputError, match="table is of 2 threads, and 1 were asked for"):
+        sk.measure_layers(model, groups, EXAMPLE, table=Stopwatch(threads=2))
     with pytest.raises(InputError, match="no layer"):
         sk.measure_layers(nn.Sequential(nn.Conv2d(3, 8, 3)), groups, EXAMPLE)

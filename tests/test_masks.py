@@ -141,6 +141,23 @@ def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> No
     torch.testing.assert_close(after[6].sum(), torch.tensor(float(macs["inner.weight"]), dtype=torch.float64))
 
 
+def test_what_no_layer_makes_is_beyond_price() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 4))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head((x @ self.w.t()).relu())
+            return out
+
+    model = Bare()
+    groups = find_groups(model, torch.zeros(1, 4))
+    assert groups.free
+    assert all(bool(worth.isinf().all()) for worth in channel_worth(model, groups).values())
+
+
 def test_rows_belong_to_their_channels() -> None:
     model, inputs = build("ChunkGate")
     groups = find_groups(model, inputs)

@@ -318,6 +318,7 @@ def fast_run(recipe: Path) -> Path:
     options = [part for override in overrides for part in ("--set", override)]
     done = sparsekit("prune", recipe, "--output", directory, *options)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"the dense model takes [\d.e-]+ ms, and can be made up to about", done.stderr)
     assert "times as fast, measured" in done.stderr
     return directory
 
@@ -325,8 +326,6 @@ def fast_run(recipe: Path) -> Path:
 def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_run: Path) -> None:
     journal = json.loads((fast_run / "checkpoints" / "journal.json").read_text())
     stages = {stage["name"]: stage for stage in journal["stages"]}
-    assert next(iter(stages)) == "measure"
-    assert stages["measure"]["result"]["dense_ms"] > 0
     choice = stages["cut"]["result"]["choice"]
     assert choice == stages["sparsify"]["result"]["choice"]
     assert choice["asked"] == 1.2

@@ -70,6 +70,13 @@ def test_weights_have_a_scale_for_each_channel(source: Path, tmp_path: Path) -> 
     assert {len(np.atleast_1d(scale)) for scale in scales.values()} >= {32, 64}
 
 
+def test_batches_smaller_than_the_file_s_are_put_together(source: Path, tmp_path: Path) -> None:
+    """The file takes two images at once."""
+    assert quantize_to_int8(
+        source, tmp_path / "int8.onnx", [_images(1), _images(1, seed=1), _images(1)]
+    ).exists()
+
+
 def test_too_few_images_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs images to calibrate with"):
         quantize_to_int8(source, tmp_path / "int8.onnx", [_images(1)])

@@ -401,7 +401,16 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.target={macs: 0.5, params: 0.5}", "cut.method=gap"],
-            "cut.method gap goes by one share at most, got macs and params",
+            "cut.method gap knows neither speeds nor several shares, got a cut.target of macs and params",
+        ),
+        (
+            ["cut.target={speedup: 2}", "cut.method=threshold", "cut.threshold=0.1"],
+            "cut.method threshold knows neither speeds nor several shares, got a cut.target of speedup",
+        ),
+        (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
+        (
+            ["export.precisions=[int8]", "export.batch_size=64", "export.calibration=32"],
+            "export.calibration must be at least export.batch_size, 64, got 32",
         ),
         (["sparsify.epochs=0", "cut.target=null"], "cut.method auto finds nothing to cut"),
         (["cut.method=threshold", "cut.threshold=2"], "cut.threshold must be a number < 1, a fraction of"),

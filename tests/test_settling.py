@@ -83,6 +83,31 @@ def test_exactly_what_was_chosen_goes_and_the_choice_saw_what_was_learned() -> N
         assert torch.equal(dead, hook.masks[name])
 
 
+def test_the_phase_is_not_over_before_all_that_was_chosen_is_zero() -> None:
+    """Whatever multiple the sparsifier was told: what was settled on is cut as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = sk.Sparsifier(
+        model,
+        sk.find_groups(model, EXAMPLE),
+        strength="auto",
+        total_steps=60,
+        shares=PhaseShares(0.1, 0.0, 0.2),
+        target={"macs": 1.0},
+        round_to=16,
+    )
+    masks = {"0": torch.arange(64) < 20}
+    hook = Settling(sparsifier, 6, lambda worth: (masks, {}))
+    _train(model, optimizer, hook, range(8))
+    assert "44 of the 44 channels that were to go are not zero" in hook.shortfall()
+    _train(model, optimizer, hook, range(8, 60))
+    assert hook.shortfall() == ""
+    assert torch.equal((model[0].weight != 0).flatten(1).any(1), masks["0"])
+
+
 def test_groups_that_the_penalty_does_not_act_on_are_beyond_price() -> None:
     calls: list[Masks] = []
     model, optimizer, hook = _start(calls, penalty="scale_l1")

@@ -139,6 +139,17 @@ def test_a_speed_out_of_reach_is_refused_with_the_one_measured(monkeypatch: pyte
         search_speed(model, groups, _worth(groups), EXAMPLE, speedup=20, rounding=rounding)
 
 
+def test_a_speed_just_out_of_reach_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction says that it can be had, the stopwatch says no."""
+    _stopwatch(lambda s: s**0.9, monkeypatch)
+    model = _network()
+    groups = _measured(model)
+    rounding = {group.name: (16, 32) for group in groups.free}
+    most = 1 / kept_share(groups, {g.name: torch.arange(64) < 32 for g in groups.free}).latency
+    with pytest.raises(InputError, match="out of reach"):
+        search_speed(model, groups, _worth(groups), EXAMPLE, speedup=0.97 * most, rounding=rounding)
+
+
 def test_a_model_that_is_as_fast_already_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     _stopwatch(lambda s: s, monkeypatch)
     model = _network()
