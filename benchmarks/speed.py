@@ -404,6 +404,8 @@ def main() -> None:
                 rows.append(subject.row(asked, say))
                 write_json(arguments.output, rows)
                 say(json.dumps(rows[-1]))
+    rows.sort(key=lambda r: ([*MODELS, r["model"]].index(r["model"]), r["asked"]))
+    write_json(arguments.output, rows)
     command = "python benchmarks/speed.py" + (" --pretrained" if arguments.pretrained else "")
     write_text(arguments.docs, page(rows, arguments.docs.with_suffix(".svg").name, command))
     plot(rows, arguments.docs.with_suffix(".svg"))
