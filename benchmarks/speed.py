@@ -12,7 +12,7 @@ For each model (224 px, batch 1, one thread) and each speed-up asked (weights ar
     dense       the model itself, twice: the second is the null
 
 All five files run interleaved. Torch-Pruning is then cut further, to the speed that was measured for ours, and measured
-again, up to four times: its retained score at equal speed is read off the line between the cuts beside it.
+again, up to twice: its retained score at equal speed is read off the line between the cuts beside it.
 
 Retained score: a channel is worth the share that it has in the squared norms of the layers that make it, in their
 multiply-accumulates (`sparsekit.channel_worth`), over all groups, those under LayerNorm included; a cut retains the
@@ -95,21 +95,27 @@ def peer_cut(model: nn.Module, ratio: float, round_to: int | None) -> nn.Module:
     return pruned
 
 
-def peer_cut_to_macs(model: nn.Module, macs_ratio: float, round_to: int | None) -> nn.Module:
-    """The cut whose MACs ratio is nearest to the one asked for, by bisection of the share to prune."""
-    dense, low, high = count_macs(model, EXAMPLE), 0.0, 0.97
-    best: tuple[float, nn.Module] | None = None
-    for _ in range(8):
-        ratio = (low + high) / 2
-        pruned = peer_cut(model, ratio, round_to)
-        found = dense / count_macs(pruned, EXAMPLE)
-        if best is None or abs(found - macs_ratio) < abs(best[0] - macs_ratio):
-            best = found, pruned
-        if abs(found / macs_ratio - 1) < 0.01:
-            break
-        low, high = (ratio, high) if found < macs_ratio else (low, ratio)
-    assert best is not None
-    return best[1]
+class PeerCuts:
+    """Cuts of one model by one variant of Torch-Pruning, each made once."""
+
+    def __init__(self, model: nn.Module, round_to: int | None) -> None:
+        self._model, self._round_to = model, round_to
+        self._dense = count_macs(model, EXAMPLE)
+        self._cuts: dict[float, tuple[float, nn.Module]] = {}
+
+    def to_macs(self, macs_ratio: float) -> nn.Module:
+        """The cut whose MACs ratio is nearest to the one asked for, by bisection of the share to prune."""
+        low, high = 0.0, 0.97
+        for _ in range(7):
+            ratio = (low + high) / 2
+            if ratio not in self._cuts:
+                pruned = peer_cut(self._model, ratio, self._round_to)
+                self._cuts[ratio] = self._dense / count_macs(pruned, EXAMPLE), pruned
+            found = self._cuts[ratio][0]
+            if abs(found / macs_ratio - 1) < 0.01:
+                break
+            low, high = (ratio, high) if found < macs_ratio else (low, ratio)
+        return min(self._cuts.values(), key=lambda cut: abs(cut[0] - macs_ratio))[1]
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -187,6 +193,7 @@ class Subject:
         if missing:
             warnings.warn(f"{name}: no tag for {len(missing)} groups, which count as kept", stacklevel=2)
         self.dense = self.export(self.model)
+        self.peers = {peer: PeerCuts(self.model, round_to) for peer, round_to in PEERS.items()}
 
     def export(self, model: nn.Module) -> Path:
         """A new file."""
@@ -216,9 +223,9 @@ class Subject:
         ours = sk.apply_plan(self.model, plan)
         sk.verify_cut(self.model, ours, plan)
         cuts: dict[str, nn.Module] = {"ours": ours}
-        for peer, round_to in PEERS.items():
+        for peer in PEERS:
             try:
-                cuts[peer] = peer_cut_to_macs(self.model, self.macs_ratio(ours), round_to)
+                cuts[peer] = self.peers[peer].to_macs(self.macs_ratio(ours))
             except Exception as error:
                 say(f"{self.name} {asked:g}x: Torch-Pruning, {peer}, failed: {type(error).__name__}: {error}")
         files = [self.dense, *(self.export(cut) for cut in cuts.values())]
@@ -262,11 +269,11 @@ class Subject:
         None if it does not get there.
         """
         points = [(figures["measured"], figures["retained_score"], figures["macs_ratio"])]
-        for _ in range(4):
+        for _ in range(2):
             measured, _, macs_ratio = max(points) if max(points)[0] < speed else min(points)
             if abs(measured / speed - 1) < 0.01 or min(points)[0] <= speed <= max(points)[0]:
                 break
-            pruned = peer_cut_to_macs(self.model, macs_ratio * (speed / measured) ** 1.3, PEERS[peer])
+            pruned = self.peers[peer].to_macs(macs_ratio * (speed / measured) ** 1.3)
             compared = sk.compare_latency([self.dense, self.export(pruned)], rounds=30)
             points.append((compared.speedups[0].value, self.peer_retained(pruned), self.macs_ratio(pruned)))
         points.sort()
