@@ -22,9 +22,9 @@ from sparsekit.surgery import apply_plan
 
 __all__ = ["SpeedSearch", "SpeedTrial", "block_rounding", "search_speed", "time_masks"]
 
-# A measured speed-up this near to the one asked for is good enough to stop at, and this near is what was asked for.
+# A measured speed-up this near to the one asked for is what was asked for; nearer than that is good enough to stop at.
+SPEED_TOLERANCE = 0.03
 _NEAR = 0.01
-_REACHED = 0.03
 _MAX_TRIALS = 8
 _ROUNDS = 40
 
@@ -191,7 +191,7 @@ class _Search:
             if latency_ms is not None:
                 asked = trial.dense_ms / latency_ms
             too_slow = trial.measured < asked
-            if share <= least and trial.measured < asked * (1 - _REACHED) and trial.trustworthy:
+            if share <= least and trial.measured < asked * (1 - SPEED_TOLERANCE) and trial.trustworthy:
                 raise InputError(
                     f"a speed-up of {asked:.3g} is out of reach: with the fewest channels allowed the model runs "
                     f"{trial.measured:.3g} times as fast; ask for less, or lower min_channels or round_to"
@@ -218,7 +218,7 @@ class _Search:
     def _outcome(self, asked: float) -> SpeedSearch:
         masks, found = min(self._trials, key=lambda t: abs(math.log(t[1].measured / asked)))
         remark = ""
-        if abs(found.measured / asked - 1) > _REACHED:
+        if abs(found.measured / asked - 1) > SPEED_TOLERANCE:
             remark = (
                 f"asked for a speed-up of {asked:.3g}, and the nearest of {len(self._trials)} measured is "
                 f"{found.measured:.3g}: "

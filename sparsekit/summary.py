@@ -10,6 +10,7 @@ from sparsekit.errors import FileError
 from sparsekit.recipe import Recipe, load_recipe
 from sparsekit.report import RunReport, write_html, write_json
 from sparsekit.run_directory import RunDirectory
+from sparsekit.speed_search import SPEED_TOLERANCE
 
 
 def final_accuracies(files: RunDirectory) -> dict[str, float]:
@@ -135,6 +136,8 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     remark = cut.get("choice", {}).get("remark")
     if remark:
         found.append(f"The target was not met as asked: {remark}.")
+    elif missed := _missed_speed(cut.get("choice", {}), files.result("benchmark")["latency"]):
+        found.append(missed)
     if cut["removed_live"]:
         found.append(
             f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."
@@ -154,6 +157,18 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
         n = files.result("dense")["data"]["test"]
         found.append(f"The test set has {n} images: one image is {1 / n:.4f} of accuracy.")
     return found
+
+
+def _missed_speed(choice: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
+    """What to say if the last measurement is further from the speed asked for than the choice of channels was."""
+    measured = latency["speedups"][0]["value"]
+    if "asked" not in choice or abs(measured / choice["asked"] - 1) <= SPEED_TOLERANCE:
+        return ""
+    return (
+        f"Asked for a speed-up of {choice['asked']:.3g}, the benchmark measured {measured:.3g}. When the channels were "
+        f"chosen, {choice['found']['measured']:.3g} was measured for them: so far apart are two measurements on this "
+        "machine."
+    )
 
 
 def write_report(directory: Path) -> RunReport:

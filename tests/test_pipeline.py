@@ -336,7 +336,9 @@ def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_ru
     report = read_report(fast_run / "report.json")
     assert report.params_ratio >= 1 / 0.9
     assert report.asked == {"speedup": 1.2, "params": 0.9}
-    assert any("not met as asked" in warning for warning in report.warnings) == bool(choice["remark"])
+    told = [w for w in report.warnings if "not met as asked" in w or "the benchmark measured" in w]
+    missed = abs(report.speedup.value / 1.2 - 1) > 0.03
+    assert bool(told) == (bool(choice["remark"]) or missed)
 
 
 def test_files_in_fewer_bits_are_tested_and_timed_beside_the_others(fast_run: Path) -> None:
