@@ -84,9 +84,9 @@ class _Term:
 
 
 class Choice:
-    """Finds masks for one model and one worth of its channels, for any limits; the greedy part is done once a limit.
+    """Finds masks for one model and one worth of its channels, under any limits.
 
-    Raises InputError if the latency is limited and was not measured.
+    Raises InputError for worth that does not fit the groups.
     """
 
     def __init__(self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> None:

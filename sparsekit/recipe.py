@@ -415,6 +415,7 @@ def _contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
     yield from _split_contradictions(recipe.data)
     yield from _training_contradictions(recipe)
     yield from _cut_contradictions(recipe)
+    yield from _export_contradictions(recipe)
 
 
 def _data_contradictions(data: DataSpec) -> Iterator[_Contradiction]:
@@ -554,37 +555,46 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
         )
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
-        given = [key for key, value in cut.target if value is not None]
-        if not given:
-            yield _Contradiction(
-                ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),
-                f"cut.target must have one of {', '.join(TargetSpec.model_fields)}, got none",
-            )
-        if cut.target.speedup is not None and cut.target.latency_ms is not None:
-            yield _Contradiction(
-                ("cut.target.speedup", "cut.target.latency_ms", "cut.target"),
-                "cut.target must have one of speedup and latency_ms, got both; "
-                "to replace one write cut.target={latency_ms: 5}",
-            )
-        if {"speedup", "latency_ms"} & set(given) and recipe.benchmark.provider != "cpu":
-            yield _Contradiction(
-                ("cut.target", "benchmark.provider"),
-                "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider "
-                f"{recipe.benchmark.provider}; ask for macs or params, or leave provider out",
-            )
-        chosen = len(given) > 1 or bool({"speedup", "latency_ms"} & set(given))
-        if chosen and cut.method not in ("auto", "budget"):
-            yield _Contradiction(
-                ("cut.method", "cut.target"),
-                f"cut.method {cut.method} knows neither speeds nor several shares, got a cut.target of "
-                f"{' and '.join(given)}; use auto or budget",
-            )
-        if chosen and sparsify.weigh_by != "size":
-            yield _Contradiction(
-                ("sparsify.weigh_by", "cut.target"),
-                f"sparsify.weigh_by is read only where cut.target is one share, got {sparsify.weigh_by} for "
-                f"{' and '.join(given)}: there what channels cost is part of the choice; leave it out",
-            )
+        yield from _target_contradictions(recipe, cut.target)
+
+
+def _target_contradictions(recipe: Recipe, target: TargetSpec) -> Iterator[_Contradiction]:
+    sparsify, cut = recipe.sparsify, recipe.cut
+    given = [key for key, value in target if value is not None]
+    fast = bool({"speedup", "latency_ms"} & set(given))
+    if not given:
+        yield _Contradiction(
+            ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),
+            f"cut.target must have one of {', '.join(TargetSpec.model_fields)}, got none",
+        )
+    if target.speedup is not None and target.latency_ms is not None:
+        yield _Contradiction(
+            ("cut.target.speedup", "cut.target.latency_ms", "cut.target"),
+            "cut.target must have one of speedup and latency_ms, got both; "
+            "to replace one write cut.target={latency_ms: 5}",
+        )
+    if fast and recipe.benchmark.provider != "cpu":
+        yield _Contradiction(
+            ("cut.target", "benchmark.provider"),
+            "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider "
+            f"{recipe.benchmark.provider}; ask for macs or params, or leave provider out",
+        )
+    chosen = len(given) > 1 or fast
+    if chosen and cut.method not in ("auto", "budget"):
+        yield _Contradiction(
+            ("cut.method", "cut.target"),
+            f"cut.method {cut.method} knows neither speeds nor several shares, got a cut.target of "
+            f"{' and '.join(given)}; use auto or budget",
+        )
+    if chosen and sparsify.weigh_by != "size":
+        yield _Contradiction(
+            ("sparsify.weigh_by", "cut.target"),
+            f"sparsify.weigh_by is read only where cut.target is one share, got {sparsify.weigh_by} for "
+            f"{' and '.join(given)}: there what channels cost is part of the choice; leave it out",
+        )
+
+
+def _export_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
     if "int8" in recipe.export.precisions and recipe.export.calibration < recipe.export.batch_size:
         yield _Contradiction(
             ("export.calibration", "export.batch_size"),

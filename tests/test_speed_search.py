@@ -127,27 +127,20 @@ def test_a_speed_between_two_blocks_is_missed_with_a_reason(
     assert reason in found.remark
 
 
-def test_a_speed_out_of_reach_is_refused_with_the_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    _stopwatch(lambda s: s**0.5, monkeypatch)
+@pytest.mark.parametrize(("share_of_most", "power"), [(5.0, 0.5), (0.97, 0.9)])
+def test_a_speed_out_of_reach_is_refused_with_the_one_measured(
+    share_of_most: float, power: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By far, or where the prediction says that it can just be had and the stopwatch says no."""
+    _stopwatch(lambda s: s**power, monkeypatch)
     model = _network()
     groups = _measured(model)
     rounding = {group.name: (16, 32) for group in groups.free}
     most = 1 / kept_share(groups, {g.name: torch.arange(64) < 32 for g in groups.free}).latency
-    with pytest.raises(
-        InputError, match=rf"speed-up of 20 is out of reach.* runs {most**0.5:.3g} times as fast"
-    ):
-        search_speed(model, groups, _worth(groups), EXAMPLE, speedup=20, rounding=rounding)
-
-
-def test_a_speed_just_out_of_reach_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prediction says that it can be had, the stopwatch says no."""
-    _stopwatch(lambda s: s**0.9, monkeypatch)
-    model = _network()
-    groups = _measured(model)
-    rounding = {group.name: (16, 32) for group in groups.free}
-    most = 1 / kept_share(groups, {g.name: torch.arange(64) < 32 for g in groups.free}).latency
-    with pytest.raises(InputError, match="out of reach"):
-        search_speed(model, groups, _worth(groups), EXAMPLE, speedup=0.97 * most, rounding=rounding)
+    asked = share_of_most * most
+    message = rf"speed-up of {asked:.3g} is out of reach.* runs {most**power:.3g} times as fast"
+    with pytest.raises(InputError, match=message):
+        search_speed(model, groups, _worth(groups), EXAMPLE, speedup=asked, rounding=rounding)
 
 
 def test_a_model_that_is_as_fast_already_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
