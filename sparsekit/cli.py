@@ -360,13 +360,15 @@ def _summary(path: Path, recipe: Recipe) -> str:
 
 def _latency_table(comparison: LatencyComparison) -> RenderableType:
     """One row a file; under it what the figures are worth."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    table.add_column("file", overflow="fold")
-    for column in ("median ms", "p10 to p90 ms", "p99 ms", "per second", "speed-up", "95 % interval"):
+    # Six columns of figures and names that can still be read, on 80 characters.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("file", overflow="fold", min_width=12)
+    for column in ("median", "p10 to p90", "p99", "per s", "speed-up", "95 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for latency, speedup in zip(comparison.latencies, (None, *comparison.speedups), strict=True):
         stated = speedup if comparison.trustworthy else None
@@ -381,7 +383,7 @@ def _latency_table(comparison: LatencyComparison) -> RenderableType:
         )
     null = comparison.null
     lines = [
-        f"batch {comparison.batch}, threads {comparison.threads}, rounds {comparison.rounds}",
+        f"times in ms; batch {comparison.batch}, threads {comparison.threads}, rounds {comparison.rounds}",
         f"null (the first file against itself): {null.value:.3f}, {null.low:.3f} to {null.high:.3f}",
     ]
     if not comparison.trustworthy:

@@ -403,5 +403,11 @@ def test_bench_gives_a_table_for_every_batch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "batch 1, threads 1" in done.stdout
     assert "batch 8, threads 1" in done.stdout
+    narrow = run("bench", path, path, "--rounds", "10", cwd=tmp_path, columns=80)
+    rows = narrow.stdout.splitlines()
+    assert max(map(len, rows)) <= 80
+    assert "file " in rows[1]
+    assert "relu.onnx" in "".join(row.strip().split(" ")[0] for row in rows)
+    assert re.search(r"\d\.\d\d to \d\.\d\d *$|noisy", narrow.stdout, flags=re.M)
     done = run("bench", path, "--rounds", "10", "--batch", "1", "--batch", "8", "--json")
     assert [one["batch"] for one in json.loads(done.stdout)] == [1, 8]
