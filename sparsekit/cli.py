@@ -204,10 +204,10 @@ def inspect(
         from sparsekit.recipe import load_recipe
 
         recipe = load_recipe(Path(model))
-    from sparsekit import pipeline
+    from sparsekit import commands
 
     name = recipe.model.name if recipe else model
-    inspection = pipeline.inspect_model(
+    inspection = commands.inspect_model(
         name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm, blocks=blocks
     )
     if json:
@@ -232,9 +232,9 @@ def plan(
 
     run = source if source.is_dir() else None
     recipe = load_recipe(source / "recipe.yaml" if run else source, overrides or ())
-    from sparsekit import pipeline
+    from sparsekit import commands
 
-    planned = pipeline.plan_cut(recipe, run=run, console=_console(stderr=True))
+    planned = commands.plan_cut(recipe, run=run, console=_console(stderr=True))
     if json:
         _print_json(planned.to_json())
     else:
@@ -289,9 +289,9 @@ def export(
     ] = False,
 ) -> None:
     """Write the pruned model as ONNX again."""
-    from sparsekit import pipeline
+    from sparsekit import commands
 
-    written = pipeline.export_again(
+    written = commands.export_again(
         source, output=output, opset=opset, batch_size=batch_size, dynamic_batch=dynamic_batch
     )
     typer.echo(str(written))
@@ -301,10 +301,10 @@ def export(
 @_reported
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Write and show the report of a run again."""
-    from sparsekit import pipeline
+    from sparsekit import commands
     from sparsekit.report import terminal_table
 
-    _console().print(terminal_table(pipeline.report_again(run), run))
+    _console().print(terminal_table(commands.report_again(run), run))
 
 
 @_app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import os
 import warnings
@@ -99,6 +100,11 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if not proto.graph.node:
         raise FileError(f"{file} holds no ONNX graph; export it again")
     return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def metadata_texts(description: Mapping[str, Any]) -> dict[str, str]:
+    """Plain data as texts, which is all that an ONNX file's metadata can hold."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
 
 
 def _portable_inputs(example_input: Tensor | tuple[Tensor, ...], dynamic_batch: bool) -> tuple[Tensor, ...]:

@@ -118,13 +118,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     loader = make_loader(few, config, training=True, batch_size=count, augment=augmentation(recipe))
     images, _ = next(iter(loader))
     _check_forward(recipe, model, images, len(data.class_names))
-    groups = find_groups(
-        model,
-        images[:1],
-        ignore=recipe.cut.ignore,
-        through_layer_norm=recipe.cut.through_layer_norm,
-        blocks=recipe.cut.blocks,
-    )
+    groups = find_groups(model, images[:1], **group_options(recipe))
     if wants_choice(recipe):
         _check_limits(recipe, groups)
     if recipe.sparsify.epochs:
@@ -275,6 +269,16 @@ def augmentation(recipe: Recipe) -> Augment | None:
     if spec is None:
         return None
     return Augment(**{**spec.model_dump(), "color_jitter": spec.color_jitter or 0.0})
+
+
+def group_options(recipe: Recipe) -> dict[str, Any]:
+    """What `find_groups` is told of the cut."""
+    cut = recipe.cut
+    return {
+        "ignore": cut.ignore,
+        "through_layer_norm": cut.through_layer_norm,
+        "blocks": cut.blocks,
+    }
 
 
 def kept_limits(recipe: Recipe) -> dict[Quantity, float]:

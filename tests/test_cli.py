@@ -43,7 +43,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def call(*args: str | Path, **pipeline: Any) -> tuple[int, str, str]:
         stand_in = SimpleNamespace(**pipeline)
-        for name in ("pipeline", "inputs"):
+        for name in ("pipeline", "commands", "inputs"):
             monkeypatch.setitem(sys.modules, f"sparsekit.{name}", stand_in)
             monkeypatch.setattr(sparsekit, name, stand_in, raising=False)
         monkeypatch.setattr(sys, "argv", ["sparsekit", *map(str, args)])
