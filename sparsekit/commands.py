@@ -20,6 +20,7 @@ from sparsekit.inputs import (
     group_rounding,
     kept_limits,
     open_inputs,
+    wants_attempts,
     wants_choice,
     wants_speed,
 )
@@ -77,6 +78,11 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
     """
     if recipe.cut.target is None:
         raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    if not (wants_speed(recipe) or kept_limits(recipe)):
+        raise InputError(
+            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
+            "--set 'cut.target={speedup: 2}'"
+        )
     inputs = open_inputs(recipe)
     n_classes = len(inputs.data.class_names)
     model = build_model(recipe, n_classes, weights=run is None).eval()
@@ -90,13 +96,17 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
         unmeasured = find_groups(model, example, **group_options(recipe))
         groups = measure_layers(model, unmeasured, timed, threads=threads)
         worth = channel_worth(model, groups)
-        remark = "" if trained else "the weights are random: how many channels go is real, which ones is not"
+        remarks = (
+            [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
+        )
+        if wants_attempts(recipe):
+            remarks.append("max_accuracy_drop needs training, so it is left out here")
         if wants_speed(recipe):
             search = search_masks(
                 recipe, model, groups, worth, timed, lambda line: console.print(line, highlight=False)
             )
             masks, found, trials = search.masks, search.found, search.trials
-            remark = "; ".join(filter(None, (search.remark, remark)))
+            remarks = [*filter(None, [search.remark]), *remarks]
         else:
             if wants_choice(recipe):
                 masks = choose_channels(
@@ -114,7 +124,7 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
             found = time_masks(model, groups, masks, timed, threads=threads)
             trials = (found,)
     target = recipe.cut.target.model_dump(exclude_none=True)
-    return Planned(recipe.model.name, target, groups, masks, found, trials, remark)
+    return Planned(recipe.model.name, target, groups, masks, found, trials, "; ".join(remarks))
 
 
 def export_again(

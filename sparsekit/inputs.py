@@ -293,9 +293,15 @@ def wants_speed(recipe: Recipe) -> bool:
     return target is not None and (target.speedup is not None or target.latency_ms is not None)
 
 
+def wants_attempts(recipe: Recipe) -> bool:
+    """Whether the target is the fastest model within a budget of accuracy, which takes several attempts to find."""
+    target = recipe.cut.target
+    return target is not None and target.max_accuracy_drop is not None
+
+
 def wants_choice(recipe: Recipe) -> bool:
     """Whether the target takes more than a threshold over one quantity: masks that are chosen as a whole."""
-    return wants_speed(recipe) or len(kept_limits(recipe)) > 1
+    return wants_speed(recipe) or wants_attempts(recipe) or len(kept_limits(recipe)) > 1
 
 
 def cut_target(recipe: Recipe) -> dict[Quantity, float] | None:

@@ -2,6 +2,9 @@
 
     dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
 
+Where the target is a budget of accuracy, the baseline comes before that, then attempts at several speeds; the stages
+sparsify, cut and finetune take over the one that stays within the budget.
+
 Every stage is journaled in the run directory: done stages are skipped on resume, a training stage goes on after
 its last completed epoch. Stages hand over through files (weights, artifacts, ONNX) and small results in the
 journal, so that a resumed run and an uninterrupted one read the same things.
@@ -9,9 +12,8 @@ journal, so that a resumed run and an uninterrupted one read the same things.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,44 +23,32 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sparsekit import artifact
+from sparsekit import artifact, attempts, pruning
 from sparsekit.census import take_census
-from sparsekit.checkpoint import save_state
 from sparsekit.complexity import count_macs, count_params
-from sparsekit.errors import FileError, InputError, VerificationError
+from sparsekit.errors import VerificationError
 from sparsekit.export import export_onnx, metadata_texts
 from sparsekit.files import write_text
-from sparsekit.fold import keep_carriers
-from sparsekit.groups import ChannelGroup
 from sparsekit.inputs import (
     build_model,
-    channel_rounding,
     make_accelerator,
-    make_sparsifier,
     open_inputs,
-    train_options,
+    wants_attempts,
     wants_baseline,
-    wants_choice,
     wants_speed,
 )
 from sparsekit.latency import compare_latency
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks
 from sparsekit.modes import comparing
 from sparsekit.parity import check_parity, onnx_accuracy
-from sparsekit.plan import PrunePlan, make_plan
 from sparsekit.quantize import Precision, convert_to_fp16, quantize_to_int8
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.report import RunReport
 from sparsekit.run import Run
 from sparsekit.run_directory import RunDirectory
-from sparsekit.scores import zero_channels
-from sparsekit.settling import Settling
-from sparsekit.sparsifier import Sparsifier
+from sparsekit.stages import Stage, run_stage
 from sparsekit.summary import build_report, final_accuracies, write_report
-from sparsekit.surgery import apply_plan, verify_cut
-from sparsekit.targets import channel_costs, check_speed, choose_masks, cut_masks, with_latencies
-from sparsekit.train import Distillation, evaluate, steps_per_epoch
+from sparsekit.targets import check_speed
 
 # Float32 kernels that add in another order differ by 1e-6; ten times worse than any seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
@@ -80,95 +70,42 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     with accelerator.main_process_first():  # the others find the directory that the main process opened
         files.open(resume=resume or not files.writes)
     run = Run(recipe, inputs, files, accelerator, console)
-    weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
-    baseline = _Stage(
-        "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
-    )
-    story = [
-        _Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
-        _Stage("sparsify", _sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
-        _Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
-        _Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
-        *([baseline] if wants_baseline(recipe) else []),
-        _Stage("export", _export, ("export",), ("dense.onnx", "pruned.onnx")),
-        _Stage("benchmark", _benchmark, ("benchmark",)),
-        _Stage("report", _report, (), ("report.json", "report.html")),
-    ]
+    story = _story(recipe)
     for stage in story:  # all of them before anything is written: a refused resume leaves the run as it was
         files.check_settings(stage.name, stage.settings(run))
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
-    if wants_speed(recipe) and not files.is_done("cut"):
+    if (wants_speed(recipe) or wants_attempts(recipe)) and not files.is_done("cut"):
         check_speed(run)
     for stage in story:
-        _run_stage(run, stage)
+        run_stage(run, stage)
     return build_report(output)
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images.
-
-    `leaves` are the files, below the run directory, that it is done with.
-    """
-
-    name: str
-    body: Callable[[Run, Callable[[], None]], dict[str, Any]]
-    sections: tuple[str, ...]
-    leaves: tuple[str, ...] = ()
-
-    def settings(self, run: Run) -> dict[str, Any]:
-        values = run.recipe.model_dump(mode="json")
-        kept = {key: values[key] for key in ("seed", "precision", *self.sections)}
-        return {**kept, "images": run.inputs.fingerprint}
-
-
-def _run_stage(run: Run, stage: _Stage) -> None:
-    """Run one stage unless it is done; `tick` notes the seconds so far, over all attempts."""
-    name = stage.name
-    record = run.files.begin(name, stage.settings(run))
-    if record.status == "done":
-        missing = [leaf for leaf in stage.leaves if not (run.files.path / leaf).exists()]
-        if missing:
-            raise FileError(
-                f"the stage {name} of the run in {run.files.path} is done, but {', '.join(missing)} is gone; put it "
-                "back, or start again in another --output"
-            )
-        run.say(f"{name}: done before")
-        return
-    started = time.monotonic() - record.seconds
-
-    def tick() -> None:
-        run.files.advance(record, time.monotonic() - started)
-
-    run.say(f"{name} ...")
-    try:
-        result = stage.body(run, tick)
-    except BaseException as error:
-        run.files.log(f"{name}: stopped by {type(error).__name__}: {error}")
-        raise
-    run.accelerator.wait_for_everyone()
-    tick()
-    run.files.finish(record, result)
-    if run.files.writes:
-        for state in run.files.training_states(name):
-            state.unlink()  # only an unfinished stage needs it
-    run.accelerator.wait_for_everyone()
-    run.say(f"{name}: {record.seconds:.1f} s{_told(name, result)}")
-
-
-def _told(name: str, result: Mapping[str, Any]) -> str:
-    """What a finished stage says besides its duration."""
-    if name == "cut":
-        return (
-            f"; {result['removed']} of {result['channels']} channels removed, test accuracy "
-            f"{result['accuracy_before_cut']:.4f} -> {result['accuracy_after_cut']:.4f}, largest logit change "
-            f"{result['max_abs_logit_change']:.1e}"
-        )
-    return ""
-
-
 # ----------------------------------------------------------------------------------------------- the stages
+
+
+def _story(recipe: Recipe) -> list[Stage]:
+    weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
+    attempted = wants_attempts(recipe)
+    baseline = [
+        Stage("baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),))
+    ]
+    if not wants_baseline(recipe):
+        baseline = []
+    trying = Stage("attempts", attempts.make_attempts, ("training", "sparsify", "cut", "finetune"))
+    sparsify = attempts.take_sparsified if attempted else pruning.sparsify
+    return [
+        Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
+        *([*baseline, trying] if attempted else []),
+        Stage("sparsify", sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
+        Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
+        Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
+        *([] if attempted else baseline),
+        Stage("export", _export, ("export",), ("dense.onnx", "pruned.onnx")),
+        Stage("benchmark", _benchmark, ("benchmark",)),
+        Stage("report", _report, (), ("report.json", "report.html")),
+    ]
 
 
 def _train_dense(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
@@ -191,97 +128,20 @@ def _train_dense(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
     }
 
 
-def _sparsify(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Train with the penalty until channels are exactly zero."""
-    spec = run.recipe.sparsify
-    model = run.weights("dense")
-    groups = run.find_groups(model)
-    hook: Sparsifier | Settling | None = None
-    if spec.epochs:
-        options, loader = train_options(run.recipe, spec), run.loader(run.inputs.data.train, True)
-        steps = spec.epochs * steps_per_epoch(loader, options, run.accelerator)
-        costs = channel_costs(run, model, groups)
-        sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
-        hook = sparsifier
-        if spec.strength == "auto" and wants_choice(run.recipe):
-            measured = with_latencies(run, model, groups)
-            at = max(round(steps * spec.warmup), 1)
-            hook = Settling(sparsifier, at, lambda worth: choose_masks(run, model, measured, worth))
-        run.train(model, spec, "sparsify", tick, hook=hook)
-    settled = hook if isinstance(hook, Settling) else None
-    if settled is not None and run.files.writes:
-        save_state(run.files.checkpoints / "settled.safetensors", settled.masks)
-    run.keep_weights(model, "sparse")
-    zeros = sum(int(dead.sum()) for dead in zero_channels(model, groups).values())
-    channels = sum(group.n_channels for group in groups.free)
-    return {
-        "zero_channels": zeros,
-        "channels": channels,
-        "shortfall": "" if hook is None else hook.shortfall(),
-        "choice": {} if settled is None else dict(settled.notes),
-    }
-
-
 def _cut(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Scores, masks, plan, surgery, proof. The sparse and the cut model are compared on the test images."""
-    model = run.weights("sparse")
-    groups = run.find_groups(model)
-    masks, choice = cut_masks(run, model, groups)
-    multiples = choice.get("multiples") or channel_rounding(run.recipe)
-    masks = keep_carriers(model, groups, masks, round_to=multiples)
-    plan = make_plan(groups, masks)
-    if not (plan.cuts or plan.blocks):
-        raise InputError(
-            f"cut: nothing to remove: in no group {channel_rounding(run.recipe)} channels are zero or score too low; "
-            "set cut.target, raise sparsify.strength, or lower cut.round_to"
-        )
-    pruned = apply_plan(model, plan)
-    proof = verify_cut(model, pruned, plan)
-    if run.files.writes:
-        run.save_artifact(pruned, run.files.checkpoints / "cut", plan, {})
-    zeros = zero_channels(model, groups)
-    live = sum(int((~masks[name] & ~dead).sum()) for name, dead in zeros.items())
-    return {
-        **_compare_on_test(run, model, pruned),
-        "proof_max_rel": proof.max_rel,
-        "near_zero_channels": sum(int(dead.sum()) for dead in zeros.values()),
-        "channels": sum(len(mask) for mask in masks.values()),
-        "removed": sum(group.n_channels - _kept(group, masks, plan) for group in groups.free),
-        "removed_live": live,
-        "choice": choice,
-        "layers": [
-            {
-                "name": group.name,
-                "channels": group.n_channels,
-                "kept": _kept(group, masks, plan),
-                "reason": group.frozen,
-            }
-            for group in groups
-        ],
-    }
-
-
-def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
-    if any(group.lies_in(block.module) for block in plan.blocks):
-        return 0
-    return int(masks[group.name].sum()) if group.name in masks else group.n_channels
+    """Cut, and compare the sparse and the cut model on the test images."""
+    cut = attempts.take_cut if wants_attempts(run.recipe) else pruning.cut
+    return cut(run, tick) | _compare_on_test(run)
 
 
 def _finetune(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Train the cut model without penalty, then save it as the portable artifact and test it once."""
-    spec = run.recipe.finetune
-    cut = run.files.checkpoints / "cut"
-    model = artifact.load(cut).to(run.accelerator.device)
-    run.recalibrate(model)
-    teacher = None
-    if spec.distill is not None and spec.epochs:
-        teacher = Distillation(run.weights("dense"), spec.distill.weight, spec.distill.temperature)
-    run.train(model, spec, "finetune", tick, teacher=teacher)
-    accuracy = evaluate(model, run.loader(run.inputs.data.test, False), run.accelerator).accuracy
+    """Train the cut model, then save it as the portable artifact, read that back, and test the model once."""
+    attempted = wants_attempts(run.recipe)
+    model, plan = attempts.take_finetuned(run) if attempted else pruning.finetune(run, tick)
+    accuracy = run.evaluate(model, run.inputs.data.test)
+    run.save_artifact(model, run.files.path / "pruned", plan, run.describe(test_accuracy=accuracy))
     round_trip = 0.0
     if run.files.writes:
-        plan = PrunePlan.from_json(artifact.read_structure(cut)["plan"])
-        run.save_artifact(model, run.files.path / "pruned", plan, run.describe(accuracy))
         round_trip = artifact.check_round_trip(model, run.files.path / "pruned", run.validation_images())
     return {
         "accuracy": accuracy,
@@ -332,7 +192,10 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
     accuracy = final_accuracies(run.files)[name]
     example = torch.zeros(spec.batch_size, *run.inputs.config.input_size)
     write = partial(
-        export_onnx, model.cpu(), opset=spec.opset, metadata=metadata_texts(run.describe(accuracy))
+        export_onnx,
+        model.cpu(),
+        opset=spec.opset,
+        metadata=metadata_texts(run.describe(test_accuracy=accuracy)),
     )
     write(path, example)
     if spec.dynamic_batch:
@@ -384,15 +247,16 @@ def _dense_figures(run: Run, model: nn.Module) -> dict[str, Any]:
     """Test accuracy (the one time the dense model sees the test images in torch), parameters and MACs."""
     model.to(run.accelerator.device)
     return {
-        "accuracy": evaluate(model, run.loader(run.inputs.data.test, False), run.accelerator).accuracy,
+        "accuracy": run.evaluate(model, run.inputs.data.test),
         "params": count_params(model),
         "macs": count_macs(model, run.example),
     }
 
 
-def _compare_on_test(run: Run, sparse: nn.Module, pruned: nn.Module) -> dict[str, float]:
-    """Test accuracy of both and the largest change of any logit, over the test images."""
+def _compare_on_test(run: Run) -> dict[str, float]:
+    """Test accuracy of the sparse and the cut model, and the largest change of any logit, over the test images."""
     device = run.accelerator.device
+    sparse, pruned = run.weights("sparse"), artifact.load(run.files.checkpoints / "cut").to(device)
     change, largest, hits, count = 0.0, 0.0, [0, 0], 0
     with comparing(sparse), comparing(pruned):
         for images, labels in run.loader(run.inputs.data.test, False):
@@ -408,6 +272,3 @@ def _compare_on_test(run: Run, sparse: nn.Module, pruned: nn.Module) -> dict[str
         "max_abs_logit_change": change,
         "max_abs_logit": largest,
     }
-
-
-# ----------------------------------------------------------------------------- the other commands of the line

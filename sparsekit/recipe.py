@@ -262,7 +262,10 @@ class SparsifySpec(_Phase):
 
 
 class TargetSpec(_Spec):
-    """How fast the pruned model is to be, or how much of the dense one is to be left; of several the tightest binds."""
+    """How fast the pruned model is to be, how much of the dense one is to be left, or how much accuracy it may cost.
+
+    Of several the tightest binds.
+    """
 
     speedup: float | None = Field(
         default=None,
@@ -276,6 +279,13 @@ class TargetSpec(_Spec):
     macs: Kept | None = Field(default=None, description="fraction of the MACs to keep")
     params: Kept | None = Field(default=None, description="fraction of the parameters to keep")
     channels: Kept | None = Field(default=None, description="fraction of the removable channels to keep")
+    max_accuracy_drop: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="how far validation accuracy may fall below the dense model's; the fastest model within that is "
+        "searched for, up to the other targets, in cut.attempts attempts that are each sparsified and fine-tuned",
+    )
 
 
 class CutSpec(_Spec):
@@ -295,7 +305,11 @@ class CutSpec(_Spec):
     )
     target: TargetSpec | None = Field(
         default=None,
-        description="speedup or latency_ms to reach, fractions of macs, params or channels to keep",
+        description="speedup or latency_ms to reach, fractions of macs, params or channels to keep, "
+        "max_accuracy_drop to stay within",
+    )
+    attempts: int = Field(
+        default=4, ge=1, description="models to train on the way to a target of max_accuracy_drop"
     )
     round_to: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto",
@@ -561,7 +575,7 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
 def _target_contradictions(recipe: Recipe, target: TargetSpec) -> Iterator[_Contradiction]:
     sparsify, cut = recipe.sparsify, recipe.cut
     given = [key for key, value in target if value is not None]
-    fast = bool({"speedup", "latency_ms"} & set(given))
+    fast = bool({"speedup", "latency_ms", "max_accuracy_drop"} & set(given))
     if not given:
         yield _Contradiction(
             ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),
@@ -583,7 +597,7 @@ def _target_contradictions(recipe: Recipe, target: TargetSpec) -> Iterator[_Cont
     if chosen and cut.method not in ("auto", "budget"):
         yield _Contradiction(
             ("cut.method", "cut.target"),
-            f"cut.method {cut.method} knows neither speeds nor several shares, got a cut.target of "
+            f"cut.method {cut.method} knows neither speeds nor accuracies nor several shares, got a cut.target of "
             f"{' and '.join(given)}; use auto or budget",
         )
     if chosen and sparsify.weigh_by != "size":

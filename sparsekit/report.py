@@ -117,6 +117,23 @@ class VariantFigures(_Record):
     speedup: IntervalFigures
 
 
+class AttemptFigures(_Record):
+    """A model that was trained on the way to a budget of accuracy: what was asked of it, and what came out.
+
+    `speedup` is what was measured when its channels were chosen (null: no speed was asked for), `accuracy` that of
+    validation images, `drop` how much lower than dense; `accepted`: within the budget.
+    """
+
+    number: PositiveCount
+    target: dict[str, float]
+    speedup: Positive | None
+    macs: PositiveCount
+    accuracy: Fraction
+    drop: float
+    accepted: bool
+    taken: bool
+
+
 class ParityFigures(_Record):
     """Torch against ONNX Runtime on the same input: largest |difference|, the same over the largest |logit|,
     and the fraction of images with the same top class."""
@@ -202,7 +219,8 @@ class RunReport(_Record):
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
     same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. `asked` is the recipe's target, the graphs what ONNX Runtime makes of the files (runs of
+    saved model. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
+    being pruned further (both empty but for a budget of accuracy), the graphs what ONNX Runtime makes of the files (runs of
     before that was counted have none). The ratios are computed from the figures, so that they cannot
     disagree with them.
     """
@@ -235,6 +253,8 @@ class RunReport(_Record):
     warnings: tuple[str, ...] = ()
     asked: dict[str, float] = {}
     variants: tuple[VariantFigures, ...] = ()
+    attempts: tuple[AttemptFigures, ...] = ()
+    binds: str = ""
     dense_graph: GraphFigures | None = None
     pruned_graph: GraphFigures | None = None
 
@@ -415,7 +435,11 @@ def _speedup_text(report: RunReport) -> str:
 
 
 def _asked_text(asked: Mapping[str, float]) -> str:
-    phrases = {"speedup": "a speed-up of {:g}", "latency_ms": "{:g} ms"}
+    phrases = {
+        "speedup": "a speed-up of {:g}",
+        "latency_ms": "{:g} ms",
+        "max_accuracy_drop": "at most {:g} of validation accuracy lost",
+    }
     return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
 
 
@@ -425,6 +449,21 @@ def _variant_text(report: RunReport, variant: VariantFigures) -> str:
         f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, accuracy "
         f"{_fraction(variant.accuracy_onnx)}, {_milliseconds(variant.latency_ms.median)}, {_bytes(variant.onnx_bytes)}"
     )
+
+
+def _attempt_rows(report: RunReport) -> list[tuple[str, str]]:
+    rows = []
+    for attempt in report.attempts:
+        measured = "" if attempt.speedup is None else f", measured {_significant(attempt.speedup)}"
+        verdict = "taken" if attempt.taken else "within the budget" if attempt.accepted else "too much"
+        rows.append(
+            (
+                f"attempt {attempt.number}",
+                f"{_asked_text(attempt.target)}{measured}: validation accuracy {_fraction(attempt.accuracy)}, "
+                f"{-attempt.drop:+.4f} against dense; {verdict}",
+            )
+        )
+    return [*rows, *([("limited by", report.binds)] if report.binds else [])]
 
 
 def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
@@ -451,6 +490,7 @@ def _findings(report: RunReport) -> list[tuple[str, str]]:
     speed = _significant(report.speed_efficiency, 2) if report.benchmark.trustworthy else "not trustworthy"
     return [
         *([("asked for", _asked_text(report.asked))] if report.asked else []),
+        *_attempt_rows(report),
         ("speed-up", _speedup_text(report)),
         *((f"pruned, {variant.precision}", _variant_text(report, variant)) for variant in report.variants),
         ("speed efficiency", f"{speed} (speed-up / MACs ratio of {_significant(report.macs_ratio)})"),

@@ -35,7 +35,7 @@ from sparsekit.plan import PrunePlan
 from sparsekit.recalibration import recalibrate_batchnorms
 from sparsekit.recipe import Recipe, dump_recipe
 from sparsekit.run_directory import RunDirectory
-from sparsekit.train import Distillation, EpochMetrics, Loader, StepHook, fit
+from sparsekit.train import Distillation, EpochMetrics, Loader, StepHook, evaluate, fit
 
 # Parity is checked on this many validation images.
 _PARITY_IMAGES = 64
@@ -45,13 +45,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a stage works with."""
+    """Everything a stage works with. `origin` is the run that the dense model is of, where that is another."""
 
     recipe: Recipe
     inputs: Inputs
     files: RunDirectory
     accelerator: Accelerator
     console: Console
+    origin: RunDirectory | None = None
 
     def say(self, message: str) -> None:
         """Print a line and put it in run.log (once, in a run of several processes)."""
@@ -140,6 +141,10 @@ class Run:
         for metrics in history:  # an epoch may have been trained but not noted when the process was killed
             note(metrics)
 
+    def evaluate(self, model: nn.Module, images: Images) -> float:
+        """Accuracy in [0, 1]."""
+        return evaluate(model, self.loader(images, False), self.accelerator).accuracy
+
     def recalibrate(self, model: nn.Module) -> None:
         """BatchNorm statistics from random training images, if the recipe asks for it."""
         images, spec = self.inputs.data.train, self.recipe.data
@@ -162,7 +167,8 @@ class Run:
         """A dense model on the device, with the weights an earlier stage kept."""
         num_classes = len(self.inputs.data.class_names)
         model = build_model(self.recipe, num_classes, weights=False)
-        load_weights_(model, self.files.checkpoints / f"{name}.safetensors", num_classes=num_classes)
+        files = self.origin if self.origin is not None and name == "dense" else self.files
+        load_weights_(model, files.checkpoints / f"{name}.safetensors", num_classes=num_classes)
         return model.to(self.accelerator.device)
 
     def final_dense(self) -> nn.Module:
@@ -180,23 +186,25 @@ class Run:
         return images[:_PARITY_IMAGES].to(self.accelerator.device)
 
     def save_artifact(self, model: nn.Module, path: Path, plan: PrunePlan, info: Mapping[str, Any]) -> None:
-        """Write a cut model in the portable form."""
-        artifact.save(
-            model,
-            path,
-            model_name=self.recipe.model.name,
-            model_args=self.inputs.model_args,
-            plan=plan,
-            info=info,
-        )
+        """Write a cut model in the portable form; all processes wait for that."""
+        if self.files.writes:
+            artifact.save(
+                model,
+                path,
+                model_name=self.recipe.model.name,
+                model_args=self.inputs.model_args,
+                plan=plan,
+                info=info,
+            )
+        self.accelerator.wait_for_everyone()
 
-    def describe(self, accuracy: float) -> dict[str, Any]:
+    def describe(self, **accuracies: float) -> dict[str, Any]:
         """What artifact and ONNX file say about themselves: enough to feed them and to know where they come from."""
         return {
             "model": self.recipe.model.name,
             "class_names": list(self.inputs.data.class_names),
             **asdict(self.inputs.config),
-            "test_accuracy": accuracy,
+            **accuracies,
             "recipe": dump_recipe(self.recipe),
             "versions": library_versions(),
         }

@@ -4,6 +4,7 @@ recipe.yaml             the resolved recipe
 metrics.jsonl           one line an epoch and phase
 run.log                 what happened when
 checkpoints/            journal.json (stages, seconds, results), weights and training states
+attempts/               run directories of models that were tried on the way (cut.target.max_accuracy_drop)
 dense.onnx pruned.onnx pruned/ report.json report.html
 """
 
@@ -50,6 +51,11 @@ class RunDirectory:
     @property
     def _journal(self) -> Path:
         return self.checkpoints / "journal.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self._journal.exists()
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or read the journal of the run it holds.
@@ -98,7 +104,9 @@ class RunDirectory:
         showed there is mended without losing the stages before.
         """
         found = self.stages.get(name)
-        if found is None or (found.status == "running" and not self.training_states(name)):
+        if found is None:
+            return
+        if found.status == "running" and not found.result and not self.training_states(name):
             return
         changed = _changed_keys(found.settings, settings)
         if changed:
@@ -138,7 +146,7 @@ class RunDirectory:
         return name in self.stages and self.stages[name].status == "done"
 
     def result(self, name: str) -> dict[str, Any]:
-        """What a finished stage found."""
+        """What a finished stage found, or what one that goes on has noted so far."""
         return self.stages[name].result
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
                     strict=True,
                 )
             ],
+            **_attempts(files),
             "dense_graph": exported["dense"].get("graph"),
             "pruned_graph": exported["pruned"].get("graph"),
             "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
@@ -110,6 +112,18 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
             "warnings": _warnings(recipe, files),
         }
     )
+
+
+def _attempts(files: RunDirectory) -> dict[str, Any]:
+    if "attempts" not in files.stages:
+        return {}
+    notes = files.result("attempts")
+    keys = ("number", "target", "speedup", "macs", "accuracy", "drop", "accepted")
+    attempts = [
+        {key: one[key] for key in keys} | {"taken": one["number"] == notes["taken"]}
+        for one in notes["attempts"]
+    ]
+    return {"attempts": attempts, "binds": notes["binds"]}
 
 
 def _figures(
@@ -130,6 +144,8 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
     found = []
     cut = files.result("cut")
+    if "attempts" in files.stages:
+        found += _accuracy_warnings(recipe, files)
     shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
     if shortfall:
         found.append(f"The penalty fell short of its target: {shortfall}.")
@@ -157,6 +173,21 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
         n = files.result("dense")["data"]["test"]
         found.append(f"The test set has {n} images: one image is {1 / n:.4f} of accuracy.")
     return found
+
+
+def _accuracy_warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
+    """What to know of a budget of accuracy: that it was not met, or is finer than the validation images can tell."""
+    notes, n = files.result("attempts"), files.result("dense")["data"]["validation"]
+    if notes["remark"]:
+        yield f"The target was not met as asked: {notes['remark']}."
+    assert recipe.cut.target is not None
+    budget, accuracy = recipe.cut.target.max_accuracy_drop or 0.0, notes["dense_accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / n)
+    if budget < error:
+        yield (
+            f"The validation set has {n} images: its accuracy is known to {error:.4f} (standard error), and "
+            f"max_accuracy_drop is {budget:g}. Which attempts are within the budget is partly chance."
+        )
 
 
 def _missed_speed(choice: Mapping[str, Any], latency: Mapping[str, Any]) -> str:

@@ -37,11 +37,10 @@ def check_speed(run: Run) -> None:
     """Measure how long the layers take, before hours are spent on a target that is met already, or never."""
     target = run.recipe.cut.target
     assert target is not None
-    model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
-    groups = with_latencies(run, model, find_groups(model, run.example.cpu(), **group_options(run.recipe)))
-    dense_ms = sum(layer.ms or 0.0 for layer in groups.layers)
-    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
-    most = 1 / Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
+    dense_ms, most = reachable_speed(run)
+    run.say(f"the dense model takes {dense_ms:.3g} ms, and can be made up to about {most:.2g} times as fast")
+    if not wants_speed(run.recipe):
+        return
     asked = target.speedup or dense_ms / (target.latency_ms or dense_ms)
     if asked <= 1:
         raise InputError(
@@ -55,13 +54,23 @@ def check_speed(run: Run) -> None:
             f"predicted to be about {most:.3g} times as fast; ask for less, lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
-    run.say(f"the dense model takes {dense_ms:.3g} ms, and can be made up to about {most:.2g} times as fast")
+
+
+def reachable_speed(run: Run) -> tuple[float, float]:
+    """Milliseconds of the dense model, and how many times as fast it is predicted to be at the fewest channels."""
+    model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
+    groups = _measured(run, model, find_groups(model, run.example.cpu(), **group_options(run.recipe)))
+    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    least = Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
+    return sum(layer.ms or 0.0 for layer in groups.layers), 1 / least
 
 
 def with_latencies(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Groups whose layers are measured if the target is a speed; by the first process, so that all agree."""
-    if not wants_speed(run.recipe):
-        return groups
+    return _measured(run, model, groups) if wants_speed(run.recipe) else groups
+
+
+def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     threads, example = run.recipe.benchmark.threads, run.timed_example
     return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))
 

@@ -39,14 +39,16 @@ report run_directory inspection layer_latency speed_search settling
 planning
 inputs summary
 lightning transformers run
-targets
-commands pipeline
+targets stages
+commands pruning
+attempts
+pipeline
 cli
 __main__
 """
 RANKS = {name: rank for rank, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 # What knows recipes: the pipeline and what is split off from it, and the command line.
-RECIPE_READERS = {"inputs", "summary", "run", "targets", "commands", "pipeline", "cli"}
+RECIPE_READERS = {"inputs", "summary", "run", "targets", "commands", "attempts", "pipeline", "cli"}
 
 SOURCES = {
     path.stem: path.read_text(encoding="utf-8")
