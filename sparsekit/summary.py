@@ -142,7 +142,7 @@ def _latency_figures(latency: Mapping[str, Any]) -> dict[str, float]:
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
-    found = []
+    found: list[str] = []
     cut = files.result("cut")
     if "attempts" in files.stages:
         found += _accuracy_warnings(recipe, files)
