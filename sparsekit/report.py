@@ -600,6 +600,7 @@ def _page(report: RunReport) -> dict[str, Any]:
         "findings": _findings(report),
         "baseline": _baseline_text(report.epochs),
         "latency_figure": Markup(_latency_svg(report)),
+        "attempts_figure": Markup(_attempts_svg(report)) if report.attempts else "",
         "channels_figure": Markup(_channels_svg(report.layers)) if report.layers else "",
         "curves_figure": Markup(_curves_svg(report.curves)) if report.curves else "",
         "baseline_drawn": any(point.phase == "baseline" for point in report.curves),
@@ -806,6 +807,45 @@ def _latency_svg(report: RunReport) -> str:
         ratio.set_xlabel("ratio of latencies, 95 % interval")
         _plain_axes([times, ratio])
         return _svg(figure, "latency", "Latency of the dense and the pruned model")
+
+
+def _attempts_svg(report: RunReport) -> str:
+    """Validation accuracy over speed, or over MACs saved where no speed was asked for; dense first; the budget."""
+    attempts = sorted(report.attempts, key=lambda attempt: -attempt.macs)
+    dense, budget = attempts[0].accuracy + attempts[0].drop, report.asked["max_accuracy_drop"]
+    timed = all(attempt.speedup is not None for attempt in attempts)
+    xs = [attempt.speedup or report.dense.macs / attempt.macs for attempt in attempts]
+    with _drawing(230) as figure:
+        axes = figure.add_axes((0.075, 0.2, 0.905, 0.74))
+        axes.axhline(dense - budget, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(
+            [1.0, *xs], [dense, *(attempt.accuracy for attempt in attempts)], color=_GRID, linewidth=1.5
+        )
+        axes.plot(1.0, dense, "o", color=_DENSE, markersize=9)
+        for x, attempt in zip(xs, attempts, strict=True):
+            face = _PRUNED if attempt.taken else "none"
+            axes.plot(
+                x,
+                attempt.accuracy,
+                "o",
+                color=_PRUNED,
+                markerfacecolor=face,
+                markersize=9,
+                markeredgewidth=1.5,
+            )
+            axes.annotate(
+                f"{attempt.number}",
+                (x, attempt.accuracy),
+                (8, 6),
+                textcoords="offset points",
+                color=_INK if attempt.taken else _MUTED,
+            )
+        axes.set_xlabel("measured speed-up" if timed else "MACs ratio")
+        axes.margins(x=0.06, y=0.15)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.tick_params(length=0, pad=6)
+        axes.spines["left"].set_visible(False)
+        return _svg(figure, "attempts", "Validation accuracy of the attempts over their speed")
 
 
 def _plain_axes(axes: Iterable[Axes]) -> None:

@@ -457,6 +457,43 @@ def test_page_is_reproducible_and_leaves_matplotlib_alone(tmp_path: Path) -> Non
     assert dict(matplotlib.rcParams) == before
 
 
+ATTEMPTS: dict[str, Any] = {
+    "asked": {"max_accuracy_drop": 0.01},
+    "binds": "cut.target.max_accuracy_drop",
+    "attempts": [
+        {
+            "number": number,
+            "target": {"speedup": speed},
+            "speedup": speed * 1.004,
+            "macs": round(37_068_000 / speed),
+            "accuracy": accuracy,
+            "drop": 0.98 - accuracy,
+            "accepted": accuracy >= 0.97,
+            "taken": number == 2,
+        }
+        for number, speed, accuracy in ((1, 2.0, 0.955), (2, 1.41, 0.9725))
+    ],
+}
+
+
+def test_attempts_are_listed_and_drawn(tmp_path: Path) -> None:
+    report = make_report(**ATTEMPTS)
+    text = " ".join(table_text(report).split())
+    for shown in (
+        "asked for at most 0.01 of validation accuracy lost",
+        "attempt 1 a speed-up of 2, measured 2.01: validation accuracy 0.9550, -0.0250 against dense; too much",
+        "attempt 2 a speed-up of 1.41, measured 1.42: validation accuracy 0.9725, -0.0075 against dense; taken",
+        "limited by cut.target.max_accuracy_drop",
+    ):
+        assert shown in text, shown
+    page = page_text(report, tmp_path)
+    Elements(page)
+    assert "<h2>Attempts</h2>" in page
+    assert "MACs ratio</text>" not in page
+    shares = [one | {"speedup": None} for one in ATTEMPTS["attempts"]]
+    assert "MACs ratio</text>" in page_text(make_report(**ATTEMPTS | {"attempts": shares}), tmp_path)
+
+
 def test_page_without_training_or_groups(tmp_path: Path) -> None:
     page = page_text(make_report(layers=[], curves=[]), tmp_path)
     Elements(page)
