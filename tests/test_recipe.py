@@ -94,6 +94,7 @@ def test_template_shows_every_key_at_its_default(tmp_path: Path) -> None:
         "params",
         "channels",
         "macs",
+        "max_accuracy_drop",
     }
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
     assert load_recipe(tmp_path / "shown.yaml") == load_recipe(TEMPLATE)
@@ -354,7 +355,7 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
-    ("cut.target={}", "cut.target must have one of speedup, latency_ms, macs, params, channels, got none"),
+    ("cut.target={}", "cut.target must have one of speedup, latency_ms, macs, params, channels, max_accuracy_drop, got none"),
     (
         "cut.target={speedup: 2, latency_ms: 5}",
         "cut.target must have one of speedup and latency_ms, got both; ",
@@ -401,11 +402,11 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.target={macs: 0.5, params: 0.5}", "cut.method=gap"],
-            "cut.method gap knows neither speeds nor several shares, got a cut.target of macs and params",
+            "cut.method gap knows neither speeds nor accuracies nor several shares, got a cut.target of macs and params",
         ),
         (
             ["cut.target={speedup: 2}", "cut.method=threshold", "cut.threshold=0.1"],
-            "cut.method threshold knows neither speeds nor several shares, got a cut.target of speedup",
+            "cut.method threshold knows neither speeds nor accuracies nor several shares, got a cut.target of speedup",
         ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (
