@@ -287,12 +287,23 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Leave the batch dimension open.")
     ] = False,
+    merge_groups: Annotated[
+        bool,
+        typer.Option(
+            help="Merge narrow groups of convolutions to what ONNX Runtime runs fast on a processor like this one."
+        ),
+    ] = True,
 ) -> None:
     """Write the pruned model as ONNX again."""
     from sparsekit import commands
 
     written = commands.export_again(
-        source, output=output, opset=opset, batch_size=batch_size, dynamic_batch=dynamic_batch
+        source,
+        output=output,
+        opset=opset,
+        batch_size=batch_size,
+        dynamic_batch=dynamic_batch,
+        merge_groups=merge_groups,
     )
     typer.echo(str(written))
 

@@ -128,7 +128,13 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
 
 
 def export_again(
-    source: Path, *, output: Path | None, opset: int | None, batch_size: int | None, dynamic_batch: bool
+    source: Path,
+    *,
+    output: Path | None,
+    opset: int | None,
+    batch_size: int | None,
+    dynamic_batch: bool,
+    merge_groups: bool = True,
 ) -> Path:
     """Export the artifact in `source`, or in the run directory `source`, as ONNX; returns the file.
 
@@ -147,12 +153,22 @@ def export_again(
             f"{folder}/structure.json does not say the input size as [channels, height, width], got {size!r:.40}; "
             "export with sparsekit.export_onnx"
         )
-    asked = ("dynamic" if dynamic_batch else f"b{batch_size or 1}", *([f"opset{opset}"] if opset else []))
+    asked = (
+        "dynamic" if dynamic_batch else f"b{batch_size or 1}",
+        *([f"opset{opset}"] if opset else []),
+        *([] if merge_groups else ["groups"]),
+    )
     target = output or folder.parent / ".".join((folder.resolve().name, *asked, "onnx"))
     if output is None and target.exists():
         raise FileError(f"{target} is already there; name another file with --output")
     example = torch.zeros(batch_size or 1, *size)
     model = artifact.load(folder)
     return export_onnx(
-        model, target, example, opset=opset, dynamic_batch=dynamic_batch, metadata=metadata_texts(info)
+        model,
+        target,
+        example,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        merge_groups=merge_groups,
+        metadata=metadata_texts(info),
     )

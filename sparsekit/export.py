@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from sparsekit.errors import FileError, ModelError, RunError
 from sparsekit.files import atomic_path
+from sparsekit.group_merging import merge_groups_
+from sparsekit.machine import channel_multiple
 
 __all__ = ["export_onnx", "read_metadata"]
 
@@ -45,6 +47,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = False,
+    merge_groups: bool = True,
     metadata: Mapping[str, str] | None = None,
     input_names: Sequence[str] = ("input",),
     output_names: Sequence[str] = ("logits",),
@@ -54,7 +57,10 @@ def export_onnx(
     Shapes are those of `example_input` (a tensor, or a tuple for a model with several inputs); with
     `dynamic_batch` the first dimension of every input that has the batch size of the first input is left
     open. A BatchNorm after a convolution is folded into it, subnormal weights become 0, and the weights lie
-    in the file itself, as constants. `metadata` is stored in the file (`read_metadata`). The opset is the
+    in the file itself, as constants. With `merge_groups` narrow groups of a convolution are merged with zeros to the
+    width that ONNX Runtime has fast kernels for on a processor like this one: the same function, up to four times the
+    multiply-accumulates in these layers, in half the time or so; for other processors and runtimes it may be the
+    better file without. `metadata` is stored in the file (`read_metadata`). The opset is the
     exporter's own unless `opset` is given.
 
     A copy on the CPU is exported, so the caller's model keeps its mode, device and precision, and the random
@@ -74,6 +80,8 @@ def export_onnx(
     _check_opset(proto, opset)
     _strip_trace_notes(proto)
     _flush_subnormals(proto)
+    if merge_groups:
+        merge_groups_(proto, channel_multiple())
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     try:
         onnx.checker.check_model(proto)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from sparsekit.complexity import watch_layers
 from sparsekit.errors import InputError
 from sparsekit.export import export_onnx
+from sparsekit.group_merging import merge_factor
 from sparsekit.groups import ChannelGroups, LayerCost
 from sparsekit.latency import compare_latency
 from sparsekit.latency_curve import LatencyCurve
 from sparsekit.latency_table import LatencyTable
+from sparsekit.machine import channel_multiple
 from sparsekit.operator_times import Operator
 
 __all__ = ["measure_layers"]
@@ -97,21 +99,27 @@ class _Sweep:
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
         shrinking = {m.dim for g in groups.free for m in g.members if m.tensor == layer.weight}
-        block, step, in_places = blocks["product" if isinstance(module, nn.Linear) else "conv"], 1, False
-        conv_groups = getattr(module, "groups", 1)
+        block, in_places = blocks["product" if isinstance(module, nn.Linear) else "conv"], False
+        multiples = own_blocks = (block, block)
+        conv_groups, merged = getattr(module, "groups", 1), 1
         if conv_groups > 1 and layer.shape[0] != conv_groups:
             # Whole groups go or, where the inputs shrink as well, the same places of every group.
-            in_places = 1 in shrinking
-            block, step = 1, conv_groups if in_places else layer.shape[0] // conv_groups
+            in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
+            merged = 1 if in_places else merge_factor(layer.shape[1], width, channel_multiple())
+            multiples = (conv_groups if in_places else width * merged, 1)
+            own_blocks = (width * merged if merged > 1 else 1, 1)
         first, second = (
             _sizes(layer.shape[dim], multiple) if dim in shrinking else (layer.shape[dim],)
-            for dim, multiple in ((0, max(block, step)), (1, block))
+            for dim, multiple in enumerate(multiples)
         )
+        if merged > 1 and len(first) > 1:
+            # All of the groups may be a number that cannot be merged, and then take longer than one group less.
+            first = tuple(sorted({*first, layer.shape[0] // multiples[0] * multiples[0]}))
         operators = tuple(
             tuple(_operator(call, out, into, in_places) for call in calls)
             for out, into in product(first, second)
         )
-        return _Sweep((first, second), (block, block), operators)
+        return _Sweep((first, second), own_blocks, operators)
 
     @property
     def operators(self) -> list[Operator]:
@@ -155,13 +163,16 @@ def _operator(call: _Call, out: int, into: int, in_places: bool) -> Operator:
         )
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
+    factor = merge_factor(into, out // conv_groups, channel_multiple()) if len(kernel) == 2 else 1
+    if conv_groups % factor:
+        factor = 1
     return Operator(
         (shape[0], into * conv_groups, *shape[2:]),
-        (out, into, *kernel),
+        (out, into * factor, *kernel),
         strides,
         pads,
         dilations,
-        conv_groups,
+        conv_groups // factor,
     )
 
 

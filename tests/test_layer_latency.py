@@ -57,6 +57,12 @@ class Stopwatch(LatencyTable):
         return 1
 
 
+@pytest.fixture(autouse=True)
+def nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files with merged groups are the matter of test_group_merging."""
+    monkeypatch.setattr(layer_latency, "channel_multiple", lambda: 1)
+
+
 def _whole_takes(ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
     def compare(files: list[Path], **_: object) -> LatencyComparison:
         readings = tuple(Latency(str(file), ms, ms, ms, 2) for file in files)

@@ -11,7 +11,7 @@ import sparsekit
 
 # A module imports only from lines above its own.
 LAYERS = """
-errors files
+errors files group_merging
 recipe
 rewriting
 latency_curve

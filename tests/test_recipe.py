@@ -355,7 +355,10 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
-    ("cut.target={}", "cut.target must have one of speedup, latency_ms, macs, params, channels, max_accuracy_drop, got none"),
+    (
+        "cut.target={}",
+        "cut.target must have one of speedup, latency_ms, macs, params, channels, max_accuracy_drop, got none",
+    ),
     (
         "cut.target={speedup: 2, latency_ms: 5}",
         "cut.target must have one of speedup and latency_ms, got both; ",
@@ -402,7 +405,8 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.target={macs: 0.5, params: 0.5}", "cut.method=gap"],
-            "cut.method gap knows neither speeds nor accuracies nor several shares, got a cut.target of macs and params",
+            "cut.method gap knows neither speeds nor accuracies nor several shares, got a cut.target of macs and "
+            "params",
         ),
         (
             ["cut.target={speedup: 2}", "cut.method=threshold", "cut.threshold=0.1"],
