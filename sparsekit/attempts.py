@@ -158,7 +158,9 @@ def _attempt(run: Run, number: int, pressure: float, notes: Mapping[str, Any]) -
     files = RunDirectory(attempt_folder(run, number), writes=run.files.writes)
     with run.accelerator.main_process_first():
         files.open(resume=files.exists)
-    inner = replace(run, recipe=run.recipe.model_copy(update={"cut": cut}), files=files, origin=run.files)
+    inner = replace(
+        run, recipe=run.recipe.model_copy(update={"cut": cut, "output": None}), files=files, origin=run.files
+    )
     if files.writes:
         write_text(files.path / "recipe.yaml", dump_recipe(inner.recipe))
     for stage in _STAGES:

@@ -354,6 +354,7 @@ def test_export_prints_the_file_it_wrote(call: Any) -> None:
         "opset": 18,
         "batch_size": 4,
         "dynamic_batch": True,
+        "merge_groups": True,
     }
 
 
