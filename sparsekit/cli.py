@@ -154,7 +154,7 @@ def prune(
     loaded = load_recipe(recipe, overrides or ())
     directory = output or loaded.output or default_output(recipe)
     from sparsekit import pipeline
-    from sparsekit.report import terminal_table
+    from sparsekit.report_page import terminal_table
 
     try:
         report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
@@ -313,7 +313,7 @@ def export(
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Write and show the report of a run again."""
     from sparsekit import commands
-    from sparsekit.report import terminal_table
+    from sparsekit.report_page import terminal_table
 
     _console().print(terminal_table(commands.report_again(run), run))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from sparsekit.errors import FileError
 from sparsekit.recipe import Recipe, load_recipe
-from sparsekit.report import RunReport, write_html, write_json
+from sparsekit.report import RunReport, write_json
+from sparsekit.report_page import write_html
 from sparsekit.run_directory import RunDirectory
 from sparsekit.speed_search import SPEED_TOLERANCE
 

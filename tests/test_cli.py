@@ -272,7 +272,7 @@ def test_prune_passes_recipe_output_and_resume(
         return "the report"
 
     monkeypatch.setattr(
-        "sparsekit.report.terminal_table", lambda report, directory: f"{report} of {directory}"
+        "sparsekit.report_page.terminal_table", lambda report, directory: f"{report} of {directory}"
     )
     code, out, _ = call("prune", QUICKSTART, "--set", "seed=7", "--resume", *args, prune=prune)
     assert code == 0
@@ -359,7 +359,7 @@ def test_export_prints_the_file_it_wrote(call: Any) -> None:
 
 
 def test_report_prints_the_table(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsekit.report.terminal_table", lambda report, run: f"{report} {run}")
+    monkeypatch.setattr("sparsekit.report_page.terminal_table", lambda report, run: f"{report} {run}")
     assert call("report", "runs/x", report_again=lambda run: "table of") == (0, "table of runs/x\n", "")
 
 

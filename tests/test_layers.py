@@ -35,8 +35,10 @@ checkpoint models machine
 data train session
 artifact export parity latency operator_times census quantize
 latency_table
+readable
 report run_directory inspection layer_latency speed_search settling
-planning
+planning report_figures
+report_page
 inputs summary
 lightning transformers run
 targets stages

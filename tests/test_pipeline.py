@@ -309,6 +309,22 @@ def test_two_processes_take_what_the_first_has_measured(recipe: Path, tmp_path: 
     assert "cut.target asks for 900 times the speed" in refused.stderr
 
 
+def test_two_processes_make_the_same_attempts(recipe: Path, tmp_path: Path) -> None:
+    changes = (
+        "cut.target={max_accuracy_drop: 0.9}",
+        "cut.attempts=2",
+        "sparsify.epochs=1",
+        "finetune.epochs=1",
+    )
+    options = [part for change in changes for part in ("--set", change)]
+    done = in_two_processes(recipe, tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "run" / "report.json")
+    assert [attempt.number for attempt in report.attempts] == [1, 2]
+    assert sum(attempt.taken for attempt in report.attempts) == 1
+    assert report.sparse.max_abs_logit_change <= 1e-4
+
+
 @pytest.fixture(scope="module")
 def fast_run(recipe: Path) -> Path:
     """A finished run that was asked for a speed; how near it came is the machine's affair."""

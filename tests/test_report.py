@@ -19,9 +19,10 @@ from PIL import Image
 from pydantic import ValidationError
 from rich.console import Console
 
-from sparsekit import report as report_module
+from sparsekit import readable, report_figures, report_page
 from sparsekit.errors import FileError
-from sparsekit.report import RunReport, read_report, terminal_table, write_html, write_json
+from sparsekit.report import CurvePoint, IntervalFigures, RunReport, read_report, write_json
+from sparsekit.report_page import terminal_table, write_html
 
 LAYERS: list[dict[str, Any]] = [
     {"name": "conv1", "channels": 64, "kept": 64, "reason": "coupled to the input of every block"},
@@ -288,7 +289,7 @@ def test_curve_points_take_the_metrics_of_training() -> None:
         zero_share=None,
         strength=None,
     )
-    assert {field.name for field in fields(metrics)} == report_module.CurvePoint.model_fields.keys()
+    assert {field.name for field in fields(metrics)} == CurvePoint.model_fields.keys()
     assert make_report(curves=[asdict(metrics)]).curves[0].validation_loss == 1.2
 
 
@@ -300,7 +301,7 @@ def test_curve_points_take_the_metrics_of_training() -> None:
     [(0, "0"), (9.996, "10.0"), (1234.5, "1,230"), (0.08347, "0.0835"), (99.96, "100"), (1.8234567, "1.82")],
 )
 def test_three_significant_digits(value: float, expected: str) -> None:
-    assert report_module._significant(value) == expected
+    assert readable.significant(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_three_significant_digits(value: float, expected: str) -> None:
     [(999, "999"), (9_999, "9,999"), (37_068_000, "37.1 M"), (999_999, "1.00 M"), (4_089_184_256, "4.09 G")],
 )
 def test_counts(value: int, expected: str) -> None:
-    assert report_module._count(value) == expected
+    assert readable.count(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -324,8 +325,8 @@ def test_counts(value: int, expected: str) -> None:
 def test_speedup_has_the_digits_of_its_interval(
     value: float, low: float, high: float, shown: str, interval: str
 ) -> None:
-    figures = report_module.IntervalFigures(value=value, low=low, high=high)
-    assert (report_module._value(figures), report_module._range(figures)) == (shown, interval)
+    figures = IntervalFigures(value=value, low=low, high=high)
+    assert (report_page._value(figures), report_page._range(figures)) == (shown, interval)
 
 
 # ---- terminal table
@@ -521,7 +522,7 @@ def test_one_epoch_is_drawn(tmp_path: Path) -> None:
 
 def test_timeline_runs_the_baseline_beside_the_later_phases() -> None:
     report = make_report()
-    spans, branch = report_module._timeline(report.curves)
+    spans, branch = report_figures._timeline(report.curves)
     assert [(span.phase, span.start, span.end) for span in spans] == [
         ("dense", 0, 10),
         ("sparsify", 10, 18),
@@ -529,7 +530,7 @@ def test_timeline_runs_the_baseline_beside_the_later_phases() -> None:
     ]
     assert branch is not None
     assert (branch.start, branch.end) == (10, 22)
-    spans, branch = report_module._timeline(make_report(curves=_curves(finetune=3)).curves)
+    spans, branch = report_figures._timeline(make_report(curves=_curves(finetune=3)).curves)
     assert branch is None
     assert spans[0].start == 0
 
@@ -544,9 +545,9 @@ def test_machine_facts_are_readable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [1, 5, 6, 40])
 def test_shortened_names_fit(limit: int) -> None:
     name = "stages.3.blocks.17.attention.projection.weight"
-    short = report_module._shorten(name, limit)
+    short = report_figures._shorten(name, limit)
     assert len(short) == limit
-    assert report_module._shorten(short, limit) == short
+    assert report_figures._shorten(short, limit) == short
 
 
 # ---- snippets
@@ -568,7 +569,7 @@ def test_onnx_snippet_runs(
     _save_constant_model(tmp_path / "pruned.onnx", batch, np.eye(count, dtype=np.float32)[1])
     Image.effect_noise((50, 40), 80).convert("RGB").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(compile(report_module._onnx_snippet(report), "snippet", "exec"), {})
+    exec(compile(report_page._onnx_snippet(report), "snippet", "exec"), {})
     assert capsys.readouterr().out == "class '1'\n"
 
 
@@ -611,7 +612,7 @@ def test_onnx_snippet_prepares_images_like_the_evaluation(
     report = make_report(
         input_shape=[channels, 32, 32], mean=mean, std=std, interpolation="bilinear", crop_pct=crop_pct
     )
-    snippet = report_module._onnx_snippet(report).replace("photo.jpg", "photo.png")
+    snippet = report_page._onnx_snippet(report).replace("photo.jpg", "photo.png")
     scope: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     exec(snippet[: snippet.index("session =")], scope)
@@ -619,7 +620,7 @@ def test_onnx_snippet_prepares_images_like_the_evaluation(
 
 
 def test_torch_snippet_is_python() -> None:
-    snippet = report_module._torch_snippet(make_report())
+    snippet = report_page._torch_snippet(make_report())
     compile(snippet, "snippet", "exec")
     assert 'sparsekit.load("pruned/")' in snippet
     assert "torch.zeros(1, 3, 32, 32)" in snippet
