@@ -590,7 +590,9 @@ class Seed:
 def by_arm(rows: Sequence[Row], asked: float) -> dict[str, list[Row]]:
     """The rows of each arm at a speed, in the order of `ARMS`."""
     return {
-        arm: found for arm in ARMS if (found := [r for r in rows if (r["arm"], r["asked"]) == (arm, asked)])
+        arm: sorted(found, key=lambda row: int(row["seed"]))
+        for arm in ARMS
+        if (found := [r for r in rows if (r["arm"], r["asked"]) == (arm, asked)])
     }
 
 

@@ -1,9 +1,10 @@
 """The story of a run, one stage after the other.
 
-    dense -> sparsify -> cut -> finetune -> baseline -> export -> benchmark -> report
+    dense -> baseline -> sparsify -> cut -> finetune -> export -> benchmark -> report
 
-Where the target is a budget of accuracy, the baseline comes before that, then attempts at several speeds; the stages
-sparsify, cut and finetune take over the one that stays within the budget.
+The baseline is what the pruned model is compared with, and what it learns from where it learns from a dense model.
+Where the target is a budget of accuracy, attempts at several speeds follow it; the stages sparsify, cut and finetune
+then take over the one that stays within the budget.
 
 Every stage is journaled in the run directory: done stages are skipped on resume, a training stage goes on after
 its last completed epoch. Stages hand over through files (weights, artifacts, ONNX) and small results in the
@@ -87,21 +88,18 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
 
 def _story(recipe: Recipe) -> list[Stage]:
     weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
-    attempted = wants_attempts(recipe)
-    baseline = [
-        Stage("baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),))
-    ]
-    if not wants_baseline(recipe):
-        baseline = []
+    baseline = Stage(
+        "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
+    )
     trying = Stage("attempts", attempts.make_attempts, ("training", "sparsify", "cut", "finetune"))
-    sparsify = attempts.take_sparsified if attempted else pruning.sparsify
+    sparsify = attempts.take_sparsified if wants_attempts(recipe) else pruning.sparsify
     return [
         Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
-        *([*baseline, trying] if attempted else []),
+        *([baseline] if wants_baseline(recipe) else []),
+        *([trying] if wants_attempts(recipe) else []),
         Stage("sparsify", sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
         Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
         Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
-        *([] if attempted else baseline),
         Stage("export", _export, ("export",), ("dense.onnx", "pruned.onnx")),
         Stage("benchmark", _benchmark, ("benchmark",)),
         Stage("report", _report, (), ("report.json", "report.html")),

@@ -106,6 +106,6 @@ def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
     run.recalibrate(model)
     teacher = None
     if spec.distill is not None and spec.epochs:
-        teacher = Distillation(run.weights("dense"), spec.distill.weight, spec.distill.temperature)
+        teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
     run.train(model, spec, "finetune", tick, teacher=teacher)
     return model, PrunePlan.from_json(artifact.read_structure(cut)["plan"])

@@ -348,7 +348,8 @@ class FinetuneSpec(_Phase):
     """Training of the cut model, without penalty."""
 
     distill: DistillSpec | None = Field(
-        default=None, description="learn from the dense model too; null or false for not"
+        default=None,
+        description="learn from the dense model too (the baseline, if there is one); null or false for not",
     )
 
 

@@ -167,12 +167,12 @@ class Run:
         """A dense model on the device, with the weights an earlier stage kept."""
         num_classes = len(self.inputs.data.class_names)
         model = build_model(self.recipe, num_classes, weights=False)
-        files = self.origin if self.origin is not None and name == "dense" else self.files
+        files = self.origin if self.origin is not None and name in ("dense", "baseline") else self.files
         load_weights_(model, files.checkpoints / f"{name}.safetensors", num_classes=num_classes)
         return model.to(self.accelerator.device)
 
     def final_dense(self) -> nn.Module:
-        """The dense model that the pruned one is compared with."""
+        """The dense model that the pruned one is compared with: the baseline, or what there was without one."""
         return self.weights("baseline" if wants_baseline(self.recipe) else "dense")
 
     def validation_images(self) -> Tensor:

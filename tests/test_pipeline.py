@@ -125,7 +125,7 @@ def test_the_report_agrees_with_the_files_it_describes(run: Path) -> None:
     assert report["macs_ratio"] >= 2.0
     assert report["speed_efficiency"] == pytest.approx(report["speedup"]["value"] / report["macs_ratio"])
     names = [stage["name"] for stage in report["stages"]]
-    assert names == ["dense", "sparsify", "cut", "finetune", "baseline", "export", "benchmark"]
+    assert names == ["dense", "baseline", "sparsify", "cut", "finetune", "export", "benchmark"]
     assert {stage["status"] for stage in report["stages"]} == {"done"}
     for key in ("parity", "machine", "seed", "versions", "sparse", "speedup"):
         assert key in report
