@@ -20,6 +20,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 
 import sparsekit as sk
 from sparsekit.census import take_census
@@ -28,13 +29,23 @@ from sparsekit.machine import describe_machine, library_versions
 from sparsekit.session import open_session
 
 HERE = Path(__file__).parent
-MODELS = ("regnety_004", "regnetz_b16", "resnext50_32x4d", "seresnext26d_32x4d", "resnest14d", "ecaresnet26t")
+MODELS = (
+    "regnetx_002",
+    "regnety_002",
+    "regnety_004",
+    "resnext50_32x4d",
+    "seresnext26d_32x4d",
+    "bat_resnext26ts",
+)
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """One row."""
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm starts some at zero, and what is behind them would not count
     images = torch.randn(1, 3, 224, 224)
     with TemporaryDirectory() as folder:
         files = [

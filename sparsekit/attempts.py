@@ -2,7 +2,7 @@
 
 Each attempt is a run of its own below attempts/, from the same dense model; its recipe asks for a speed where the
 run's own asks for `max_accuracy_drop`. The one that is taken is copied into the run, which then goes on with it as if
-there had been no other. Only then are test images looked at.
+there had been no other. No attempt but that one sees a test image, and only then.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sparsekit.recipe import Recipe, TargetSpec, dump_recipe
 from sparsekit.run import Run
 from sparsekit.run_directory import RunDirectory
 from sparsekit.stages import Stage, run_stage
-from sparsekit.targets import reachable_speed
+from sparsekit.targets import check_speed
 
 # What is tried first where nothing but the accuracy is asked for.
 _FIRST_SPEEDUP = 2.0
-# Between two attempts this much of a pressure is no difference worth training for: 2 to this power is 1.11.
-_NEAREST = 0.15
-_FASTER = math.log2(1.5)
+# Two attempts whose speeds (or shares) are this much apart are no different worth training for.
+_NEAREST = 1.11
+_FASTER = 1.5
 # A speed near the limit of what is predicted to be possible might turn out not to be.
 _SAFE = 0.9
 
@@ -43,151 +43,208 @@ class Attempt:
 
     `pressure` is what its target is raised to (`target_at`). `accuracy` is that of validation images, `drop` how much
     lower than the dense model's; `speedup` is what was measured when channels were chosen, None where no speed was
-    asked for.
+    asked for. What could not be made has no figures, and says why not in `failure`; its `drop` is 0 where there was
+    nothing to cut, else 1.
     """
 
     number: int
     pressure: float
     target: dict[str, float]
-    speedup: float | None
-    macs: int
-    accuracy: float
     drop: float
-    accepted: bool
+    accepted: bool = False
+    speedup: float | None = None
+    macs: int | None = None
+    accuracy: float | None = None
+    failure: str = ""
 
 
-def target_at(base: Mapping[str, float], pressure: float) -> dict[str, float]:
-    """A target between nothing (pressure 0) and `base` (1), or beyond: a speed-up and shares, raised to the pressure.
+# ------------------------------------------------------------------------------------------- which speeds to try
 
-    Rounded to four significant digits.
+
+def full_target(recipe: Recipe, dense_ms: float, most: float) -> tuple[dict[str, float], float]:
+    """The target that pressure 1 stands for, with any latency as a speed-up, and the highest pressure to try.
+
+    `dense_ms` is what the dense model takes, `most` how many times as fast it can get. Raises InputError if that leaves
+    nothing to search.
     """
-    return {key: float(f"{value**pressure:.4g}") for key, value in base.items()}
-
-
-def next_pressure(tried: Sequence[tuple[float, float]], budget: float, most: float) -> float | None:
-    """The pressure to try after `tried` pairs of pressure and drop, up to `most`; None if no other is worth it.
-
-    First 1; then half as fast again as long as the drop stays within the budget; then between the largest within it and
-    the smallest beyond, nearer to the one whose drop is nearer to the budget (regula falsi, kept off the ends).
-    """
-    within = max(((x, drop) for x, drop in tried if drop <= budget), default=(0.0, 0.0))
-    beyond = min(((x, drop) for x, drop in tried if drop > budget), default=None)
-    if not tried:
-        return min(1.0, most)
-    if beyond is None:
-        faster = min(within[0] + _FASTER, most)
-        return faster if faster > within[0] else None
-    (low, low_drop), (high, high_drop) = within, beyond
-    if high - low <= _NEAREST:
-        return None
-    share = (budget - low_drop) / (high_drop - low_drop)
-    return low + max(min(max(share, 0.3), 0.7) * (high - low), min(_NEAREST, (high - low) / 2))
-
-
-def make_attempts(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Try pressures until the attempts are used up or none is worth it; says which one to take, and why.
-
-    What is found is in the journal after every attempt, so that a resumed run goes on with the next.
-    """
-    notes = run.files.result("attempts")
-    if not notes:
-        base, most = _base(run)
-        dense = run.evaluate(run.final_dense(), run.inputs.data.validation)
-        notes |= {"base": base, "most": most, "dense_accuracy": dense, "attempts": []}
-        run.say(f"attempts: the dense model gets {dense:.4f} of the validation images right")
-        tick()
-    attempts = [Attempt(**plain) for plain in notes["attempts"]]
-    budget = _budget(run.recipe)
-    while len(attempts) < run.recipe.cut.attempts:
-        tried = [(one.pressure, one.drop) for one in attempts]
-        pressure = next_pressure(tried, budget, notes["most"])
-        if pressure is None:
-            break
-        attempts.append(_attempt(run, len(attempts) + 1, pressure, notes))
-        notes["attempts"] = [asdict(one) for one in attempts]
-        tick()
-    taken = max(
-        (one for one in attempts if one.accepted),
-        key=lambda one: one.pressure,
-        default=min(attempts, key=lambda one: one.drop),
-    )
-    run.say(f"attempts: {taken.number} is taken")
-    return notes | {
-        "taken": taken.number,
-        "binds": _binding(run.recipe, taken, attempts, notes["most"]),
-        "remark": "" if taken.accepted else _nothing_accepted(taken, budget),
-    }
-
-
-def _budget(recipe: Recipe) -> float:
-    target = recipe.cut.target
-    assert target is not None
-    assert target.max_accuracy_drop is not None
-    return target.max_accuracy_drop + 1e-9  # as many images as were allowed are not one too many
-
-
-def _others(recipe: Recipe) -> dict[str, float]:
-    """What the target asks for besides the accuracy."""
-    assert recipe.cut.target is not None
-    return recipe.cut.target.model_dump(exclude_none=True, exclude={"max_accuracy_drop"})
-
-
-def _base(run: Run) -> tuple[dict[str, float], float]:
-    """The target that pressure 1 stands for, with any latency as a speed-up, and the highest pressure to try."""
-    base = _others(run.recipe)
-    dense_ms, most = reachable_speed(run)
-    if "latency_ms" in base:
-        base["speedup"] = dense_ms / base.pop("latency_ms")
-    if base:
-        return base, 1.0
-    if _SAFE * most < 2**_NEAREST:
+    full = _others(recipe)
+    if "latency_ms" in full:
+        full["speedup"] = dense_ms / full.pop("latency_ms")
+    if not full and _SAFE * most < _NEAREST:
         raise InputError(
             f"cut.target.max_accuracy_drop: with the fewest channels allowed the model is predicted to be {most:.3g} "
             "times as fast, which is not worth a search; lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
-    return {"speedup": _FIRST_SPEEDUP}, math.log(_SAFE * most, _FIRST_SPEEDUP)
+    if full and strength(full) < _NEAREST:
+        asked = " and ".join(f"cut.target.{key}" for key in _others(recipe))
+        raise InputError(
+            f"{asked} ask for so little that there is nothing to search between that and the dense model; ask for "
+            "more, or leave max_accuracy_drop out"
+        )
+    return (full, 1.0) if full else ({"speedup": _FIRST_SPEEDUP}, math.log(_SAFE * most, _FIRST_SPEEDUP))
 
 
-def _attempt(run: Run, number: int, pressure: float, notes: Mapping[str, Any]) -> Attempt:
-    """Prune to the target at this pressure, in a run directory of its own."""
-    target = target_at(notes["base"], pressure)
-    asked = ", ".join(f"{key} {value:g}" for key, value in target.items())
-    run.say(f"attempts: {number}, {asked}")
-    cut = run.recipe.cut.model_copy(update={"target": TargetSpec(**target)})
-    files = RunDirectory(attempt_folder(run, number), writes=run.files.writes)
-    with run.accelerator.main_process_first():
-        files.open(resume=files.exists)
-    inner = replace(
-        run, recipe=run.recipe.model_copy(update={"cut": cut, "output": None}), files=files, origin=run.files
+def strength(target: Mapping[str, float]) -> float:
+    """The largest factor that a target asks for: of its speed-up, and of what its shares leave out."""
+    return max(value if key == "speedup" else 1 / value for key, value in target.items())
+
+
+def target_at(full: Mapping[str, float], pressure: float) -> dict[str, float]:
+    """A target between nothing (pressure 0) and `full` (1), or beyond: a speed-up and shares, raised to the pressure.
+
+    Rounded to four significant digits.
+    """
+    return {key: float(f"{value**pressure:.4g}") for key, value in full.items()}
+
+
+def next_pressure(
+    tried: Sequence[tuple[float, float]], budget: float, most: float, strength: float
+) -> float | None:
+    """The pressure to try after `tried` pairs of pressure and drop, up to `most`; None if no other is worth it.
+
+    First 1; then half as fast again as long as the drop stays within the budget; then between the largest within it and
+    the smallest beyond, nearer to the one whose drop is nearer to the budget (regula falsi, kept off the ends).
+    `strength` is that of the target at pressure 1.
+    """
+    within, beyond = bracket(tried, budget)
+    nearest, faster = (math.log(factor) / math.log(strength) for factor in (_NEAREST, _FASTER))
+    if not tried:
+        return min(1.0, most)
+    if beyond is None:
+        pressure = min(within[0] + faster, most)
+        return pressure if pressure > within[0] else None
+    (low, low_drop), (high, high_drop) = within, beyond
+    if high - low <= 1.001 * nearest:
+        return None
+    share = (budget - low_drop) / (high_drop - low_drop)
+    return low + max(min(max(share, 0.3), 0.7) * (high - low), min(nearest, (high - low) / 2))
+
+
+def bracket(
+    tried: Sequence[tuple[float, float]], budget: float
+) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """Of pairs of pressure and drop, the largest pressure within the budget, and the smallest beyond that which is not.
+
+    Nothing was lost at pressure 0. A pressure below one that is within the budget is not beyond, whatever it lost:
+    accuracies are noisy.
+    """
+    within = max(((x, drop) for x, drop in tried if drop <= budget), default=(0.0, 0.0))
+    beyond = min(((x, drop) for x, drop in tried if drop > budget and x > within[0]), default=None)
+    return within, beyond
+
+
+# ------------------------------------------------------------------------------------------------- making them
+
+
+def make_attempts(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+    """Try pressures until the attempts are used up or none is worth it; says which one to take, and why.
+
+    What is found is in the journal after every attempt, so that a resumed run goes on with the next. Raises InputError
+    if no attempt could be made.
+    """
+    budget = _budget(run.recipe)
+    notes = run.files.result("attempts") or _first_notes(run)
+    attempts = [Attempt(**plain) for plain in notes["attempts"]]
+    while len(attempts) < run.recipe.cut.attempts:
+        pressure = next_pressure(_tried(attempts), budget, notes["most"], strength(notes["full"]))
+        if pressure is None:
+            break
+        attempts.append(_attempt(run, tick, len(attempts) + 1, pressure, notes))
+        notes["attempts"] = [asdict(one) for one in attempts]
+        run.files.note("attempts", notes)
+    made = [one for one in attempts if one.accuracy is not None]
+    if not made:
+        raise InputError(f"none of {len(attempts)} attempts could be made: {attempts[-1].failure}")
+    taken = max(
+        (one for one in made if one.accepted),
+        key=lambda one: one.pressure,
+        default=min(made, key=lambda one: one.drop),
     )
-    if files.writes:
-        write_text(files.path / "recipe.yaml", dump_recipe(inner.recipe))
-    for stage in _STAGES:
-        run_stage(inner, stage)
-    measured = (files.result("cut")["choice"] or {}).get("found")
-    figures = files.result("finetune")
-    drop = notes["dense_accuracy"] - figures["validation_accuracy"]
-    accepted = drop <= _budget(run.recipe)
-    run.say(
-        f"attempts: {number}, {asked}: {figures['validation_accuracy']:.4f} of the validation images, {drop:.4f} lower "
-        f"than dense: {'within the budget' if accepted else 'too much'}"
-    )
-    return Attempt(
-        number,
-        pressure,
-        target,
-        measured and measured["measured"],
-        figures["macs"],
-        figures["validation_accuracy"],
-        drop,
-        accepted,
-    )
+    run.say(f"attempts: {taken.number} is taken")
+    return notes | {
+        "taken": taken.number,
+        "binds": _binding(run.recipe, taken, attempts, notes),
+        "remark": "" if taken.accepted else _nothing_accepted(run.recipe, taken, len(attempts)),
+    }
+
+
+def _first_notes(run: Run) -> dict[str, Any]:
+    full, most = full_target(run.recipe, *check_speed(run))
+    dense = run.evaluate(run.final_dense(), run.inputs.data.validation)
+    run.say(f"attempts: the dense model gets {dense:.4f} of the validation images right")
+    return {"full": full, "most": most, "dense_accuracy": dense, "attempts": []}
+
+
+def _tried(attempts: Sequence[Attempt]) -> list[tuple[float, float]]:
+    return [(one.pressure, one.drop) for one in attempts]
+
+
+def _target(recipe: Recipe) -> TargetSpec:
+    assert recipe.cut.target is not None
+    return recipe.cut.target
+
+
+def _others(recipe: Recipe) -> dict[str, float]:
+    """What the target asks for besides the accuracy."""
+    return _target(recipe).model_dump(exclude_none=True, exclude={"max_accuracy_drop"})
+
+
+def _budget(recipe: Recipe) -> float:
+    # As many images as are allowed are not one too many.
+    return (_target(recipe).max_accuracy_drop or 0.0) + 1e-9
 
 
 def attempt_folder(run: Run, number: int) -> Path:
     """The run directory of an attempt."""
     return run.files.path / "attempts" / str(number)
+
+
+def _attempt(
+    run: Run, tick: Callable[[], None], number: int, pressure: float, notes: Mapping[str, Any]
+) -> Attempt:
+    """Prune to the target at this pressure, in a run directory of its own."""
+    target = _others(run.recipe) if pressure == 1 else {}
+    target = target or target_at(notes["full"], pressure)
+    asked = ", ".join(f"{key} {value:g}" for key, value in target.items())
+    run.say(f"attempts: {number}, {asked}")
+    inner = _inner_run(run, number, TargetSpec(**target))
+    try:
+        for stage in _STAGES:
+            run_stage(inner, stage, also=tick)
+    except InputError as error:  # a speed that turns out to be out of reach, or so low that nothing can go
+        run.say(f"attempts: {number}, {asked}: {error}")
+        drop = 0.0 if isinstance(error, pruning.NothingToCutError) else 1.0
+        return Attempt(number, pressure, target, drop, failure=str(error))
+    choice, figures = inner.files.result("cut")["choice"], inner.files.result("finetune")
+    accuracy = figures["validation_accuracy"]
+    drop = notes["dense_accuracy"] - accuracy
+    accepted = drop <= _budget(run.recipe)
+    run.say(
+        f"attempts: {number}, {asked}: {accuracy:.4f} of the validation images, {drop:.4f} lower than dense: "
+        f"{'within the budget' if accepted else 'too much'}"
+    )
+    measured = choice["found"]["measured"] if "found" in choice else None
+    return Attempt(number, pressure, target, drop, accepted, measured, figures["macs"], accuracy)
+
+
+def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
+    """The run of an attempt, in a directory that is new or was begun before."""
+    cut = run.recipe.cut.model_copy(update={"target": target})
+    files = RunDirectory(attempt_folder(run, number), writes=run.files.writes)
+    with run.accelerator.main_process_first():
+        if files.writes and not files.exists:  # killed while the directory was made
+            shutil.rmtree(files.path, ignore_errors=True)
+        files.open(resume=files.exists)
+    inner = replace(
+        run,
+        recipe=run.recipe.model_copy(update={"cut": cut, "output": None}),
+        files=files,
+        origin=run.files,
+    )
+    if files.writes:
+        write_text(files.path / "recipe.yaml", dump_recipe(inner.recipe))
+    return inner
 
 
 def _finetune(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
@@ -205,19 +262,27 @@ _STAGES = (
 )
 
 
-def _binding(recipe: Recipe, taken: Attempt, attempts: Sequence[Attempt], most: float) -> str:
+def _binding(recipe: Recipe, taken: Attempt, attempts: Sequence[Attempt], notes: Mapping[str, Any]) -> str:
     """What kept the model from being pruned further: keys of the recipe."""
-    if any(one.pressure > taken.pressure for one in attempts) or not taken.accepted:
-        return "cut.target.max_accuracy_drop"
-    if taken.pressure < most:
-        return "cut.attempts"
-    return " and ".join(f"cut.target.{key}" for key in _others(recipe)) or "cut.min_channels"
+    budget, full = _budget(recipe), strength(notes["full"])
+    more = next_pressure(_tried(attempts), budget, notes["most"], full) is not None
+    _, beyond = bracket(_tried(attempts), budget)
+    if beyond is not None and any(one.failure for one in attempts if one.pressure == beyond[0]):
+        keys = ["cut.min_channels"]
+    elif beyond is not None:
+        keys = ["cut.target.max_accuracy_drop"]
+    elif taken.pressure >= notes["most"]:
+        keys = [f"cut.target.{key}" for key in _others(recipe)] or ["cut.min_channels"]
+    else:
+        keys = []
+    return " and ".join([*keys, *(["cut.attempts"] if more else [])])
 
 
-def _nothing_accepted(taken: Attempt, budget: float) -> str:
+def _nothing_accepted(recipe: Recipe, taken: Attempt, count: int) -> str:
+    asked = ", ".join(f"{key} {value:g}" for key, value in taken.target.items())
     return (
-        f"no attempt stayed within {budget:.3g} of the dense model's validation accuracy; the nearest lost "
-        f"{taken.drop:.4f} ({', '.join(f'{key} {value:g}' for key, value in taken.target.items())})"
+        f"none of {count} attempts stayed within {_target(recipe).max_accuracy_drop:g} of the dense model's validation "
+        f"accuracy; the nearest lost {taken.drop:.4f} ({asked})"
     )
 
 

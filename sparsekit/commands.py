@@ -83,6 +83,9 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
             "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
             "--set 'cut.target={speedup: 2}'"
         )
+    if budget := wants_attempts(recipe):
+        asked = recipe.cut.target.model_copy(update={"max_accuracy_drop": None})
+        recipe = recipe.model_copy(update={"cut": recipe.cut.model_copy(update={"target": asked})})
     inputs = open_inputs(recipe)
     n_classes = len(inputs.data.class_names)
     model = build_model(recipe, n_classes, weights=run is None).eval()
@@ -99,7 +102,7 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
         remarks = (
             [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
         )
-        if wants_attempts(recipe):
+        if budget:
             remarks.append("max_accuracy_drop needs training, so it is left out here")
         if wants_speed(recipe):
             search = search_masks(
@@ -123,6 +126,7 @@ def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
                 )
             found = time_masks(model, groups, masks, timed, threads=threads)
             trials = (found,)
+    assert recipe.cut.target is not None
     target = recipe.cut.target.model_dump(exclude_none=True)
     return Planned(recipe.model.name, target, groups, masks, found, trials, "; ".join(remarks))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sparsekit.errors import FileError, ModelError, RunError
 from sparsekit.files import atomic_path
 from sparsekit.group_merging import merge_groups_
-from sparsekit.machine import channel_multiple
+from sparsekit.machine import conv_block
 
 __all__ = ["export_onnx", "read_metadata"]
 
@@ -58,9 +58,9 @@ def export_onnx(
     `dynamic_batch` the first dimension of every input that has the batch size of the first input is left
     open. A BatchNorm after a convolution is folded into it, subnormal weights become 0, and the weights lie
     in the file itself, as constants. With `merge_groups` narrow groups of a convolution are merged with zeros to the
-    width that ONNX Runtime has fast kernels for on a processor like this one: the same function, up to four times the
-    multiply-accumulates in these layers, in half the time or so; for other processors and runtimes it may be the
-    better file without. `metadata` is stored in the file (`read_metadata`). The opset is the
+    width that ONNX Runtime has fast kernels for on a processor like this one: the same function, in less time although
+    these layers then multiply up to four times as much. For other processors and runtimes the file may be better
+    without. `metadata` is stored in the file (`read_metadata`). The opset is the
     exporter's own unless `opset` is given.
 
     A copy on the CPU is exported, so the caller's model keeps its mode, device and precision, and the random
@@ -81,7 +81,7 @@ def export_onnx(
     _strip_trace_notes(proto)
     _flush_subnormals(proto)
     if merge_groups:
-        merge_groups_(proto, channel_multiple())
+        merge_groups_(proto, conv_block())
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     try:
         onnx.checker.check_model(proto)

@@ -3,7 +3,7 @@
 Its blocked layout takes a grouped convolution only if each group has whole blocks of channels (`NchwcTransformer` in
 onnxruntime/core/optimizer/nchwc_transformer.cc); narrower ones run group by group, and what is around them is reordered
 on the way in and out. Two groups of 8 channels as one of 16, with zeros where they do not meet, multiply twice as much
-and take half the time.
+and take less time (benchmarks/merged_groups.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ _MOST_MERGED = 4
 
 
 def merge_factor(inputs: int, outputs: int, block: int) -> int:
-    """Of how many groups with so many input and output channels one should be made, if their number allows it."""
+    """Of how many groups with so many input and output channels one should be made, if their number allows it.
+
+    `block` is the width of the layout's blocks, 1 where there is no such layout.
+    """
     for factor in range(1, _MOST_MERGED + 1):
         if (inputs * factor) % block == 0 and (outputs * factor) % block == 0:
             return factor if max(inputs, outputs) * factor <= 2 * block else 1

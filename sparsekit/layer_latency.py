@@ -19,7 +19,7 @@ from sparsekit.groups import ChannelGroups, LayerCost
 from sparsekit.latency import compare_latency
 from sparsekit.latency_curve import LatencyCurve
 from sparsekit.latency_table import LatencyTable
-from sparsekit.machine import channel_multiple
+from sparsekit.machine import conv_block
 from sparsekit.operator_times import Operator
 
 __all__ = ["measure_layers"]
@@ -105,7 +105,9 @@ class _Sweep:
         if conv_groups > 1 and layer.shape[0] != conv_groups:
             # Whole groups go or, where the inputs shrink as well, the same places of every group.
             in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
-            merged = 1 if in_places else merge_factor(layer.shape[1], width, channel_multiple())
+            merged = (
+                1 if in_places or not _mergeable(calls) else merge_factor(layer.shape[1], width, conv_block())
+            )
             multiples = (conv_groups if in_places else width * merged, 1)
             own_blocks = (width * merged if merged > 1 else 1, 1)
         first, second = (
@@ -116,7 +118,7 @@ class _Sweep:
             # All of the groups may be a number that cannot be merged, and then take longer than one group less.
             first = tuple(sorted({*first, layer.shape[0] // multiples[0] * multiples[0]}))
         operators = tuple(
-            tuple(_operator(call, out, into, in_places) for call in calls)
+            tuple(_operator(call, out, into, in_places, _mergeable(calls)) for call in calls)
             for out, into in product(first, second)
         )
         return _Sweep((first, second), own_blocks, operators)
@@ -140,7 +142,12 @@ def _sizes(n: int, step: int) -> tuple[int, ...]:
     return tuple(sorted(near | {n}))
 
 
-def _operator(call: _Call, out: int, into: int, in_places: bool) -> Operator:
+def _mergeable(calls: Sequence[_Call]) -> bool:
+    """Whether the exported file merges groups of this layer: 2-d, and its weight read once."""
+    return len(calls) == 1 and isinstance(calls[0].layer, nn.Conv2d)
+
+
+def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool) -> Operator:
     """What the call would be with `out` and `into` for the first two sizes of the weight.
 
     A grouped convolution keeps its groups if it loses places in each (`in_places`), else groups go.
@@ -163,7 +170,7 @@ def _operator(call: _Call, out: int, into: int, in_places: bool) -> Operator:
         )
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
-    factor = merge_factor(into, out // conv_groups, channel_multiple()) if len(kernel) == 2 else 1
+    factor = merge_factor(into, out // conv_groups, conv_block()) if mergeable else 1
     if conv_groups % factor:
         factor = 1
     return Operator(

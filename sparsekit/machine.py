@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import InputError
 
-__all__ = ["channel_multiple", "check_threads", "describe_machine", "library_versions", "usable_cores"]
+__all__ = [
+    "channel_multiple",
+    "check_threads",
+    "conv_block",
+    "describe_machine",
+    "library_versions",
+    "usable_cores",
+]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -87,6 +95,15 @@ def channel_multiple() -> int:
     much as the next multiple.
     """
     return 16 if "avx512f" in _simd(_processors()) else 8
+
+
+@cache
+def conv_block() -> int:
+    """Return the channels of a block in ONNX Runtime's blocked convolution layout here; 1 where it has none.
+
+    It has one on x86 with AVX. (Where ONNX Runtime was built with one for other processors, this does not know.)
+    """
+    return channel_multiple() if "avx" in _simd(_processors()) else 1
 
 
 def _read(path: Path) -> str:

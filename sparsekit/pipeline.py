@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sparsekit import artifact, attempts, pruning
 from sparsekit.census import take_census
 from sparsekit.complexity import count_macs, count_params
 from sparsekit.errors import VerificationError
-from sparsekit.export import export_onnx, metadata_texts
+from sparsekit.export import export_onnx, metadata_texts, read_metadata
 from sparsekit.files import write_text
 from sparsekit.inputs import (
     build_model,
@@ -77,7 +78,9 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
     if (wants_speed(recipe) or wants_attempts(recipe)) and not files.is_done("cut"):
-        check_speed(run)
+        dense_ms, most = check_speed(run)
+        if wants_attempts(recipe):
+            attempts.full_target(recipe, dense_ms, most)  # refuses what is not worth a search
     for stage in story:
         run_stage(run, stage)
     return build_report(output)
@@ -88,9 +91,12 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
 
 def _story(recipe: Recipe) -> list[Stage]:
     weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
-    baseline = Stage(
-        "baseline", _train_baseline, ("training", "sparsify", "finetune"), (weights("baseline"),)
-    )
+    lengths = [
+        f"{phase}.{key}"
+        for phase in ("sparsify", "finetune")
+        for key in ("epochs", "lr", "warmup_epochs", "schedule")
+    ]
+    baseline = Stage("baseline", _train_baseline, ("training", *lengths), (weights("baseline"),))
     trying = Stage("attempts", attempts.make_attempts, ("training", "sparsify", "cut", "finetune"))
     sparsify = attempts.take_sparsified if wants_attempts(recipe) else pruning.sparsify
     return [
@@ -170,15 +176,26 @@ def _export(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
 
 def _export_variant(run: Run, precision: Precision) -> dict[str, Any]:
     """The pruned model's file in fewer bits, with its size and test accuracy."""
-    source, path = run.files.path / "pruned.onnx", run.files.path / f"pruned.{precision}.onnx"
-    if precision == "int8":
-        images = run.inputs.data.train
-        n = min(run.recipe.export.calibration, len(images))
-        chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[:n]
-        loader = run.loader(images.subset(chosen), False)
-        quantize_to_int8(source, path, (batch for batch, _ in loader))
-    else:
-        convert_to_fp16(source, path)
+    path = run.files.path / f"pruned.{precision}.onnx"
+    spec = run.recipe.export
+    with TemporaryDirectory() as folder:
+        # Merged groups are for the float32 kernels.
+        source = export_onnx(
+            artifact.load(run.files.path / "pruned"),
+            Path(folder) / "pruned.onnx",
+            torch.zeros(spec.batch_size, *run.inputs.config.input_size),
+            opset=spec.opset,
+            merge_groups=False,
+            metadata=read_metadata(run.files.path / "pruned.onnx"),
+        )
+        if precision == "int8":
+            images = run.inputs.data.train
+            n = min(spec.calibration, len(images))
+            chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[:n]
+            loader = run.loader(images.subset(chosen), False)
+            quantize_to_int8(source, path, (batch for batch, _ in loader))
+        else:
+            convert_to_fp16(source, path)
     test = run.loader(run.inputs.data.test, False)
     accuracy = onnx_accuracy(path, test, threads=run.recipe.benchmark.threads)
     return {"precision": precision, "onnx_bytes": path.stat().st_size, "accuracy_onnx": accuracy}
@@ -193,6 +210,7 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
         export_onnx,
         model.cpu(),
         opset=spec.opset,
+        merge_groups=run.recipe.benchmark.provider == "cpu",
         metadata=metadata_texts(run.describe(test_accuracy=accuracy)),
     )
     write(path, example)

@@ -24,6 +24,10 @@ from sparsekit.targets import channel_costs, choose_masks, cut_masks, with_laten
 from sparsekit.train import Distillation, steps_per_epoch
 
 
+class NothingToCutError(InputError):
+    """What was chosen to go is nothing."""
+
+
 def sparsify(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
     """Train with the penalty until channels are exactly zero."""
     spec = run.recipe.sparsify
@@ -64,7 +68,7 @@ def cut(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
     masks = keep_carriers(model, groups, masks, round_to=multiples)
     plan = make_plan(groups, masks)
     if not (plan.cuts or plan.blocks):
-        raise InputError(
+        raise NothingToCutError(
             f"cut: nothing to remove: in no group {channel_rounding(run.recipe)} channels are zero or score too low; "
             "set cut.target, raise sparsify.strength, or lower cut.round_to"
         )

@@ -218,7 +218,8 @@ class DenseSpec(_Phase):
     baseline: bool | None = Field(
         default=None,
         description="train the dense model on, without penalty, for the epochs of sparsify and finetune, so "
-        "that the comparison is fair; null does so unless dense.epochs is 0",
+        "that the comparison is fair, and the pruned model has it to learn from (finetune.distill); null does so "
+        "unless dense.epochs is 0",
     )
 
 
@@ -576,7 +577,7 @@ def _cut_contradictions(recipe: Recipe) -> Iterator[_Contradiction]:
 def _target_contradictions(recipe: Recipe, target: TargetSpec) -> Iterator[_Contradiction]:
     sparsify, cut = recipe.sparsify, recipe.cut
     given = [key for key, value in target if value is not None]
-    fast = bool({"speedup", "latency_ms", "max_accuracy_drop"} & set(given))
+    fast = bool({"speedup", "latency_ms"} & set(given)) or given == ["max_accuracy_drop"]
     if not given:
         yield _Contradiction(
             ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),

@@ -103,16 +103,18 @@ class AttemptFigures(_Record):
     """A model that was trained on the way to a budget of accuracy: what was asked of it, and what came out.
 
     `speedup` is what was measured when its channels were chosen (null: no speed was asked for), `accuracy` that of
-    validation images, `drop` how much lower than dense; `accepted`: within the budget.
+    validation images, `drop` how much lower than dense; `accepted`: within the budget. What could not be made says why
+    not in `failure` and has no figures.
     """
 
     number: PositiveCount
     target: dict[str, float]
-    speedup: Positive | None
-    macs: PositiveCount
-    accuracy: Fraction
+    speedup: Positive | None = None
+    macs: PositiveCount | None = None
+    accuracy: Fraction | None = None
     drop: float
     accepted: bool
+    failure: str = ""
     taken: bool
 
 

@@ -130,22 +130,26 @@ def latency_svg(report: RunReport) -> str:
 
 def attempts_svg(report: RunReport) -> str:
     """Validation accuracy over speed, or over MACs saved where no speed was asked for; dense first; the budget."""
-    attempts = sorted(report.attempts, key=lambda attempt: -attempt.macs)
-    dense, budget = attempts[0].accuracy + attempts[0].drop, report.asked["max_accuracy_drop"]
-    timed = all(attempt.speedup is not None for attempt in attempts)
-    xs = [attempt.speedup or report.dense.macs / attempt.macs for attempt in attempts]
+    timed = all(attempt.speedup is not None for attempt in report.attempts if not attempt.failure)
+    made = sorted(
+        (attempt.speedup or report.dense.macs / attempt.macs, attempt.accuracy, attempt)
+        for attempt in report.attempts
+        if attempt.accuracy is not None and attempt.macs is not None
+    )
+    dense = made[0][1] + made[0][2].drop
+    budget = report.asked["max_accuracy_drop"]
     with _drawing(230) as figure:
         axes = figure.add_axes((0.075, 0.2, 0.905, 0.74))
         axes.axhline(dense - budget, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(
-            [1.0, *xs], [dense, *(attempt.accuracy for attempt in attempts)], color=_GRID, linewidth=1.5
+            [1.0, *(x for x, *_ in made)], [dense, *(y for _, y, _ in made)], color=_GRID, linewidth=1.5
         )
         axes.plot(1.0, dense, "o", color=_DENSE, markersize=9)
-        for x, attempt in zip(xs, attempts, strict=True):
+        for x, y, attempt in made:
             face = _PRUNED if attempt.taken else "none"
             axes.plot(
                 x,
-                attempt.accuracy,
+                y,
                 "o",
                 color=_PRUNED,
                 markerfacecolor=face,
@@ -154,7 +158,7 @@ def attempts_svg(report: RunReport) -> str:
             )
             axes.annotate(
                 f"{attempt.number}",
-                (x, attempt.accuracy),
+                (x, y),
                 (8, 6),
                 textcoords="offset points",
                 color=_INK if attempt.taken else _MUTED,

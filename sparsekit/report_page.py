@@ -112,13 +112,13 @@ def _attempt_rows(report: RunReport) -> list[tuple[str, str]]:
     for attempt in report.attempts:
         measured = "" if attempt.speedup is None else f", measured {readable.significant(attempt.speedup)}"
         verdict = "taken" if attempt.taken else "within the budget" if attempt.accepted else "too much"
-        rows.append(
-            (
-                f"attempt {attempt.number}",
-                f"{_asked_text(attempt.target)}{measured}: validation accuracy {readable.fraction(attempt.accuracy)}, "
-                f"{-attempt.drop:+.4f} against dense; {verdict}",
+        outcome = attempt.failure
+        if attempt.accuracy is not None:
+            outcome = (
+                f"validation accuracy {readable.fraction(attempt.accuracy)}, {-attempt.drop:+.4f} against dense; "
+                f"{verdict}"
             )
-        )
+        rows.append((f"attempt {attempt.number}", f"{_asked_text(attempt.target)}{measured}: {outcome}"))
     return [*rows, *([("limited by", report.binds)] if report.binds else [])]
 
 

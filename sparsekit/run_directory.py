@@ -100,8 +100,8 @@ class RunDirectory:
     def check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         """Raise FileError if the stage was begun with other settings, naming the keys that changed.
 
-        A stage that left nothing behind yet may begin again with other settings: that is how a mistake that only
-        showed there is mended without losing the stages before.
+        A stage that left nothing behind yet (no training state, no note) may begin again with other settings: that is
+        how a mistake that only showed there is mended without losing the stages before.
         """
         found = self.stages.get(name)
         if found is None:
@@ -141,12 +141,17 @@ class RunDirectory:
         stage.status, stage.result = "done", dict(result)
         self._write_journal()
 
+    def note(self, name: str, found: Mapping[str, Any]) -> None:
+        """Note what a stage that goes on has found so far; from then on it keeps its settings."""
+        self.stages[name].result = dict(found)
+        self._write_journal()
+
     def is_done(self, name: str) -> bool:
         """Whether a stage is finished."""
         return name in self.stages and self.stages[name].status == "done"
 
     def result(self, name: str) -> dict[str, Any]:
-        """What a finished stage found, or what one that goes on has noted so far."""
+        """What a finished stage found, or what one that goes on has noted so far ({}: nothing)."""
         return self.stages[name].result
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:

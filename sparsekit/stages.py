@@ -15,6 +15,8 @@ from sparsekit.run import Run
 class Stage:
     """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images.
 
+    Of a section one key alone may be named (sparsify.epochs). How many attempts there are to be may change.
+
     `leaves` are the files, below the run directory, that it is done with.
     """
 
@@ -26,12 +28,19 @@ class Stage:
     def settings(self, run: Run) -> dict[str, Any]:
         """What it depends on."""
         values = run.recipe.model_dump(mode="json")
-        kept = {key: values[key] for key in ("seed", "precision", *self.sections)}
-        return {**kept, "images": run.inputs.fingerprint}
+        del values["cut"]["attempts"]
+        kept: dict[str, Any] = {"images": run.inputs.fingerprint}
+        for section in ("seed", "precision", *self.sections):
+            name, _, key = section.partition(".")
+            if key:
+                kept.setdefault(name, {})[key] = values[name][key]
+            else:
+                kept[name] = values[name]
+        return kept
 
 
-def run_stage(run: Run, stage: Stage) -> None:
-    """Run one stage unless it is done; `tick` notes the seconds so far, over all attempts."""
+def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None) -> None:
+    """Run one stage unless it is done; `tick` notes the seconds so far, over all its starts, and calls `also`."""
     name = stage.name
     record = run.files.begin(name, stage.settings(run))
     if record.status == "done":
@@ -47,6 +56,7 @@ def run_stage(run: Run, stage: Stage) -> None:
 
     def tick() -> None:
         run.files.advance(record, time.monotonic() - started)
+        also()
 
     run.say(f"{name} ...")
     try:

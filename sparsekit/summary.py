@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekit.errors import FileError
+from sparsekit.inputs import wants_attempts
 from sparsekit.recipe import Recipe, load_recipe
 from sparsekit.report import RunReport, write_json
 from sparsekit.report_page import write_html
@@ -32,6 +33,11 @@ def build_report(directory: Path) -> RunReport:
             f"the run in {directory} is incomplete: it has no recipe.yaml; copy the whole directory"
         )
     recipe = load_recipe(directory / "recipe.yaml")
+    if "dense" not in files.stages and files.is_done("sparsify"):
+        raise FileError(
+            f"{directory} holds an attempt on the way to a budget of accuracy, not a run; its figures are in the "
+            "report of the run that it was made for"
+        )
     needed = ("dense", "sparsify", "cut", "finetune", "export", "benchmark")
     open_stages = [name for name in needed if name not in files.stages or files.stages[name].status != "done"]
     if open_stages:
@@ -105,7 +111,7 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
                     strict=True,
                 )
             ],
-            **_attempts(files),
+            **(_attempts(files) if wants_attempts(recipe) else {}),
             "dense_graph": exported["dense"].get("graph"),
             "pruned_graph": exported["pruned"].get("graph"),
             "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
@@ -116,12 +122,12 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
 
 
 def _attempts(files: RunDirectory) -> dict[str, Any]:
-    if "attempts" not in files.stages:
+    if not files.is_done("attempts"):
         return {}
     notes = files.result("attempts")
-    keys = ("number", "target", "speedup", "macs", "accuracy", "drop", "accepted")
     attempts = [
-        {key: one[key] for key in keys} | {"taken": one["number"] == notes["taken"]}
+        {key: value for key, value in one.items() if key != "pressure"}
+        | {"taken": one["number"] == notes["taken"]}
         for one in notes["attempts"]
     ]
     return {"attempts": attempts, "binds": notes["binds"]}
@@ -145,15 +151,16 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
     found: list[str] = []
     cut = files.result("cut")
-    if "attempts" in files.stages:
+    choice, subject = cut.get("choice", {}), "The target was not met as asked"
+    if wants_attempts(recipe):
         found += _accuracy_warnings(recipe, files)
+        subject = "The attempt that was taken did not meet its target"
     shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
     if shortfall:
         found.append(f"The penalty fell short of its target: {shortfall}.")
-    remark = cut.get("choice", {}).get("remark")
-    if remark:
-        found.append(f"The target was not met as asked: {remark}.")
-    elif missed := _missed_speed(cut.get("choice", {}), files.result("benchmark")["latency"]):
+    if choice.get("remark"):
+        found.append(f"{subject}: {choice['remark']}.")
+    elif missed := _missed_speed(choice, files.result("benchmark")["latency"]):
         found.append(missed)
     if cut["removed_live"]:
         found.append(
@@ -168,7 +175,8 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     if all(graphs) and graphs[1]["plain"] > graphs[0]["plain"]:
         found.append(
             f"The cut pushed {graphs[1]['plain'] - graphs[0]['plain']} convolutions out of ONNX Runtime's blocked "
-            "layout, and outside they are slow: channels that are no multiple of 4; set cut.round_to: auto."
+            "layout, and outside they are slow: channels that are no multiple of 4, or narrow groups of a number that "
+            "cannot be merged; set cut.round_to: auto."
         )
     if files.result("dense")["data"]["test"] < 1000:
         n = files.result("dense")["data"]["test"]

@@ -33,14 +33,22 @@ from sparsekit.scores import channel_worth
 from sparsekit.speed_search import SpeedSearch, search_speed
 
 
-def check_speed(run: Run) -> None:
-    """Measure how long the layers take, before hours are spent on a target that is met already, or never."""
+def check_speed(run: Run) -> tuple[float, float]:
+    """Measure how long the layers take, before hours are spent on a target that is met already, or never.
+
+    Returns the milliseconds of the dense model, and how many times as fast it is predicted to be at the fewest
+    channels.
+    """
     target = run.recipe.cut.target
     assert target is not None
-    dense_ms, most = reachable_speed(run)
+    model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
+    groups = _measured(run, model, find_groups(model, run.example.cpu(), **group_options(run.recipe)))
+    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    most = 1 / Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
+    dense_ms = sum(layer.ms or 0.0 for layer in groups.layers)
     run.say(f"the dense model takes {dense_ms:.3g} ms, and can be made up to about {most:.2g} times as fast")
     if not wants_speed(run.recipe):
-        return
+        return dense_ms, most
     asked = target.speedup or dense_ms / (target.latency_ms or dense_ms)
     if asked <= 1:
         raise InputError(
@@ -54,15 +62,7 @@ def check_speed(run: Run) -> None:
             f"predicted to be about {most:.3g} times as fast; ask for less, lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
-
-
-def reachable_speed(run: Run) -> tuple[float, float]:
-    """Milliseconds of the dense model, and how many times as fast it is predicted to be at the fewest channels."""
-    model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
-    groups = _measured(run, model, find_groups(model, run.example.cpu(), **group_options(run.recipe)))
-    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
-    least = Choice(groups, worth, group_rounding(run.recipe, groups)).least("latency")
-    return sum(layer.ms or 0.0 for layer in groups.layers), 1 / least
+    return dense_ms, most
 
 
 def with_latencies(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:

@@ -17,7 +17,7 @@ from sparsekit import export, layer_latency
 from sparsekit.census import take_census
 from sparsekit.group_merging import merge_factor, merge_groups_
 from sparsekit.latency_table import LatencyTable
-from sparsekit.machine import channel_multiple
+from sparsekit.machine import conv_block
 from sparsekit.operator_times import Operator
 from sparsekit.session import open_session
 from sparsekit.speed_search import block_rounding
@@ -26,8 +26,8 @@ from sparsekit.speed_search import block_rounding
 @pytest.fixture(autouse=True)
 def blocks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever processor runs the tests."""
-    monkeypatch.setattr(export, "channel_multiple", lambda: 16)
-    monkeypatch.setattr(layer_latency, "channel_multiple", lambda: 16)
+    monkeypatch.setattr(export, "conv_block", lambda: 16)
+    monkeypatch.setattr(layer_latency, "conv_block", lambda: 16)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def _regular() -> nn.Sequential:
 
 
 def test_merged_groups_lie_in_the_blocked_layout(tmp_path: Path) -> None:
-    if channel_multiple() != 16:
+    if conv_block() != 16:
         pytest.skip("blocks of another size on this processor")
     plain, merged = (take_census(file) for file in _files(_regular(), torch.zeros(1, 3, 8, 8), tmp_path))
     assert (plain.plain, merged.plain) == (1, 0)

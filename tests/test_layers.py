@@ -39,8 +39,8 @@ readable
 report run_directory inspection layer_latency speed_search settling
 planning report_figures
 report_page
-inputs summary
-lightning transformers run
+inputs
+summary lightning transformers run
 targets stages
 commands pruning
 attempts
