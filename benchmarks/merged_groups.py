@@ -35,7 +35,7 @@ MODELS = (
     "regnety_004",
     "resnext50_32x4d",
     "seresnext26d_32x4d",
-    "bat_resnext26ts",
+    "resnext26ts",
 )
 
 
