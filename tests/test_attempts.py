@@ -55,7 +55,7 @@ data:
 training: {lr: 0.05}
 dense: {epochs: 1}
 sparsify: {epochs: 2}
-cut: {target: {max_accuracy_drop: 0.9}, round_to: 4, min_channels: 4, attempts: 2}
+cut: {target: {max_accuracy_drop: 0.9}, round_to: 4, min_channels: 4, attempts: 1}
 finetune: {epochs: 1}
 benchmark: {rounds: 20, warmup: 2}
 """
@@ -256,7 +256,7 @@ def prune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Attempts that may lose nearly everything: as fast as two of them get."""
+    """One attempt, which may lose nearly everything."""
     folder = tmp_path_factory.mktemp("within")
     done = prune(folder)
     assert done.returncode == 0, done.stderr
@@ -264,15 +264,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_fastest_within_the_budget_becomes_the_run_s_model(run: Path) -> None:
+def test_what_is_within_the_budget_becomes_the_run_s_model(run: Path) -> None:
     report = read_report(run / "report.json")
-    speeds = [attempt.target["speedup"] for attempt in report.attempts]
-    assert speeds == sorted(speeds)
-    assert all(attempt.accepted for attempt in report.attempts)
-    assert [attempt.taken for attempt in report.attempts] == [False] * (len(speeds) - 1) + [True]
+    (attempt,) = report.attempts
+    assert attempt.accepted
+    assert attempt.taken
     assert report.binds in ("cut.attempts", "cut.min_channels")  # how fast it can get is the machine's affair
-    assert report.attempts[-1].macs == report.pruned.macs < report.dense.macs
-    taken, kept = sk.load(run / f"attempts/{len(speeds)}/pruned"), sk.load(run / "pruned")
+    assert attempt.macs == report.pruned.macs < report.dense.macs
+    taken, kept = sk.load(run / "attempts/1/pruned"), sk.load(run / "pruned")
     assert all(bool((a == b).all()) for a, b in zip(taken.parameters(), kept.parameters(), strict=True))
 
 
@@ -328,7 +327,7 @@ def test_resuming_goes_on_with_the_next_attempt(run: Path, tmp_path: Path) -> No
     other = prune(tmp_path, "--resume", "--set", "cut.target={max_accuracy_drop: 0.8}")
     assert other.returncode == 2
     assert "cut.target.max_accuracy_drop" in other.stderr
-    done = prune(tmp_path, "--resume")
+    done = prune(tmp_path, "--resume", "--set", "cut.attempts=2")
     assert done.returncode == 0, done.stderr
     assert (copy / "attempts/1/pruned/model.safetensors").stat().st_mtime_ns == before
     report = read_report(copy / "report.json")
