@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 # Tests leave no latencies in the user's cache, and take none from it; all processes of a session share one.
 os.environ.setdefault("PYTEST_SPARSEKIT_CACHE", tempfile.mkdtemp(prefix="sparsekit-tests-"))
 os.environ["SPARSEKIT_CACHE"] = os.environ["PYTEST_SPARSEKIT_CACHE"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, and for the commands that tests start
 
+import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A folder that `make` fills once, whichever test process comes first; for tests that only read it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made

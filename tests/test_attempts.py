@@ -255,13 +255,15 @@ def prune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """One attempt, which may lose nearly everything."""
-    folder = tmp_path_factory.mktemp("within")
-    done = prune(folder)
-    assert done.returncode == 0, done.stderr
-    assert "attempt 1" in done.stdout
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        done = prune(folder)
+        assert done.returncode == 0, done.stderr
+        assert "attempt 1" in done.stdout
+
+    return made_once("attempts", make) / "run"
 
 
 def test_what_is_within_the_budget_becomes_the_run_s_model(run: Path) -> None:
