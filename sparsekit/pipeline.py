@@ -79,7 +79,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
         write_text(output / "recipe.yaml", dump_recipe(recipe))
     if (wants_speed(recipe) or wants_attempts(recipe)) and not files.is_done("cut"):
         dense_ms, most = check_speed(run)
-        if wants_attempts(recipe):
+        if wants_attempts(recipe) and not files.is_done("attempts"):
             attempts.full_target(recipe, dense_ms, most)  # refuses what is not worth a search
     for stage in story:
         run_stage(run, stage)
@@ -106,7 +106,7 @@ def _story(recipe: Recipe) -> list[Stage]:
         Stage("sparsify", sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
         Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
         Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
-        Stage("export", _export, ("export",), ("dense.onnx", "pruned.onnx")),
+        Stage("export", _export, ("export", "benchmark.provider"), ("dense.onnx", "pruned.onnx")),
         Stage("benchmark", _benchmark, ("benchmark",)),
         Stage("report", _report, (), ("report.json", "report.html")),
     ]

@@ -91,6 +91,20 @@ def test_the_seconds_of_an_interrupted_stage_go_on_counting(tmp_path: Path) -> N
     assert _opened(tmp_path, resume=True).stages["dense"].seconds == 9.0
 
 
+def test_a_stage_that_has_noted_something_keeps_its_settings(tmp_path: Path) -> None:
+    first = _opened(tmp_path)
+    assert first.exists
+    assert not RunDirectory(tmp_path / "other").exists
+    first.begin("attempts", {"epochs": 2})
+    first.check_settings("attempts", {"epochs": 3})
+    first.note("attempts", {"tried": [1]})
+    again = _opened(tmp_path, resume=True)
+    assert again.result("attempts") == {"tried": [1]}
+    assert not again.is_done("attempts")
+    with pytest.raises(FileError, match="epochs"):
+        again.check_settings("attempts", {"epochs": 3})
+
+
 def test_changed_settings_are_refused_by_their_dotted_names(tmp_path: Path) -> None:
     before = {
         "model": {"name": "a", "args": {"depth": 1, "width": 2}},
