@@ -275,7 +275,13 @@ class Subject:
             measured, _, macs_ratio = max(points) if max(points)[0] < speed else min(points)
             if abs(measured / speed - 1) < 0.01 or min(points)[0] <= speed <= max(points)[0]:
                 break
-            pruned = self.peers[peer].to_macs(macs_ratio * (speed / measured) ** 1.3)
+            # Further each time: a cut that is nearest may be one that was made before.
+            step = (
+                max((speed / measured) ** 1.3, 1 + 0.02 * len(points))
+                if measured < speed
+                else (speed / measured) ** 1.3
+            )
+            pruned = self.peers[peer].to_macs(macs_ratio * step)
             compared = sk.compare_latency([self.dense, self.export(pruned)], rounds=30)
             points.append((compared.speedups[0].value, self.peer_retained(pruned), self.macs_ratio(pruned)))
         points.sort()

@@ -94,6 +94,31 @@ def test_speedups_are_medians_of_ratios_within_rounds(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("rounds", "sessions", "shares"), [(12, 4, [3, 3, 3, 3]), (10, 3, [4, 3, 3]), (10, 1, [10])]
+)
+def test_rounds_are_shared_out_among_sessions_of_their_own(
+    rounds: int, sessions: int, shares: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = [], []
+
+    def noted(runners: list[latency._Runner], count: int, *_: object) -> np.ndarray:
+        made.append(count)
+        seen.extend(id(runner.session) for runner in runners)
+        return np.ones((count, len(runners)))
+
+    monkeypatch.setattr(latency, "_time_rounds", noted)
+    found = compare_latency([folder / "32.onnx"], rounds=rounds, sessions=sessions)
+    assert (found.rounds, made) == (rounds, shares)
+    assert len(set(seen)) == 2 * sessions, "each lies in memory of its own"
+
+
+@pytest.mark.parametrize("sessions", [0, 11])
+def test_there_are_as_many_sessions_as_rounds_at_most(sessions: int, folder: Path) -> None:
+    with pytest.raises(InputError, match="sessions must be between 1 and 10"):
+        compare_latency([folder / "32.onnx"], rounds=10, sessions=sessions)
+
+
+@pytest.mark.parametrize(
     ("null", "words"),
     [
         (Interval(1.0, 0.99, 1.01), ""),
