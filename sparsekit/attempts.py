@@ -76,7 +76,7 @@ def full_target(recipe: Recipe, dense_ms: float, most: float) -> tuple[dict[str,
             "times as fast, which is not worth a search; lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
-    if full and strength(full) < _NEAREST:
+    if full and largest_factor(full) < _NEAREST:
         asked = " and ".join(f"cut.target.{key}" for key in _others(recipe))
         raise InputError(
             f"{asked} ask for so little that there is nothing to search between that and the dense model; ask for "
@@ -85,7 +85,7 @@ def full_target(recipe: Recipe, dense_ms: float, most: float) -> tuple[dict[str,
     return (full, 1.0) if full else ({"speedup": _FIRST_SPEEDUP}, math.log(_SAFE * most, _FIRST_SPEEDUP))
 
 
-def strength(target: Mapping[str, float]) -> float:
+def largest_factor(target: Mapping[str, float]) -> float:
     """The largest factor that a target asks for: of its speed-up, and of what its shares leave out."""
     return max(value if key == "speedup" else 1 / value for key, value in target.items())
 
@@ -99,16 +99,16 @@ def target_at(full: Mapping[str, float], pressure: float) -> dict[str, float]:
 
 
 def next_pressure(
-    tried: Sequence[tuple[float, float]], budget: float, most: float, strength: float
+    tried: Sequence[tuple[float, float]], budget: float, most: float, factor: float
 ) -> float | None:
     """The pressure to try after `tried` pairs of pressure and drop, up to `most`; None if no other is worth it.
 
     First 1; then half as fast again as long as the drop stays within the budget; then between the largest within it and
     the smallest beyond, nearer to the one whose drop is nearer to the budget (regula falsi, kept off the ends).
-    `strength` is that of the target at pressure 1.
+    `factor` is the largest of the target at pressure 1.
     """
     within, beyond = bracket(tried, budget)
-    nearest, faster = (math.log(factor) / math.log(strength) for factor in (_NEAREST, _FASTER))
+    nearest, faster = (math.log(step) / math.log(factor) for step in (_NEAREST, _FASTER))
     if not tried:
         return min(1.0, most)
     if beyond is None:
@@ -147,7 +147,7 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
     notes = run.files.result("attempts") or _first_notes(run)
     attempts = [Attempt(**plain) for plain in notes["attempts"]]
     while len(attempts) < run.recipe.cut.attempts:
-        pressure = next_pressure(_tried(attempts), budget, notes["most"], strength(notes["full"]))
+        pressure = next_pressure(_tried(attempts), budget, notes["most"], largest_factor(notes["full"]))
         if pressure is None:
             break
         attempts.append(_attempt(run, tick, len(attempts) + 1, pressure, notes))
@@ -195,7 +195,7 @@ def _budget(recipe: Recipe) -> float:
     return (_target(recipe).max_accuracy_drop or 0.0) + 1e-9
 
 
-def attempt_folder(run: Run, number: int) -> Path:
+def _attempt_folder(run: Run, number: int) -> Path:
     """The run directory of an attempt."""
     return run.files.path / "attempts" / str(number)
 
@@ -231,7 +231,7 @@ def _attempt(
 def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
     """The run of an attempt, in a directory that is new or was begun before."""
     cut = run.recipe.cut.model_copy(update={"target": target})
-    files = RunDirectory(attempt_folder(run, number), writes=run.files.writes)
+    files = RunDirectory(_attempt_folder(run, number), writes=run.files.writes)
     with run.accelerator.main_process_first():
         if files.writes and not files.exists:  # killed while the directory was made
             shutil.rmtree(files.path, ignore_errors=True)
@@ -264,7 +264,7 @@ _STAGES = (
 
 def _binding(recipe: Recipe, taken: Attempt, attempts: Sequence[Attempt], notes: Mapping[str, Any]) -> str:
     """What kept the model from being pruned further: keys of the recipe."""
-    budget, full = _budget(recipe), strength(notes["full"])
+    budget, full = _budget(recipe), largest_factor(notes["full"])
     more = next_pressure(_tried(attempts), budget, notes["most"], full) is not None
     _, beyond = bracket(_tried(attempts), budget)
     if beyond is not None and any(one.failure for one in attempts if one.pressure == beyond[0]):
@@ -310,7 +310,7 @@ def take_finetuned(run: Run) -> tuple[nn.Module, PrunePlan]:
 
 def _taken(run: Run) -> RunDirectory:
     assert wants_attempts(run.recipe)
-    files = RunDirectory(attempt_folder(run, run.files.result("attempts")["taken"]), writes=False)
+    files = RunDirectory(_attempt_folder(run, run.files.result("attempts")["taken"]), writes=False)
     files.open(resume=True)
     return files
 

@@ -119,8 +119,9 @@ def compare_latency(
 
     Open batch dimensions become `batch` (1 if None). Each file is warmed up with at least `warmup` runs; then
     come `rounds` rounds, each timing every file and the null once in shuffled order (`seed`), input and
-    output bound beforehand. The rounds are shared out among `sessions`: all files are closed and opened anew, and
-    warmed up, that many times. `progress(done, rounds)` is called after each round. Files are compared as they
+    output bound beforehand. The rounds are shared out among `sessions`: that many times all files are opened and
+    warmed up, and unless they are large the earlier sessions stay open, so that none lies where another lay.
+    `progress(done, rounds)` is called after each round. Files are compared as they
     are, in this process and without changing the machine; what else it does shows in the null. Inputs and outputs lie
     in the host's memory, whatever the `provider`.
 
@@ -136,25 +137,26 @@ def compare_latency(
     """
     _check_counts(paths, batch, rounds, warmup, sessions)
     files = [Path(path) for path in paths]
-    generator, times = np.random.default_rng(seed), []
-    kept: list[Any] = []
-    # What is closed leaves its memory to what is opened next, which then lies where it lay.
-    affordable = sessions * sum(path.stat().st_size for path in files if path.is_file()) <= _KEPT_BYTES
+    generator = np.random.default_rng(seed)
+    times_ms = np.empty((rounds, len(files) + 1))
+    open_runners: list[_Runner] = []
     for share in np.array_split(np.arange(rounds), sessions):
-        # The null is one more file at the end.
         opened = [open_session(path, threads=threads, provider=provider) for path in [*files, files[0]]]
+        if sessions * sum(path.stat().st_size for path in files) > _KEPT_BYTES:
+            open_runners.clear()
         inputs = [
             _random_inputs(session, path, batch, seed)
             for session, path in zip(opened, [*files, files[0]], strict=True)
         ]
         size = _common_batch(files, inputs[:-1], batch)
         runners = [_prepare(session, fed, warmup) for session, fed in zip(opened, inputs, strict=True)]
-        # The null must be measured exactly as the file it repeats.
+        # The null, one more file at the end, must be measured exactly as the file it repeats.
         runners[-1] = replace(runners[-1], repeats=runners[0].repeats)
-        kept += runners if affordable else []
-        done = _told(progress, int(share[0]), rounds)
-        times.append(_time_rounds(runners, len(share), generator, done))
-    times_ms = np.concatenate(times)
+        open_runners += runners
+        for number in share:
+            times_ms[number] = _time_round(runners, generator)
+            if progress is not None:
+                progress(int(number) + 1, rounds)
     ratios = times_ms[:, :1] / times_ms[:, 1:]
     *speedups, null = (bootstrap_median(column, seed=seed) for column in ratios.T)
     reason = _distrust(null)
@@ -306,29 +308,12 @@ def _prepare(session: onnxruntime.InferenceSession, fed: Mapping[str, NDArray[An
     return replace(once, repeats=max(1, math.ceil(_MIN_MEASURED_MS / max(typical_ms, 1e-3))))
 
 
-def _time_rounds(
-    runners: Sequence[_Runner],
-    rounds: int,
-    generator: np.random.Generator,
-    done: Callable[[int], None],
-) -> NDArray[np.float64]:
-    """Return the time of one run in ms, shape (rounds, runners); calls `done` with the number of rounds so far."""
-    times_ms = np.empty((rounds, len(runners)))
-    for number in range(rounds):
-        for column in generator.permutation(len(runners)):
-            times_ms[number, column] = runners[column].measure_ms()
-        done(number + 1)
+def _time_round(runners: Sequence[_Runner], generator: np.random.Generator) -> NDArray[np.float64]:
+    """Return the time of one run of each in ms, (runners,); they take their turns in an order drawn anew."""
+    times_ms = np.empty(len(runners))
+    for column in generator.permutation(len(runners)):
+        times_ms[column] = runners[column].measure_ms()
     return times_ms
-
-
-def _told(progress: Callable[[int, int], None] | None, before: int, rounds: int) -> Callable[[int], None]:
-    """Pass the rounds on to `progress`, counted over all sessions."""
-
-    def done(number: int) -> None:
-        if progress is not None:
-            progress(before + number, rounds)
-
-    return done
 
 
 def _distrust(null: Interval) -> str:

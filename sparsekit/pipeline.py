@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -171,31 +170,36 @@ def _export(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
         return {}
     models = {"dense": run.final_dense(), "pruned": artifact.load(run.files.path / "pruned")}
     exported = {name: _export_one(run, name, model) for name, model in models.items()}
-    return exported | {"variants": [_export_variant(run, p) for p in run.recipe.export.precisions]}
+    return exported | {"variants": _export_variants(run)}
 
 
-def _export_variant(run: Run, precision: Precision) -> dict[str, Any]:
-    """The pruned model's file in fewer bits, with its size and test accuracy."""
-    path = run.files.path / f"pruned.{precision}.onnx"
-    spec = run.recipe.export
+def _export_variants(run: Run) -> list[dict[str, Any]]:
+    """The pruned model's file in fewer bits, with sizes and test accuracies."""
+    if not run.recipe.export.precisions:
+        return []
     with TemporaryDirectory() as folder:
         # Merged groups are for the float32 kernels.
         source = export_onnx(
             artifact.load(run.files.path / "pruned"),
             Path(folder) / "pruned.onnx",
-            torch.zeros(spec.batch_size, *run.inputs.config.input_size),
-            opset=spec.opset,
+            run.timed_example,
+            opset=run.recipe.export.opset,
             merge_groups=False,
             metadata=read_metadata(run.files.path / "pruned.onnx"),
         )
-        if precision == "int8":
-            images = run.inputs.data.train
-            n = min(spec.calibration, len(images))
-            chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[:n]
-            loader = run.loader(images.subset(chosen), False)
-            quantize_to_int8(source, path, (batch for batch, _ in loader))
-        else:
-            convert_to_fp16(source, path)
+        return [_export_variant(run, source, precision) for precision in run.recipe.export.precisions]
+
+
+def _export_variant(run: Run, source: Path, precision: Precision) -> dict[str, Any]:
+    path = run.files.path / f"pruned.{precision}.onnx"
+    if precision == "int8":
+        images = run.inputs.data.train
+        n = min(run.recipe.export.calibration, len(images))
+        chosen = np.random.default_rng(run.recipe.seed).permutation(len(images))[:n]
+        loader = run.loader(images.subset(chosen), False)
+        quantize_to_int8(source, path, (batch for batch, _ in loader))
+    else:
+        convert_to_fp16(source, path)
     test = run.loader(run.inputs.data.test, False)
     accuracy = onnx_accuracy(path, test, threads=run.recipe.benchmark.threads)
     return {"precision": precision, "onnx_bytes": path.stat().st_size, "accuracy_onnx": accuracy}
@@ -205,7 +209,6 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
     spec = run.recipe.export
     path = run.files.path / f"{name}.onnx"
     accuracy = final_accuracies(run.files)[name]
-    example = torch.zeros(spec.batch_size, *run.inputs.config.input_size)
     write = partial(
         export_onnx,
         model.cpu(),
@@ -213,9 +216,9 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
         merge_groups=run.recipe.benchmark.provider == "cpu",
         metadata=metadata_texts(run.describe(test_accuracy=accuracy)),
     )
-    write(path, example)
+    write(path, run.timed_example)
     if spec.dynamic_batch:
-        write(run.files.path / f"{name}.dynamic.onnx", example, dynamic_batch=True)
+        write(run.files.path / f"{name}.dynamic.onnx", run.timed_example, dynamic_batch=True)
     parity = check_parity(model, path, run.validation_images().cpu())
     if not parity.max_rel <= _PARITY_LIMIT:
         raise VerificationError(

@@ -151,16 +151,19 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
     """What a reader should know before trusting the figures."""
     found: list[str] = []
     cut = files.result("cut")
-    choice, subject = cut.get("choice", {}), "The target was not met as asked"
+    choice, subject, asked = cut.get("choice", {}), "The target was not met as asked", "Asked"
     if wants_attempts(recipe):
         found += _accuracy_warnings(recipe, files)
-        subject = "The attempt that was taken did not meet its target"
+        subject, asked = (
+            "The attempt that was taken did not meet its target",
+            "The attempt that was taken asked",
+        )
     shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
     if shortfall:
         found.append(f"The penalty fell short of its target: {shortfall}.")
     if choice.get("remark"):
         found.append(f"{subject}: {choice['remark']}.")
-    elif missed := _missed_speed(choice, files.result("benchmark")["latency"]):
+    elif missed := _missed_speed(asked, choice, files.result("benchmark")["latency"]):
         found.append(missed)
     if cut["removed_live"]:
         found.append(
@@ -199,15 +202,15 @@ def _accuracy_warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
         )
 
 
-def _missed_speed(choice: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
+def _missed_speed(asked: str, choice: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
     """What to say if the last measurement is further from the speed asked for than the choice of channels was."""
     measured = latency["speedups"][0]["value"]
     if "asked" not in choice or abs(measured / choice["asked"] - 1) <= SPEED_TOLERANCE:
         return ""
     return (
-        f"Asked for a speed-up of {choice['asked']:.3g}, the benchmark measured {measured:.3g}. When the channels were "
-        f"chosen, {choice['found']['measured']:.3g} was measured for them: so far apart are two measurements on this "
-        "machine."
+        f"{asked} for a speed-up of {choice['asked']:.3g}, the benchmark measured {measured:.3g}. When the channels "
+        f"were chosen, {choice['found']['measured']:.3g} was measured for them: so far apart are two measurements on "
+        "this machine."
     )
 
 

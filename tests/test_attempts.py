@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from typing import Any, cast
 import pytest
 from accelerate import Accelerator
 from rich.console import Console
+from tiny_run import TINY, sparsekit
 
 import sparsekit as sk
 from sparsekit import attempts, pruning
@@ -20,8 +20,8 @@ from sparsekit.attempts import (
     Attempt,
     _binding,
     full_target,
+    largest_factor,
     next_pressure,
-    strength,
     target_at,
 )
 from sparsekit.errors import InputError
@@ -42,23 +42,7 @@ from sparsekit.run import Run
 from sparsekit.run_directory import RunDirectory
 from sparsekit.stages import Stage
 
-RECIPE = """
-model: {name: test_resnet}
-data:
-  name: digits
-  image_size: 32
-  batch_size: 32
-  train_limit: 256
-  validation_limit: 64
-  test_limit: 96
-  augment: null
-training: {lr: 0.05}
-dense: {epochs: 1}
-sparsify: {epochs: 2}
-cut: {target: {max_accuracy_drop: 0.9}, round_to: 4, min_channels: 4, attempts: 1}
-finetune: {epochs: 1}
-benchmark: {rounds: 20, warmup: 2}
-"""
+WITHIN = ("cut.target={max_accuracy_drop: 0.9}", "cut.attempts=1", "sparsify.epochs=2", "finetune.epochs=1")
 
 
 def search(
@@ -117,8 +101,8 @@ def test_a_target_between_nothing_and_all_of_it() -> None:
     assert target_at(full, 1.0) == full
     assert target_at(full, 0.5) == {"speedup": 2.0, "macs": 0.5}
     assert target_at(full, 0.0) == {"speedup": 1.0, "macs": 1.0}
-    assert strength(full) == 4
-    assert strength({"speedup": 2.0, "macs": 0.25}) == 4
+    assert largest_factor(full) == 4
+    assert largest_factor({"speedup": 2.0, "macs": 0.25}) == 4
 
 
 def recipe(**target: float) -> Recipe:
@@ -243,15 +227,9 @@ def test_if_nothing_can_be_made_that_is_told(bare_run: Run, monkeypatch: pytest.
 
 
 def prune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE)
-    return subprocess.run(
-        [sys.executable, "-m", "sparsekit", "prune", str(path), "--output", str(folder / "run"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    (folder / "recipe.yaml").write_text(TINY)
+    changes = [part for change in WITHIN for part in ("--set", change)]
+    return sparsekit("prune", folder / "recipe.yaml", "--output", folder / "run", *changes, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -288,8 +266,7 @@ def test_every_attempt_is_left_with_its_recipe_and_says_on_what_it_was_judged(ru
 
 
 def test_an_attempt_is_not_taken_for_a_run(run: Path) -> None:
-    command = [sys.executable, "-m", "sparsekit", "report", str(run / "attempts/1")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = sparsekit("report", run / "attempts/1")
     assert done.returncode == 2
     assert "holds an attempt" in done.stderr
 
@@ -375,9 +352,7 @@ def test_a_budget_that_no_attempt_keeps_is_told_and_the_nearest_is_taken(tmp_pat
 
 
 def test_plan_says_that_it_takes_training(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE)
-    command = [sys.executable, "-m", "sparsekit", "plan", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    done = sparsekit("plan", tmp_path / "recipe.yaml", "--set", "cut.target={max_accuracy_drop: 0.01}")
     assert done.returncode == 2
     assert "found by training" in done.stderr

@@ -81,11 +81,12 @@ def test_interval_depends_on_the_seed_alone_and_follows_the_scale() -> None:
 def test_speedups_are_medians_of_ratios_within_rounds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With made-up times (weather that slows whole rounds) the true ratios come out exactly."""
 
-    def made_up(runners: list[object], rounds: int, *_: object) -> np.ndarray:
-        weather = np.random.default_rng(0).lognormal(0, 1, size=(rounds, 1))
-        return weather * np.array([[3.0, 1.5, 3.0]])
+    weather = np.random.default_rng(0)
 
-    monkeypatch.setattr(latency, "_time_rounds", made_up)
+    def made_up(runners: list[object], generator: np.random.Generator) -> np.ndarray:
+        return weather.lognormal(0, 1) * np.array([3.0, 1.5, 3.0])
+
+    monkeypatch.setattr(latency, "_time_round", made_up)
     found = compare_latency([folder / "32.onnx", folder / "4.onnx"], rounds=50)
     assert found.speedups == (Interval(2.0, 2.0, 2.0),)
     assert found.null == Interval(1.0, 1.0, 1.0)
@@ -99,17 +100,17 @@ def test_speedups_are_medians_of_ratios_within_rounds(folder: Path, monkeypatch:
 def test_rounds_are_shared_out_among_sessions_of_their_own(
     rounds: int, sessions: int, shares: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, seen = [], []
+    seen: list[int] = []
 
-    def noted(runners: list[latency._Runner], count: int, *_: object) -> np.ndarray:
-        made.append(count)
+    def noted(runners: list[latency._Runner], generator: np.random.Generator) -> np.ndarray:
         seen.extend(id(runner.session) for runner in runners)
-        return np.ones((count, len(runners)))
+        return np.ones(len(runners))
 
-    monkeypatch.setattr(latency, "_time_rounds", noted)
+    monkeypatch.setattr(latency, "_time_round", noted)
     found = compare_latency([folder / "32.onnx"], rounds=rounds, sessions=sessions)
-    assert (found.rounds, made) == (rounds, shares)
-    assert len(set(seen)) == 2 * sessions, "each lies in memory of its own"
+    assert found.rounds == rounds
+    counts = [seen.count(session) for session in dict.fromkeys(seen)]
+    assert counts == [share for share in shares for _ in range(2)], "each lies in memory of its own"
 
 
 @pytest.mark.parametrize("sessions", [0, 11])

@@ -20,39 +20,11 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from tiny_run import TINY, sparsekit
 
 import sparsekit as sk
 from sparsekit.models import create_model, save_weights
 from sparsekit.report import read_report
-
-TINY = """
-model: {name: test_resnet}
-data:
-  name: digits
-  image_size: 32
-  batch_size: 32
-  train_limit: 256
-  validation_limit: 64
-  test_limit: 96
-  augment: null
-training: {lr: 0.05}
-dense: {epochs: 1}
-sparsify: {epochs: 3, warmup: 0.0}
-cut: {target: {macs: 0.5}, round_to: 4, min_channels: 4}
-finetune: {epochs: 2, distill: {weight: 0.5, temperature: 2.0}}
-benchmark: {rounds: 20, warmup: 2}
-"""
-
-
-def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparsekit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        timeout=240,
-    )
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

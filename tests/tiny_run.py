@@ -1,0 +1,39 @@
+"""The smallest run there is, on the embedded digits, and the command line as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = """
+model: {name: test_resnet}
+data:
+  name: digits
+  image_size: 32
+  batch_size: 32
+  train_limit: 256
+  validation_limit: 64
+  test_limit: 96
+  augment: null
+training: {lr: 0.05}
+dense: {epochs: 1}
+sparsify: {epochs: 3, warmup: 0.0}
+cut: {target: {macs: 0.5}, round_to: 4, min_channels: 4}
+finetune: {epochs: 2, distill: {weight: 0.5, temperature: 2.0}}
+benchmark: {rounds: 20, warmup: 2}
+"""
+
+
+def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line; an exit code other than 0 is the caller's affair."""
+    return subprocess.run(
+        [sys.executable, "-m", "sparsekit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        timeout=240,
+    )
