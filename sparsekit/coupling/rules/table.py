@@ -80,7 +80,7 @@ _KINDS: dict[Rule, str] = {
     "mkldnn_max_pool2d upsample_linear1d _upsample_nearest_exact2d",
     reducing: "mean sum amax amin max min argmax argmin norm linalg_vector_norm var std var_mean logsumexp prod "
     "all any",
-    softmax_rule: "softmax_rule _log_softmax _safe_softmax softmax",
+    softmax_rule: "_softmax _log_softmax _safe_softmax softmax",
     along_dim: "cumsum sort topk argsort cumprod",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm batch_norm",
@@ -91,7 +91,7 @@ _KINDS: dict[Rule, str] = {
     root_mean_square_norm: "root_mean_square_norm",
     matrix_product: "mm addmm bmm baddbmm",
     linear_layer: "linear",
-    convolution: "convolution convolution",
+    convolution: "convolution _convolution",
     standardised_convolution: "standardised_convolution",
     striding: "as_strided",
     unknown: "view_as_real view_as_complex",
