@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from sparsekit.coupling.labels import FIXED
-from sparsekit.coupling.observations import Atoms, Axis, Facts
+from sparsekit.coupling.observations import Atoms, Axis, Observations
 from sparsekit.coupling.solve import Coupled
 from sparsekit.structure.groups import ChannelGroup, Member, Role
 from sparsekit.structure.places import Attribute, Place
@@ -19,14 +19,14 @@ Part = tuple[int, bool]
 Runs = dict[Part, Atoms]
 
 
-def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
+def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
     """Groups of components that run through the same tensors in the same way, in the order of the model's layers.
 
     A component counts if some layer produces it; `parameters` are the names of trained tensors.
     """
-    marks, sized = _Marks(facts), _sized_by_component(coupled.sizes)
+    marks, sized = _Marks(seen), _sized_by_component(coupled.sizes)
     alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
-    for number, runs in _by_component(facts, coupled, marks.gates):
+    for number, runs in _by_component(seen, coupled, marks.gates):
         if any(marks.makes[atoms[0]] for atoms in runs.values()):
             sizes = tuple(
                 (attribute, len(own)) for attribute, own in sorted(sized.get(number, {}).items(), key=str)
@@ -34,14 +34,14 @@ def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[C
             signature = (*((part, len(atoms)) for part, atoms in sorted(runs.items())), *sizes)
             alike[signature, coupled.reasons.get(number, "")].append((number, runs))
     component_places: dict[int, list[Place]] = defaultdict(list)
-    for place, atoms in facts.places:
+    for place, atoms in seen.places:
         for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
             component_places[number].append(place)
     formed = [
-        _form(facts, sized, marks, components, str(reason), parameters, component_places)
+        _form(seen, sized, marks, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()
     ]
-    order = {axis.tensor: place for place, axis in enumerate(facts.axes)}
+    order = {axis.tensor: place for place, axis in enumerate(seen.axes)}
     formed.sort(key=lambda group: (order[_root(group).tensor], _root(group).positions[0]))
     return _with_names(formed)
 
@@ -49,11 +49,11 @@ def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[C
 class _Marks:
     """Marks as boolean arrays over atoms."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, seen: Observations) -> None:
         def flags(*names: str) -> Atoms:
-            flagged = np.zeros(facts.n_atoms, bool)
+            flagged = np.zeros(seen.n_atoms, bool)
             for name in names:
-                flagged[facts.marked(name)] = True  # type: ignore[arg-type]
+                flagged[seen.marked(name)] = True  # type: ignore[arg-type]
             return flagged
 
         self.gates, self.makes = flags("gates"), flags("produced", "grouped")
@@ -76,10 +76,10 @@ class _Marks:
         return "norm" if self.normalises[atom] else "parameter"
 
 
-def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tuple[int, Runs]]:
+def _by_component(seen: Observations, coupled: Coupled, gates: Atoms) -> Iterator[tuple[int, Runs]]:
     """Each component with its atoms by axis, ascending."""
-    starts = np.array([axis.first for axis in facts.axes])
-    atoms = np.arange(1, facts.n_atoms)
+    starts = np.array([axis.first for axis in seen.axes])
+    atoms = np.arange(1, seen.n_atoms)
     axis = np.searchsorted(starts, atoms, side="right") - 1
     component, gated = coupled.component[atoms], gates[atoms]
     order = np.lexsort((atoms, gated, axis, component))
@@ -99,7 +99,7 @@ def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tupl
 
 
 def _form(
-    facts: Facts,
+    seen: Observations,
     sized: Sized,
     marks: _Marks,
     components: list[tuple[int, Runs]],
@@ -112,21 +112,23 @@ def _form(
     root = next(part for part in parts if marks.makes[components[0][1][part][0]])
     components.sort(key=lambda one: int(one[1][root][0]))
     members = [
-        _member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts
+        _member(seen, marks, part, [runs[part] for _, runs in components], parameters) for part in parts
     ]
     numbers = [number for number, _ in components]
     members += _size_members(sized, numbers)
-    place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
+    place = {axis.tensor: i for i, axis in enumerate(seen.axes)}
     members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
     rewrites = sorted({place for number in numbers for place in places.get(number, ())})
     return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
 
 
-def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]) -> Member:
-    axis: Axis = facts.axes[part[0]]
+def _member(
+    seen: Observations, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]
+) -> Member:
+    axis: Axis = seen.axes[part[0]]
     role = marks.role(int(atoms[0][0]))
     module = axis.tensor.rpartition(".")[0]
-    readers = facts.norms.get(f"{module}.weight" if module else "weight", set())
+    readers = seen.norms.get(f"{module}.weight" if module else "weight", set())
     norm = None
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
@@ -175,11 +177,11 @@ def _root(group: ChannelGroup) -> Member:
 
 def _with_names(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Named by their first layer; further groups of the same layer get a number."""
-    seen: dict[str, int] = defaultdict(int)
+    count: dict[str, int] = defaultdict(int)
     named = []
     for group in groups:
         name = (_root(group).module or _root(group).tensor).partition(".parametrizations")[0]
-        seen[name] += 1
-        suffix = f"#{seen[name]}" if seen[name] > 1 else ""
+        count[name] += 1
+        suffix = f"#{count[name]}" if count[name] > 1 else ""
         named.append(replace(group, name=name + suffix))
     return tuple(named)

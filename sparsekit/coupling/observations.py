@@ -44,7 +44,7 @@ class SizeUse:
 
 
 @dataclass
-class Facts:
+class Observations:
     """Everything observed, in the order of the forward pass.
 
     edges: pairs of atoms that go together. grids: labels over several dimensions of one tensor, of which only whole
@@ -153,4 +153,4 @@ def joined(parts: Iterable[Atoms | None]) -> Atoms | None:
     return np.unique(np.concatenate(arrays)) if arrays else None
 
 
-__all__ = ["FIXED", "Atoms", "Axis", "Facts", "Mark", "SizeUse", "joined", "to_atoms"]
+__all__ = ["FIXED", "Atoms", "Axis", "Mark", "Observations", "SizeUse", "joined", "to_atoms"]

@@ -19,25 +19,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsekit.coupling.labels import FIXED, span
 from sparsekit.coupling.named_integers import MultipleInt, NamedInt, PartInt
 from sparsekit.coupling.observations import Atoms, SizeUse, to_atoms
-from sparsekit.coupling.tracer import Call, Known, Rules, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Rule, Tracer
 from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.places import Attribute
 
 
-class Calls(TorchFunctionMode):
+class SizeWatcher(TorchFunctionMode):
     """Notes which attribute sizes which dimension of what a call returns."""
 
-    def __init__(self, tracer: Tracer, rules: Rules) -> None:
+    def __init__(self, tracer: Tracer, apply_rule: Rule) -> None:
         super().__init__()
-        self._tracer, self._rules = tracer, rules
+        self._tracer, self._apply_rule = tracer, apply_rule
 
     def _pad(self, func: Any, args: Any, kwargs: Any) -> Any:
         with _disable_current_modes():
             result = func(*args, **kwargs)
         pads = args[1] if len(args) > 1 else kwargs["pad"]
         tensor = args[0] if args else kwargs["input"]
-        call = Call("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
-        self._rules(self._tracer, call)
+        call = OperatorCall("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
+        self._apply_rule(self._tracer, call)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +114,7 @@ def _note_silently(tracer: Tracer, size: Any, tensor: Tensor) -> None:
     for dim in (1, tensor.dim() - 1) if tensor.dim() > 2 else (tensor.dim() - 1,):
         found = _slices(tracer.known(tensor), dim) if tensor.shape[dim] == size else None
         if found is not None:
-            tracer.facts.sizes += [SizeUse(size.attribute, slices, silent=True) for slices in found]
+            tracer.seen.sizes += [SizeUse(size.attribute, slices, silent=True) for slices in found]
             return
 
 
@@ -126,13 +126,13 @@ def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
         return
     slices = _slices(tracer.known(tensor), dim % tensor.dim())
     if slices is None:
-        tracer.facts.sizes.append(SizeUse(size.attribute, None))
+        tracer.seen.sizes.append(SizeUse(size.attribute, None))
     for one in slices or ():
         if isinstance(size, MultipleInt) and size.inner:
             one = one.reshape(size.times, -1, one.shape[1]).swapaxes(0, 1)
         if isinstance(size, MultipleInt):
             one = one.reshape(int(size) // size.times, -1)
-        tracer.facts.sizes.append(SizeUse(size.attribute, one))
+        tracer.seen.sizes.append(SizeUse(size.attribute, one))
 
 
 def _slices(known: Known, dim: int) -> list[Atoms] | None:
@@ -159,7 +159,7 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         for dim in computed if len(computed) == 1 else ():
             place = replace(places[dim], size=int(sizes[dim]) if taken else -1)
             for slices in _slices(tracer.known(result), dim) or ():
-                tracer.facts.places.append((place, np.unique(slices)))
+                tracer.seen.places.append((place, np.unique(slices)))
 
 
 def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -198,7 +198,7 @@ def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
     labels = [_slices(tracer.known(part), dim % part.dim()) for part in parts]
     for one in labels[1:]:
         for first, other in zip(labels[0] or (), one or (), strict=False):
-            tracer.facts.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
+            tracer.seen.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
 
 
 def _convolved(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -212,7 +212,7 @@ def _attended(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         for tensor in (args[0], args[1]) if len(args) > 1 else (args[0], kwargs["key"]):
             width = tensor.dim() - 1
             for labels in tracer.known(tensor).labels:
-                tracer.facts.couple(labels.narrow(width, 0, 1), labels)
+                tracer.seen.couple(labels.narrow(width, 0, 1), labels)
 
 
 def _layer_normed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
@@ -231,10 +231,10 @@ def _indexed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
     tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if not any(isinstance(part, slice) for part in index):
         return
-    dim, seen = 0, sum(part is not None and part is not Ellipsis for part in index)
+    dim, n_indexed = 0, sum(part is not None and part is not Ellipsis for part in index)
     for part in index:
         if part is Ellipsis:
-            dim += tensor.dim() - seen
+            dim += tensor.dim() - n_indexed
         elif part is not None:
             for end in (part.start, part.stop) if isinstance(part, slice) else ():
                 if isinstance(end, NamedInt) and 0 < end < tensor.shape[dim] and part.step in (None, 1):
@@ -246,7 +246,7 @@ def _note_part(tracer: Tracer, size: NamedInt, tensor: Tensor, dim: int) -> None
     for labels in tracer.known(tensor).labels:
         if dim in span(labels):
             atoms = to_atoms(labels).swapaxes(0, dim)[: int(size)]
-            tracer.facts.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
+            tracer.seen.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
 
 
 _SIZE_RULES = {

@@ -7,8 +7,6 @@ An operator without a rule fixes everything that enters it, under its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from sparsekit.coupling.rules.contractions import (
@@ -37,10 +35,10 @@ from sparsekit.coupling.rules.norms import (
 )
 from sparsekit.coupling.rules.pointwise import pointwise
 from sparsekit.coupling.rules.reductions import along_dim, reducing, softmax_rule
-from sparsekit.coupling.tracer import Call, Tracer
+from sparsekit.coupling.tracer import OperatorCall, Rule, Tracer
 
 
-def apply_rule(tracer: Tracer, call: Call) -> None:
+def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
     """Tell `tracer` what is known of the outputs of one call."""
     name = call.name.rstrip("_") if call.name.endswith("_") else call.name
     rule = _RULES.get(name)
@@ -56,11 +54,10 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
         unknown(tracer, call)
 
 
-def _nothing(tracer: Tracer, call: Call) -> None:
+def _nothing(tracer: Tracer, call: OperatorCall) -> None:
     """The result has sizes of its own."""
 
 
-Rule = Callable[[Tracer, Call], None]
 _KINDS: dict[Rule, str] = {
     pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "
