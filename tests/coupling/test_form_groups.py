@@ -24,18 +24,18 @@ class Pass:
     def __init__(self) -> None:
         self.seen = Observations()
 
-    def axis(self, tensor: str, dim: int, size: int, mark: str = "") -> Tensor:
+    def axis(self, tensor: str, dim: int, size: int, what: str = "") -> Tensor:
         first = self.seen.add_axis(tensor, dim, size).first
         labels = torch.arange(first, first + size, dtype=torch.float32)
-        if mark:
-            self.seen.mark(mark, labels)  # type: ignore[arg-type]
+        if what:
+            self.seen.note(what, labels)  # type: ignore[arg-type]
         return labels
 
     def layer(self, name: str, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
         """Rows, with the bias, and columns."""
-        rows = self.axis(f"{name}.weight", 0, n_out, "produced")
-        columns = self.axis(f"{name}.weight", 1, n_in, "consumed")
-        self.seen.couple(rows, self.axis(f"{name}.bias", 0, n_out, "produced"))
+        rows = self.axis(f"{name}.weight", 0, n_out, "producer")
+        columns = self.axis(f"{name}.weight", 1, n_in, "consumer")
+        self.seen.couple(rows, self.axis(f"{name}.bias", 0, n_out, "producer"))
         return rows, columns
 
     def groups(self, *parameters: str) -> dict[str, ChannelGroup]:
@@ -80,7 +80,7 @@ def test_channels_are_numbered_by_their_place_in_the_first_layer_whatever_order_
 
 def test_a_tensor_that_no_layer_makes_does_not_number_the_channels_even_if_it_is_met_first() -> None:
     traced = Pass()
-    scale = traced.axis("scale", 0, 4, "multiplies")
+    scale = traced.axis("scale", 0, 4, "factor")
     rows, _ = traced.layer("conv", 4, 3)
     traced.seen.couple(scale[[2, 0, 3, 1]], rows)
     group = traced.groups()["conv"]
@@ -132,7 +132,7 @@ def test_a_layer_that_only_a_normalisation_reads_is_judged_by_its_scale_and_shif
     traced = Pass()
     rows, _ = traced.layer("conv", 4, 3)
     for name in ("weight", "bias", "running_mean"):
-        traced.seen.couple(rows, traced.axis(f"norm.{name}", 0, 4, "normalises"))
+        traced.seen.couple(rows, traced.axis(f"norm.{name}", 0, 4, "norm"))
     parameters = ("conv.weight", "conv.bias", "norm.weight", "norm.bias")
     for readers, norm in (
         ({"norm.weight"}, "norm"),
@@ -149,20 +149,20 @@ def test_a_layer_that_only_a_normalisation_reads_is_judged_by_its_scale_and_shif
 
 
 @pytest.mark.parametrize(
-    ("mark", "role", "penalised"),
+    ("what", "role", "penalised"),
     [
-        ("produced", "producer", True),
-        ("grouped", "depthwise", True),
-        ("consumed", "consumer", False),
-        ("normalises", "norm", True),
-        ("multiplies", "parameter", False),
+        ("producer", "producer", True),
+        ("depthwise", "depthwise", True),
+        ("consumer", "consumer", False),
+        ("norm", "norm", True),
+        ("factor", "parameter", False),
         ("", "parameter", True),
     ],
 )
-def test_what_was_seen_of_a_tensor_is_its_role(mark: str, role: str, penalised: bool) -> None:
+def test_what_was_noted_of_a_tensor_is_its_role(what: str, role: str, penalised: bool) -> None:
     traced = Pass()
     rows, _ = traced.layer("conv", 4, 3)
-    traced.seen.couple(rows, traced.axis("other", 0, 4, mark))
+    traced.seen.couple(rows, traced.axis("other", 0, 4, what))
     (member,) = [m for m in traced.groups()["conv"].members if m.tensor == "other"]
     assert (member.role, member.penalised) == (role, penalised)
 
@@ -171,7 +171,7 @@ def test_a_gate_is_a_member_apart_and_not_penalised() -> None:
     traced = Pass()
     rows, _ = traced.layer("up", 6, 3)
     traced.seen.couple(rows[:3], rows[3:])
-    traced.seen.mark("gates", rows[3:])
+    traced.seen.note("gate", rows[3:])
     members = [m for m in traced.groups()["up"].members if m.tensor == "up.weight"]
     assert [(m.positions, m.penalised) for m in members] == [((0, 1, 2), True), ((3, 4, 5), False)]
 

@@ -116,13 +116,13 @@ def test_every_pair_of_different_atoms_is_counted_once() -> None:
     assert pairs.tolist() == [[0, 5], [1, 3]]
 
 
-def test_marks_are_collected_in_order() -> None:
+def test_roles_and_traits_are_collected_in_order() -> None:
     seen = Observations()
-    assert seen.marked("gates").tolist() == []
-    seen.mark("gates", torch.tensor([[4.0, 2.0]]))
-    seen.mark("gates", atoms(2, 9))
-    assert seen.marked("gates").tolist() == [2, 4, 9]
-    assert seen.marked("consumed").tolist() == []
+    assert seen.noted("gate").tolist() == []
+    seen.note("gate", torch.tensor([[4.0, 2.0]]))
+    seen.note("gate", atoms(2, 9))
+    assert seen.noted("gate").tolist() == [2, 4, 9]
+    assert seen.noted("consumer").tolist() == []
 
 
 # ---------------------------------------------------------------------------------------------- what stays

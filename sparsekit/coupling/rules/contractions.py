@@ -62,12 +62,12 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
             one for one in (rights if right.weight else lefts) if span(one) and inner not in span(one)
         ]
         for one in produced:
-            tracer.seen.mark("produced", one)
+            tracer.seen.note("producer", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
     if bias is not None:
         own = [aligned(one, n) for one in tracer.known(bias).labels]
         for one in own:
-            tracer.seen.mark("produced", one)
+            tracer.seen.note("producer", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
         labels += own
     merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
@@ -103,7 +103,7 @@ def _meet(tracer: Tracer, left: Any, right: Any, inner: int) -> None:
         if known.weight:
             for one in arrays:
                 if span(one) == (inner,):
-                    tracer.seen.mark("consumed", one)
+                    tracer.seen.note("consumer", one)
     for one in lefts:
         for other in rights:
             mine, theirs = set(span(one)), set(span(other))
@@ -140,7 +140,7 @@ def standardised_convolution(tracer: Tracer, call: OperatorCall) -> None:
     gain = getattr(module, "gain", None)
     if isinstance(gain, Tensor):
         for one in tracer.known(gain).labels:
-            tracer.seen.mark("multiplies", one)
+            tracer.seen.note("factor", one)
             for rows in tracer.known(module.weight).labels:
                 if span(rows) == (0,):
                     tracer.seen.couple(one, rows)
@@ -179,7 +179,7 @@ def _convolve(
     if conv_groups == 1:
         _meet_columns(tracer, channels, columns)
         for one in produced:
-            tracer.seen.mark("produced", one)
+            tracer.seen.note("producer", one)
     elif produced:
         _grouped_convolution(tracer, channels, columns, produced, conv_groups, fixed=not read and not passed)
     # A depthwise filter over (unit, channel) is shared by all units: it goes with what all of them lose.
@@ -212,7 +212,7 @@ def _maps_read(tracer: Tracer, known: Known, *, depthwise: bool) -> tuple[list[T
 
 def _meet_columns(tracer: Tracer, channels: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
     for one in columns:
-        tracer.seen.mark("consumed", one)
+        tracer.seen.note("consumer", one)
         if not channels:
             tracer.seen.fix(one, "it reads channels whose number is fixed")
         for other in channels:
@@ -242,7 +242,7 @@ def _grouped_convolution(
         _meet_columns(tracer, [other[0]], columns)
     for one in produced:
         made = one.flatten().reshape(conv_groups, -1)
-        tracer.seen.mark("produced" if in_places else "grouped", one)
+        tracer.seen.note("producer" if in_places else "depthwise", one)
         tracer.seen.couple(made[:1] if in_places else made[:, :1], made)
         if fixed:
             tracer.seen.fix(one, "it reads channels whose number is fixed")

@@ -33,7 +33,7 @@ def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
     if gates and any(not k.weight for k in others):
         for k in gates:
             if k.feeds is not None:
-                tracer.seen.mark("gates", k.feeds)
+                tracer.seen.note("gate", k.feeds)
         return joined(k.feeds for k in others), any(k.squashed for k in others)
     return joined(k.feeds for k in known), any(k.squashed for k in known)
 
@@ -58,7 +58,7 @@ def combine(
     for i, group in enumerate(arrays):
         if scales and known[i].weight:
             for labels in group:
-                tracer.seen.mark("multiplies", labels)
+                tracer.seen.note("factor", labels)
         for labels in group:
             dims = set(span(labels))
             others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]

@@ -23,7 +23,7 @@ def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
         if isinstance(parameter, Tensor):
             own = [along(one, 1, tensor.dim()) for one in tracer.known(parameter).labels]
             for one in own:
-                tracer.seen.mark("normalises", one)
+                tracer.seen.note("norm", one)
                 if not any(1 in span(other) for other in known.labels):
                     tracer.seen.fix(one, "it normalises the model's input")
                 feeds = joined([feeds, to_atoms(one).ravel()]) if position < 2 else feeds
@@ -83,7 +83,7 @@ def _mixing_norm(
     for t in parameters:
         for one in tracer.known(t).labels:
             labels.append(aligned(one, tensor.dim()) if tail else along(one, 1, tensor.dim()))
-            tracer.seen.mark("shifts" if through else "normalises", one)
+            tracer.seen.note("layer_norm" if through else "norm", one)
     tracer.read(tensor)
     merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))
@@ -96,7 +96,7 @@ def root_mean_square_norm(tracer: Tracer, call: OperatorCall) -> None:
     labels = [together(tracer, one, [dim]) if span(one) != (dim,) else one for one in known.labels]
     labels += [along(one, dim, tensor.dim()) for one in tracer.known(module.weight).labels]
     for one in tracer.known(module.weight).labels:
-        tracer.seen.mark("responds", one)
+        tracer.seen.note("response", one)
     tracer.read(tensor)
     merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
@@ -113,7 +113,7 @@ def response_norm(tracer: Tracer, call: OperatorCall) -> None:
     for parameter in (module.weight, module.bias):
         labels += [along(one, dim, tensor.dim()) for one in tracer.known(parameter).labels]
     for one in tracer.known(module.weight).labels:
-        tracer.seen.mark("responds", one)
+        tracer.seen.note("response", one)
     tracer.read(tensor)
     merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
