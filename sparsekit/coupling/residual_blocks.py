@@ -8,7 +8,7 @@ at zero, on what it reads in the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsekit.coupling.proof import Trial, fits_in_double, randomised
 from sparsekit.evaluation import evaluating, random_inputs
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member, Role
 
 # What a module is called with: by position and by name.
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,7 +68,7 @@ def _group(model: nn.Module, block: str, scales: Sequence[str]) -> ChannelGroup:
         dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         size = tensor.shape[dim]
         scale = name in scales
-        role: Any = "parameter" if scale else "inside"
+        role: Role = "parameter" if scale else "inside"
         return Member(name, dim, tuple(range(size)), size, role, penalised=scale)
 
     members = tuple(
@@ -116,14 +116,14 @@ def _recorded_arguments(
     calls: dict[str, list[_Arguments]] = {}
     alike: set[str] = set()
 
-    def before(name: str) -> Any:
+    def before(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             kept = tuple(one.clone() if isinstance(one, Tensor) else one for one in args)
             calls.setdefault(name, []).append((kept, dict(keywords)))
 
         return note
 
-    def after(name: str) -> Any:
+    def after(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = args[0] if args else None
             if isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape:

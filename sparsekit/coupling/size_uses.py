@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,10 @@ from sparsekit.coupling.tracer import Known, OperatorCall, Rule, Tracer
 from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.places import Attribute
 
+# What torch functions are called with: by position and by name.
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+
 
 class SizeWatcher(TorchFunctionMode):
     """Notes which attribute sizes which dimension of what a call returns."""
@@ -31,7 +35,7 @@ class SizeWatcher(TorchFunctionMode):
         super().__init__()
         self._tracer, self._apply_rule = tracer, apply_rule
 
-    def _pad(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _pad(self, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
         with _disable_current_modes():
             result = func(*args, **kwargs)
         pads = args[1] if len(args) > 1 else kwargs["pad"]
@@ -56,10 +60,10 @@ _OF_INPUT = ("in_features", "in_channels", "in_chs", "in_dim", "input_dim")
 _OF_OUTPUT = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim")
 
 
-def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
+def watch_declared_sizes_(model: nn.Module, tracer: Tracer) -> None:
     """Note, when modules run, the attributes that declare their sizes; in place, the model is a copy."""
 
-    def declare(module: nn.Module, args: Any, output: Any) -> None:
+    def declare(module: nn.Module, args: _Args, output: Any) -> None:
         for names, tensors in ((_OF_INPUT, flat_tensors(args)), (_OF_OUTPUT, flat_tensors(output))):
             for name in names:
                 if tensors:
@@ -141,7 +145,7 @@ def _slices(known: Known, dim: int) -> list[Atoms] | None:
     return [atoms.swapaxes(0, dim).reshape(atoms.shape[dim], -1) for atoms in found] or None
 
 
-def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _reshaped(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     sizes: Any = args[1:] if len(args) > 1 else (kwargs.get("shape") or kwargs.get("size") or ())
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = sizes[0]
@@ -162,14 +166,14 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
                 tracer.seen.places.append((place, np.unique(slices)))
 
 
-def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _unflattened(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     sizes = args[2] if len(args) > 2 else kwargs["sizes"]
     for offset, size in enumerate(sizes):
         _note(tracer, size, result, dim % args[0].dim() + offset)
 
 
-def _split(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _split(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Sequence[Tensor]) -> None:
     sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if "split" in k or k == "chunks")
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     if isinstance(sizes, PartInt):
@@ -186,7 +190,7 @@ def _split(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         _tie_parts(tracer, result, dim)
 
 
-def _chunked(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _chunked(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Sequence[Tensor]) -> None:
     _tie_parts(tracer, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
 
 
@@ -201,12 +205,12 @@ def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
             tracer.seen.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
 
 
-def _convolved(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _convolved(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """As many groups as channels: blurring filters are written so."""
     _note(tracer, args[6] if len(args) > 6 else kwargs.get("groups"), args[0], 1)
 
 
-def _attended(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _attended(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """Without a `scale`, torch takes the width of a head for it: within a head everything stays together."""
     if kwargs.get("scale") is None:
         for tensor in (args[0], args[1]) if len(args) > 1 else (args[0], kwargs["key"]):
@@ -215,18 +219,18 @@ def _attended(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
                 tracer.seen.couple(labels.narrow(width, 0, 1), labels)
 
 
-def _layer_normed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _layer_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     if tracer.through_layer_norm and len(args) > 1 and len(args[1]) == 1:
         _note(tracer, args[1][0], args[0], args[0].dim() - 1)
 
 
-def _narrowed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _narrowed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     if len(args) == 4:
         _note(tracer, args[2], args[0].narrow(args[1], 0, int(args[2])), args[1])
         _note(tracer, args[3], result, args[1])
 
 
-def _indexed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _indexed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """`x[:, :n]` and `x[:, n:]`: n is the size of the part before it."""
     tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if not any(isinstance(part, slice) for part in index):
@@ -249,7 +253,7 @@ def _note_part(tracer: Tracer, size: NamedInt, tensor: Tensor, dim: int) -> None
             tracer.seen.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
 
 
-_SIZE_RULES = {
+_SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "reshape": _reshaped,
     "view": _reshaped,
     "unflatten": _unflattened,

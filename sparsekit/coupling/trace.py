@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _STANDARDISED = "standardised_convolution"
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     """Apply a rule to some modules' calls instead of their operators; in place, the model is a copy."""
 
-    def wrap(module: nn.Module, name: str) -> Any:
+    def wrap(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
         forward = module.forward
 
         def told(tensor: Tensor) -> Any:

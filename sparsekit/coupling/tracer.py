@@ -5,12 +5,13 @@ The modules of `rules` say how this passes from the inputs of an operator to its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from sparsekit.coupling.labels import along, span
@@ -46,7 +47,7 @@ class OperatorCall:
     """One executed operator: its bare name, what it was called with, the tensors among that, and what it returned."""
 
     name: str
-    operator: Any
+    operator: OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
@@ -64,16 +65,15 @@ class Tracer:
         self.seen = Observations()
         self.through_layer_norm = through_layer_norm
         self.places = PlaceFinder(model)
-        self._known: Any = WeakTensorKeyDictionary()
-        self._names: Any = WeakIdKeyDictionary()
+        self._known: MutableMapping[Tensor, Known] = WeakTensorKeyDictionary()
+        self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self._names[tensor] = name
 
     def known(self, tensor: Tensor) -> Known:
         """What is known of a tensor; a parameter's dimensions are numbered when it is first met."""
         if tensor in self._known:
-            found: Known = self._known[tensor]
-            return found
+            return self._known[tensor]
         if tensor not in self._names:
             return Known()
         name = self._names[tensor]

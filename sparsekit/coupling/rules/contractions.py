@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
     attends = not left.weight and not right.weight
     if attends:
         lefts, rights = _by_unit(tracer, lefts, inner), _by_unit(tracer, rights, inner)
-    _meet(tracer, (lefts, left), (rights, right), inner)
+    _meet(tracer, _Operand(lefts, left.weight), _Operand(rights, right.weight), inner)
     labels = []
     for one in (*lefts, *rights):
         rest = [d for d in span(one) if d != inner]
@@ -92,27 +92,33 @@ def _by_unit(tracer: Tracer, arrays: Sequence[Tensor], inner: int) -> list[Tenso
     return list(arrays)
 
 
-def _meet(tracer: Tracer, left: Any, right: Any, inner: int) -> None:
+@dataclass(frozen=True)
+class _Operand:
+    """One side of a product: its labels along (..., rows, inner, columns), and whether it is a weight."""
+
+    labels: Sequence[Tensor]
+    weight: bool
+
+
+def _meet(tracer: Tracer, left: _Operand, right: _Operand, inner: int) -> None:
     """Couple two operands' labels along the dimensions they share (batch and inner)."""
-    (lefts, left_known), (rights, right_known) = left, right
-    for arrays, others in ((lefts, rights), (rights, lefts)):
-        for one in arrays:
-            if inner in span(one) and not any(inner in span(other) for other in others):
+    for own, others in ((left, right), (right, left)):
+        for one in own.labels:
+            if inner in span(one) and not any(inner in span(other) for other in others.labels):
                 tracer.seen.fix(one, "it is multiplied by something whose size is fixed")
-    for known, arrays in ((left_known, lefts), (right_known, rights)):
-        if known.weight:
-            for one in arrays:
-                if span(one) == (inner,):
-                    tracer.seen.note("consumer", one)
-    for one in lefts:
-        for other in rights:
+    for operand in (left, right):
+        for one in operand.labels if operand.weight else ():
+            if span(one) == (inner,):
+                tracer.seen.note("consumer", one)
+    for one in left.labels:
+        for other in right.labels:
             mine, theirs = set(span(one)), set(span(other))
             shared = {d for d in mine & theirs if d <= inner and d != inner - 1}
             if not shared:
                 continue
             if mine == theirs:
                 tracer.seen.couple(one, other)
-            elif not left_known.weight and not right_known.weight:
+            elif not left.weight and not right.weight:
                 _meet_partly(tracer, one, other, shared)
             elif theirs < mine:
                 tracer.seen.cover(other, one)

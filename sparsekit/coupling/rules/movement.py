@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 def moving(tracer: Tracer, call: OperatorCall) -> None:
     tensor = call.tensors[0]
     known = tracer.known(tensor)
-    operator = _AS_RESHAPE.get(call.name, call.operator)
+    operator: Callable[..., Any] = _AS_RESHAPE.get(call.name, call.operator)
 
     def run(labels: Tensor) -> Any:
         return operator(labels, *call.args[1:], **call.kwargs)
