@@ -16,8 +16,8 @@ from sparsekit.coupling.form_groups import form_groups
 from sparsekit.coupling.named_integers import name_integers_
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
-from sparsekit.coupling.solve import decide
-from sparsekit.coupling.trace import watch
+from sparsekit.coupling.solve import solve
+from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError
 from sparsekit.evaluation import evaluating
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
@@ -139,8 +139,8 @@ def _trace(
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
         name_integers_(traced)
-        facts = watch(traced, inputs, through_layer_norm=through_layer_norm).facts
-    return form_groups(facts, decide(facts), parameters)
+        seen = trace(traced, inputs, through_layer_norm=through_layer_norm).seen
+    return form_groups(seen, solve(seen), parameters)
 
 
 def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: set[str]) -> ChannelGroup:
