@@ -1,6 +1,34 @@
-"""What one forward pass showed about channels, as arrays of atoms: what goes together, what must stay, what sizes what.
+"""What one forward pass showed about channels, as arrays of atoms. Nothing is decided here: `solve` does that.
 
-An atom is one index along one dimension of one parameter or buffer. Nothing is decided here; `coupling` does that.
+The words of this room:
+
+    atom        one index along one dimension of one parameter or buffer, as a number; 0 (`FIXED`) stands for none
+    axis        one dimension of one parameter or buffer; its atoms follow each other
+    label       the atom that an element of a tensor belongs to
+    span        the dimensions along which labels vary
+    grid        labels that span several dimensions; only whole slices of it can go
+    cover       a coarse label (a head) over a row of finer ones (its entries): it goes when all of them go
+    component   atoms that can only go together, numbered by `solve`
+    role        what a tensor is to the channels: "producer", "consumer", "norm", ... (`structure.groups.Role`)
+    trait       what is no role and yet counts: "factor", "gate"
+    place       a size in the code of the model: an argument of a reshape
+
+An example: the second convolution reads, by its columns (atoms 10 and 11), what the rows of the first (atoms 1 and 2)
+produce. So these go together, as two components that can go one by one. The others have to stay.
+
+    >>> import torch
+    >>> from sparsekit.coupling.solve import solve
+    >>> from sparsekit.coupling.trace import trace
+    >>> first, second = torch.nn.Conv2d(3, 2, 1, bias=False), torch.nn.Conv2d(2, 4, 1, bias=False)
+    >>> seen = trace(torch.nn.Sequential(first, torch.nn.ReLU(), second), [torch.zeros(1, 3, 8, 8)]).seen
+    >>> [(axis.tensor, axis.dim, axis.first, axis.size) for axis in seen.axes]
+    [('0.weight', 0, 1, 2), ('0.weight', 1, 3, 3), ('2.weight', 0, 6, 4), ('2.weight', 1, 10, 2)]
+    >>> seen.noted("producer").tolist(), seen.noted("consumer").tolist()
+    ([1, 2, 6, 7, 8, 9], [3, 4, 5, 10, 11])
+    >>> solve(seen).component.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    >>> solve(seen).reasons[3], solve(seen).reasons[6]
+    ('it reads channels whose number is fixed', "it reaches the model's output")
 """
 
 from __future__ import annotations
