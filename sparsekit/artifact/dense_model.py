@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekit.artifact.format import OwnSource, Structure, TimmSource, as_json_text, listed, one_line
-from sparsekit.errors import FileError, InputError, ModelError
+from sparsekit.artifact.format import OwnSource, Structure, TimmSource, as_json_text
+from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
 
 Factory = Callable[[], nn.Module]
 # Arguments of `timm.create_model` that name weights, files or addresses: an artifact brings its own weights.
@@ -66,7 +66,7 @@ def build_timm(name: str, args: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"timm has no model {name!r:.60}; timm.list_models() lists the names")
     if foreign := sorted(args.keys() & set(_NOT_ARCHITECTURE)):
         raise ModelError(
-            f"model_args must not hold {listed(foreign)}: an artifact has weights of its own; leave it out"
+            f"model_args must not hold {first_names(foreign)}: an artifact has weights of its own; leave it out"
         )
     shown = ", ".join(f"{key}={value!r:.40}" for key, value in args.items())
     return _built(lambda: timm.create_model(name, pretrained=False, **args), f"timm's {name!r} ({shown})")
@@ -89,4 +89,4 @@ def _built(build: Factory, what: str) -> nn.Module:
         try:
             return build().cpu()
         except Exception as error:
-            raise ModelError(f"{what}: {one_line(error)}") from error
+            raise ModelError(f"{what}: {first_line(error)}") from error

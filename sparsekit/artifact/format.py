@@ -42,7 +42,8 @@ import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor
 
-from sparsekit.errors import FileError, InputError
+from sparsekit.errors import FileError, InputError, first_names
+from sparsekit.files import is_pickle
 from sparsekit.machine import library_versions
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import PrunePlan
@@ -61,7 +62,6 @@ DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-_SHOWN = 4
 
 
 class _Closed(BaseModel):
@@ -147,7 +147,11 @@ def read_tensors(folder: Path, structure: Structure) -> dict[str, Tensor]:
         f"{folder} has no model.safetensors; the artifact is incomplete, copy the whole folder",
     )
     try:
-        _refuse_pickle(file)
+        if is_pickle(file):
+            raise FileError(
+                f"{file} is a pickle under another name; sparsekit unpickles nothing, because that can run any code. "
+                "Write the artifact with sparsekit.save"
+            )
         if sha256_of(file) != structure.sha256:
             raise FileError(
                 f"{file} does not have the hash that structure.json records: it is damaged, or belongs to another "
@@ -175,17 +179,6 @@ def _file_of(folder: Path, name: str, missing: str) -> Path:
     return file
 
 
-def _refuse_pickle(file: Path) -> None:
-    with file.open("rb") as opened:
-        start = opened.read(9)
-    # A safetensors file begins with the length of its header, which may look like a pickle, and then a brace.
-    if start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        raise FileError(
-            f"{file} is a pickle under another name; sparsekit unpickles nothing, because that can run any code. "
-            "Write the artifact with sparsekit.save"
-        )
-
-
 def _check_header(file: Path, structure: Structure) -> None:
     """Raise FileError unless the file holds the recorded tensors and no others; reads no numbers."""
     with safetensors.safe_open(file, "pt") as opened:
@@ -195,11 +188,11 @@ def _check_header(file: Path, structure: Structure) -> None:
     recorded = structure.tensors
     if missing := sorted(recorded.keys() - held.keys()):
         raise FileError(
-            f"{file} lacks {listed(missing)}, which structure.json records; copy both files again"
+            f"{file} lacks {first_names(missing)}, which structure.json records; copy both files again"
         )
     if extra := sorted(held.keys() - recorded.keys()):
         raise FileError(
-            f"{file} holds {listed(extra)}, which structure.json does not record; copy both files again"
+            f"{file} holds {first_names(extra)}, which structure.json does not record; copy both files again"
         )
     for name, (dtype, shape) in recorded.items():
         if dtype not in DTYPES:
@@ -209,11 +202,6 @@ def _check_header(file: Path, structure: Structure) -> None:
                 f"{name} is recorded in structure.json as {dtype} of shape {shape}, but {file} holds "
                 f"{held[name][0]} of shape {held[name][1]}; copy both files again"
             )
-
-
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def sha256_of(path: Path) -> str:
@@ -236,11 +224,6 @@ def version_note(structure: Structure) -> str:
         if structure.versions.get(name) != installed
     ]
     return f"; it was written with {', '.join(found)}" if found else ""
-
-
-def one_line(error: Exception) -> str:
-    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return text.partition("\n")[0]
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.artifact.dense_model import Factory, dense_model, source_name
-from sparsekit.artifact.format import Structure, listed, one_line, read_recorded, read_tensors, version_note
-from sparsekit.errors import FileError, InputError, ModelError, VerificationError
+from sparsekit.artifact.format import Structure, read_recorded, read_tensors, version_note
+from sparsekit.errors import FileError, InputError, ModelError, VerificationError, first_line, first_names
 from sparsekit.evaluation import comparing, flat_tensors
 from sparsekit.surgery.bypass import bypass_
 from sparsekit.surgery.norms import is_standardised, make_plain_
@@ -39,7 +39,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
         fill_(model, structure, tensors)
     except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
         raise FileError(
-            f"{path} does not fit the dense model, {source_name(structure.source)}: {one_line(error)}{written_with}"
+            f"{path} does not fit the dense model, {source_name(structure.source)}: {first_line(error)}{written_with}"
         ) from error
     return model.eval()
 
@@ -104,7 +104,7 @@ def fill_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor])
     """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
     stored = model.state_dict().keys()
     if missing := sorted(stored - tensors.keys()):
-        raise InputError(f"tensors of the dense model are not in the artifact: {listed(missing)}")
+        raise InputError(f"tensors of the dense model are not in the artifact: {first_names(missing)}")
     modules = dict(model.named_modules(remove_duplicate=False))
     holders = {name: _holder(modules, name) for name in tensors}
     for name, tensor in tensors.items():

@@ -22,11 +22,10 @@ from sparsekit.artifact.format import (
     dtype_name,
     first_mistake,
     installed_versions,
-    one_line,
     sha256_of,
 )
 from sparsekit.artifact.load import bypass_recorded_, fill_, settable_attributes
-from sparsekit.errors import FileError, InputError
+from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.bypass import bypassed
@@ -158,4 +157,4 @@ def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"the artifact could not be loaded again: {one_line(error)}") from error
+        raise InputError(f"the artifact could not be loaded again: {first_line(error)}") from error

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import FileError, ModelError, RunError
 from sparsekit.export.group_merging import merge_groups_
+from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
 from sparsekit.machine import conv_block
 
@@ -170,7 +167,7 @@ def _trace(
     # fast (resnet18, mobilenetv3_small_050, test_convnext, test_vit: within 2 %, the difference of a file to
     # itself).
     def attempt() -> onnx.ModelProto:
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with quiet(_NOISY_LOGGERS), torch.random.fork_rng(devices=[]), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 inputs,
@@ -209,26 +206,6 @@ def _write_attention_out_(model: nn.Module) -> bool:
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
     return bool(fused)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: its warnings, its loggers and what it prints. Exceptions pass."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _check_opset(proto: onnx.ModelProto, opset: int | None) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekit.errors import DataError, ModelError
+from sparsekit.export.quiet import quiet
 from sparsekit.export.session import open_session
 from sparsekit.files import atomic_path
 from sparsekit.machine import describe_machine
@@ -26,6 +23,7 @@ __all__ = ["convert_to_fp16", "quantize_to_int8"]
 
 # Processors without these add products of 8 bits in 16, which can overflow: there weights get 7 bits.
 _WIDE_SUMS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+_NOISY_LOGGERS = ("root",)  # where the tools log what they do
 
 
 def quantize_to_int8(
@@ -48,7 +46,7 @@ def quantize_to_int8(
             f"int8 needs images to calibrate with, at least one batch of {Path(source).name}'s size"
         )
     simd = describe_machine()["simd"]
-    with TemporaryDirectory() as folder, _quiet():
+    with TemporaryDirectory() as folder, quiet(_NOISY_LOGGERS):
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         try:
             quant_pre_process(str(source), str(prepared))
@@ -77,7 +75,7 @@ def convert_to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[st
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with _quiet():
+    with quiet(_NOISY_LOGGERS):
         try:
             converted = convert_float_to_float16(onnx.load(source), keep_io_types=True)
             OnnxModel(converted).topological_sort()  # it appends the casts of the inputs
@@ -124,16 +122,3 @@ def _finish(proto: onnx.ModelProto, source: str | os.PathLike[str], target: str 
     with atomic_path(Path(target)) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     return Path(target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The tools print and log what they do, and warn of what they meet; failures come as exceptions."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparsekit.evaluation import evaluating
 from sparsekit.structure.groups import LayerCost
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def count_params(model: nn.Module) -> int:
@@ -66,7 +66,7 @@ def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, .
         if isinstance(module, nn.Linear):
             count = out.numel() // weight.shape[0]
         else:
-            mapped = args[0] if isinstance(module, _TRANSPOSED) else out
+            mapped = args[0] if isinstance(module, TRANSPOSED) else out
             count = prod(mapped.shape[2:]) * mapped.shape[0]
         key = f"{name}.weight" if name else "weight"
         positions[key] = positions.get(key, 0) + count // example_inputs[0].shape[0]
@@ -88,7 +88,7 @@ def watch_layers(
             with_kwargs=True,
         )
         for name, module in model.named_modules()
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
     ]
     try:
         with evaluating(model):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.places import Attribute
 
 
@@ -41,10 +42,10 @@ def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None)
     `rows` of the weight were kept: a grouped convolution has as many blocks left as these lie in.
     """
     weight = getattr(module, "weight", None)
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(module, TRANSPOSED):
         assert isinstance(weight, Tensor)
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    elif isinstance(module, CONVOLUTIONS):
         assert isinstance(weight, Tensor)
         if rows is not None:
             module.groups = len({row // (module.out_channels // module.groups) for row in rows})

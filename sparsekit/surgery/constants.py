@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import ModelError
+from sparsekit.errors import ModelError, first_line
 from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.plan import PrunePlan
 
 # A channel counts as constant when it varies by less than this, relative to its size (float32 noise of a sum).
 CONSTANT_TOLERANCE = 1e-6
 # A carrier below this share of the largest constant it takes over would need weights far larger than any other.
 _SMALLEST_CARRIER = 0.01
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 # Forwards that use `weight` as it is, besides torch's own. By name: nothing else here needs timm loaded.
 _AS_IS = {"timm.layers.linear.Linear.forward", "timm.layers.conv2d_same.Conv2dSame.forward"}
 
@@ -134,9 +133,9 @@ def observe_inputs(
             for seed in (0, 1) if layers else ():
                 model(*random_inputs(input_shapes, seed, model, batch=2))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(
-            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: {reason}"
+            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: "
+            f"{first_line(error)}"
         ) from error
     finally:
         for hook in hooks:
@@ -146,7 +145,7 @@ def observe_inputs(
 
 def _channel_dim(module: nn.Module) -> int:
     """Where the input of a linear layer or convolution has its channels, with or without a batch dimension."""
-    return -1 - len(module.kernel_size) if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else -1
+    return -1 - len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else -1
 
 
 def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
@@ -194,7 +193,7 @@ def bias_is_exact(module: nn.Module) -> bool:
     """Whether a constant input channel of a plain layer adds the same number to every output position."""
     if isinstance(module, nn.Linear):
         return True
-    if not isinstance(module, _CONVOLUTIONS):
+    if not isinstance(module, CONVOLUTIONS):
         return False
     if all(size == 1 for size in module.kernel_size):
         return module.padding in ("valid", "same") or not any(module.padding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,22 +21,24 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
     Raises ModelError if the plan does not fit the model, or the model does not run on inputs of the plan's shapes.
     """
     _check_fits(model, plan)
-    masked = _with_plain_readers(model, plan)
-    _silence_blocks_(masked, plan)
-    fold_constants_(masked, plan)
-    _silence_(masked, plan)
-    _confine_layer_norms_(masked, plan)
-    return masked
+    return _masked(model, plan, fold_constants_)
 
 
 def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """As `mask_model`, with constants of dead channels dropped instead of folded."""
-    copied = _with_plain_readers(model, plan)
-    _silence_blocks_(copied, plan)
-    blank_columns_(copied, plan)
-    _silence_(copied, plan)
-    _confine_layer_norms_(copied, plan)
-    return copied
+    return _masked(model, plan, blank_columns_)
+
+
+def _masked(
+    model: nn.Module, plan: PrunePlan, detach_: Callable[[nn.Module, PrunePlan], object]
+) -> nn.Module:
+    """A copy in which `detach_` takes the dropped channels from the layers that read them."""
+    masked = _with_plain_readers(model, plan)
+    _silence_blocks_(masked, plan)
+    detach_(masked, plan)
+    _silence_(masked, plan)
+    _confine_layer_norms_(masked, plan)
+    return masked
 
 
 def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsekit.errors import VerificationError
+from sparsekit.errors import VerificationError, first_line
 from sparsekit.evaluation import comparing, flat_tensors, random_inputs
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.mask import mask_model
@@ -80,8 +80,9 @@ def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, toleranc
     except VerificationError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise VerificationError(f"the cut model does not run: {reason}; nothing was written") from error
+        raise VerificationError(
+            f"the cut model does not run: {first_line(error)}; nothing was written"
+        ) from error
     if not agreement.max_rel <= tolerance:
         raise VerificationError(
             f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "

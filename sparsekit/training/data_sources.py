@@ -21,7 +21,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
 from torch.utils.data import Dataset
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, first_line
 
 Picture = Image.Image
 Labels = NDArray[np.int64]
@@ -66,9 +66,8 @@ class Images(Dataset[tuple[Picture, int]]):
         try:
             return self.read(index), int(self.labels[position])
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UnreadableImageError(
-                f"cannot read the image {self.where(index)} ({reason}). Repair or remove it."
+                f"cannot read the image {self.where(index)} ({first_line(error)}). Repair or remove it."
             ) from error
 
     def subset(self, positions: Labels) -> Images:

@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_data_config
 from torch import nn
 
-from sparsekit.errors import FileError, ModelError
-from sparsekit.files import atomic_path
-
-_SHOWN_KEYS = 4
+from sparsekit.errors import FileError, ModelError, first_line, first_names
+from sparsekit.files import atomic_path, is_pickle
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _build(name: str, pretrained: bool, image_size: int | None, keywords: Mappin
                 torch.set_rng_state(random_state)
         return timm.create_model(name, pretrained, **keywords)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = first_line(error)
         if pretrained:
             raise ModelError(
                 f"the pretrained weights of {name!r} could not be loaded ({reason}). "
@@ -158,8 +156,7 @@ def load_weights_(model: nn.Module, checkpoint: Path, *, num_classes: int) -> No
 def _complaint(kind: str, keys: Sequence[str]) -> list[str]:
     if not keys:
         return []
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{more}"]
+    return [f"{len(keys)} {kind}: {first_names(keys)}"]
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
@@ -170,10 +167,7 @@ def _classifier_names(model: nn.Module) -> tuple[str, ...]:
 def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if not checkpoint.is_file():
         raise FileError(f"checkpoint {checkpoint} does not exist or is no file.")
-    with checkpoint.open("rb") as file:
-        start = file.read(4)
-    # torch.save writes zip archives or bare pickles; unpickling can run any code, so we never do.
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
+    if is_pickle(checkpoint):  # unpickling can run any code, so we never do
         target = checkpoint.with_suffix(".safetensors")
         raise FileError(
             f"checkpoint {checkpoint} is a pickle; only safetensors files are read. Convert it once: "
