@@ -65,6 +65,11 @@ def _no_tf32() -> Iterator[None]:
             setattr(place, name, value)
 
 
+def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The arguments that a model is called with: a tensor alone, or a tuple for a model with several inputs."""
+    return (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+
+
 def flat_tensors(outputs: Any) -> list[Tensor]:
     """The tensors in a model's output, in order, whatever nesting of tuples, lists and dicts it returns."""
     if isinstance(outputs, Tensor):

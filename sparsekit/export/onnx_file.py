@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from sparsekit.errors import FileError, ModelError, RunError
+from sparsekit.evaluation import as_inputs
 from sparsekit.export.group_merging import merge_groups_
 from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
@@ -113,8 +114,7 @@ def metadata_texts(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _portable_inputs(example_input: Tensor | tuple[Tensor, ...], dynamic_batch: bool) -> tuple[Tensor, ...]:
-    given = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    inputs = tuple(_float32_cpu(tensor.detach()) for tensor in given)
+    inputs = tuple(_float32_cpu(tensor.detach()) for tensor in as_inputs(example_input))
     if not dynamic_batch or _batch_size(inputs) != 1:
         return inputs
     # A dimension of size 1 is taken for a constant when the model is traced (it broadcasts), so show two.

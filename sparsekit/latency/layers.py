@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
+from sparsekit.evaluation import as_inputs
 from sparsekit.export.group_merging import merge_factor
 from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import compare_latency
@@ -32,12 +33,14 @@ _ROUNDS = 30
 def measure_layers(
     model: nn.Module,
     groups: ChannelGroups,
-    *example_inputs: Tensor,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
     threads: int = 1,
     table: LatencyTable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ChannelGroups:
-    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the example's shapes.
+    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the
+    shapes of `example_input`.
 
     Each convolution and linear layer is timed as ONNX Runtime's kernel for it, at the widths that its groups can leave:
     whole blocks, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
@@ -56,13 +59,13 @@ def measure_layers(
     table = LatencyTable(threads=threads) if table is None else table
     if table.threads != threads:
         raise InputError(f"the latency table is of {table.threads} threads, and {threads} were asked for")
-    calls = _calls(model, *example_inputs)
+    calls = _calls(model, example_input)
     blocks = {"conv": table.conv_block(), "product": table.product_block()}
     plans = [_Sweep.of(layer, groups, calls[names[layer.weight]], blocks) for layer in groups.layers]
     table.ms([operator for plan in plans for operator in plan.operators], progress=progress)
     own = [plan.curve(table) for plan in plans]
     return replace(
-        groups, layers=_shared_out(groups.layers, own, calls, _whole_ms(model, threads, *example_inputs))
+        groups, layers=_shared_out(groups.layers, own, calls, _whole_ms(model, threads, example_input))
     )
 
 
@@ -75,13 +78,13 @@ class _Call:
     output_shape: tuple[int, ...]
 
 
-def _calls(model: nn.Module, *example_inputs: Tensor) -> dict[str, list[_Call]]:
+def _calls(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> dict[str, list[_Call]]:
     calls: dict[str, list[_Call]] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.setdefault(name, []).append(_Call(layer, tuple(inputs[0].shape), tuple(output.shape)))
 
-    watch_layers(model, record, *example_inputs)
+    watch_layers(model, example_input, record)
     return calls
 
 
@@ -183,8 +186,8 @@ def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool
     )
 
 
-def _whole_ms(model: nn.Module, threads: int, *example_inputs: Tensor) -> float:
-    inputs = tuple(example_inputs)
+def _whole_ms(model: nn.Module, threads: int, example_input: Tensor | tuple[Tensor, ...]) -> float:
+    inputs = as_inputs(example_input)
     with TemporaryDirectory() as folder:
         file = export_onnx(
             model,
