@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
-Importance = Literal["magnitude", "taylor"]
+Importance = Literal["taylor", "magnitude"]
 Method = Literal["auto", "zeros", "threshold", "gap", "budget"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
 Precision = Literal["int8", "fp16"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant"]
+WeighBy = Literal["size", "macs", "latency"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]

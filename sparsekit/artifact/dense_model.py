@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekit.artifact.format import OwnSource, Structure, TimmSource, as_json_text
+from sparsekit.artifact.format import OwnSource, Structure, TimmSource, to_json_text
 from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
 
 Factory = Callable[[], nn.Module]
@@ -19,7 +19,7 @@ Factory = Callable[[], nn.Module]
 _NOT_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-def source_of(
+def describe_source(
     model: nn.Module, name: str | None, args: Mapping[str, Any] | None, factory: Factory | None
 ) -> dict[str, Any]:
     if factory is not None:
@@ -36,18 +36,18 @@ def source_of(
     elif ":" in name:  # of a hub or folder, which may be gone: what it stood for is a timm architecture
         args = {**getattr(model, "_model_args", {}), **(args or {})}
         name = config.get("architecture", name)
-    source: dict[str, Any] = json.loads(as_json_text({"timm": name, "args": dict(args or {})}))
+    source: dict[str, Any] = json.loads(to_json_text({"timm": name, "args": dict(args or {})}))
     return source
 
 
-def source_name(source: TimmSource | OwnSource) -> str:
+def name_source(source: TimmSource | OwnSource) -> str:
     if isinstance(source, OwnSource):
         return source.factory
     args = ", ".join(f"{key}={value!r:.40}" for key, value in source.args.items())
     return f"timm's {source.timm!r:.60} ({args})"
 
 
-def dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn.Module:
+def build_dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn.Module:
     source = structure.source
     if factory is not None:
         return build_by_factory(factory)

@@ -40,7 +40,7 @@ from typing import Annotated, Any
 import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.errors import FileError, InputError, first_names
 from sparsekit.files import is_pickle
@@ -95,11 +95,11 @@ class Structure(_Closed):
 
 def read_structure(path: str | Path) -> dict[str, Any]:
     """The content of an artifact's structure.json, checked. Raises FileError if `path` is no artifact."""
-    structure: dict[str, Any] = json.loads(read_recorded(Path(path)).model_dump_json())
+    structure: dict[str, Any] = json.loads(parse_structure(Path(path)).model_dump_json())
     return structure
 
 
-def read_recorded(folder: Path) -> Structure:
+def parse_structure(folder: Path) -> Structure:
     file = _file_of(folder, "structure.json", f"{folder} is no sparsekit artifact: it has no structure.json")
     try:
         text = file.read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def read_recorded(folder: Path) -> Structure:
         return Structure.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise FileError(
-            f"{file} is damaged or written by hand: {first_mistake(error)}; copy or save the artifact again"
+            f"{file} is damaged or written by hand: {describe_mistake(error)}; copy or save the artifact again"
         ) from None
 
 
@@ -132,7 +132,7 @@ def _written_by(content: Mapping[str, Any]) -> str:
     return f", {written_by!r:.40}" if written_by else ""
 
 
-def first_mistake(error: ValidationError) -> str:
+def describe_mistake(error: ValidationError) -> str:
     """The deepest mistake: of a key that may hold one of two things, it is that of the likelier one."""
     mistake = max(error.errors(), key=lambda one: len(one["loc"]))
     place = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("_"))
@@ -226,11 +226,28 @@ def version_note(structure: Structure) -> str:
     return f"; it was written with {', '.join(found)}" if found else ""
 
 
+def portable_attributes(module: nn.Module) -> dict[str, Any]:
+    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "training" and _is_plain_data(value)
+    }
+
+
+def _is_plain_data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain_data(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain_data(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def as_json_text(structure: Mapping[str, Any]) -> str:
+def to_json_text(structure: Mapping[str, Any]) -> str:
     try:
         return json.dumps(structure, allow_nan=False)
     except (TypeError, ValueError) as error:

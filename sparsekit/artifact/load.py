@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.artifact.dense_model import Factory, dense_model, source_name
-from sparsekit.artifact.format import Structure, read_recorded, read_tensors, version_note
+from sparsekit.artifact.dense_model import Factory, build_dense_model, name_source
+from sparsekit.artifact.format import (
+    Structure,
+    parse_structure,
+    portable_attributes,
+    read_tensors,
+    version_note,
+)
 from sparsekit.errors import FileError, InputError, ModelError, VerificationError, first_line, first_names
 from sparsekit.evaluation import comparing, flat_tensors
 from sparsekit.surgery.bypass import bypass_
@@ -26,20 +32,20 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     is no artifact, is damaged, was written by a newer format, or does not fit the model.
     """
     path = Path(path)
-    structure = read_recorded(path)
+    structure = parse_structure(path)
     tensors = read_tensors(path, structure)
     written_with = version_note(structure)
     try:
-        model = dense_model(path, structure, factory)
+        model = build_dense_model(path, structure, factory)
     except ModelError as error:
         raise FileError(f"the dense model of {path} cannot be built: {error}{written_with}") from error
     try:
         bypass_recorded_(model, structure.bypassed)
         _make_plain_(model, structure.plain)
-        fill_(model, structure, tensors)
+        fill_model_(model, structure, tensors)
     except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
         raise FileError(
-            f"{path} does not fit the dense model, {source_name(structure.source)}: {first_line(error)}{written_with}"
+            f"{path} does not fit the dense model, {name_source(structure.source)}: {first_line(error)}{written_with}"
         ) from error
     return model.eval()
 
@@ -67,23 +73,6 @@ def check_round_trip(
     return difference
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def settable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
-    return {
-        key: value
-        for key, value in attributes.items()
-        if not key.startswith("_") and key != "training" and _plain(value)
-    }
-
-
 def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
     """Raises InputError for a name that is no module inside of the dense model."""
     try:
@@ -100,7 +89,7 @@ def _make_plain_(model: nn.Module, names: list[str]) -> None:
     make_plain_(model, names)
 
 
-def fill_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
     """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
     stored = model.state_dict().keys()
     if missing := sorted(stored - tensors.keys()):
@@ -150,7 +139,7 @@ def _set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any
     for name, values in attributes.items():
         if name not in modules:
             raise InputError(f"the dense model has no module {name!r:.80}")
-        settable = settable_attributes(vars(modules[name]))
+        settable = portable_attributes(modules[name])
         for key, value in values.items():
             place = f"{name}.{key}" if name else key
             if key not in settable:

@@ -13,18 +13,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, source_of
+from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, describe_source
 from sparsekit.artifact.format import (
     DTYPES,
     FORMAT,
     Structure,
-    as_json_text,
+    describe_mistake,
     dtype_name,
-    first_mistake,
     installed_versions,
+    portable_attributes,
     sha256_of,
+    to_json_text,
 )
-from sparsekit.artifact.load import bypass_recorded_, fill_, settable_attributes
+from sparsekit.artifact.load import bypass_recorded_, fill_model_
 from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
@@ -54,7 +55,7 @@ def save(
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
-    source = source_of(model, model_name, model_args, factory)
+    source = describe_source(model, model_name, model_args, factory)
     fresh = build_by_factory(factory) if factory else build_timm(source["timm"], source["args"])
     gone = bypassed(model)
     bypass_recorded_(fresh, gone)
@@ -75,7 +76,7 @@ def save(
         "info": dict(info or {}),
         "versions": installed_versions(),
     }
-    _rehearse_loading(fresh, as_json_text(structure), tensors)  # before anything is written over
+    _rehearse_loading(fresh, to_json_text(structure), tensors)  # before anything is written over
     with atomic_path(path / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         structure["sha256"] = sha256_of(temporary)
@@ -139,10 +140,10 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
 
 def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Plain public attributes in which the model's modules differ from the fresh ones, by module name."""
-    built = {name: settable_attributes(vars(module)) for name, module in fresh.named_modules()}
+    built = {name: portable_attributes(module) for name, module in fresh.named_modules()}
     changed: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
-        for key, value in settable_attributes(vars(module)).items():
+        for key, value in portable_attributes(module).items():
             if key in built[name] and built[name][key] != value:
                 changed.setdefault(name, {})[key] = value
     return changed
@@ -151,9 +152,9 @@ def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[st
 def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]) -> None:
     """Fill the fresh model from what will be written. Raises InputError if that does not work."""
     try:
-        fill_(fresh, Structure.model_validate_json(text, strict=True), tensors)
+        fill_model_(fresh, Structure.model_validate_json(text, strict=True), tensors)
     except ValidationError as error:
-        raise InputError(f"the artifact could not be loaded again: {first_mistake(error)}") from None
+        raise InputError(f"the artifact could not be loaded again: {describe_mistake(error)}") from None
     except InputError:
         raise
     except Exception as error:

@@ -16,18 +16,18 @@ from onnx import numpy_helper
 _MOST_MERGED = 4
 
 
-def merge_factor(inputs: int, outputs: int, block: int) -> int:
+def merge_factor(inputs: int, outputs: int, step: int) -> int:
     """Of how many groups with so many input and output channels one should be made, if their number allows it.
 
-    `block` is the width of the layout's blocks, 1 where there is no such layout.
+    `step` is the width of the layout's blocks, 1 where there is no such layout.
     """
     for factor in range(1, _MOST_MERGED + 1):
-        if (inputs * factor) % block == 0 and (outputs * factor) % block == 0:
-            return factor if max(inputs, outputs) * factor <= 2 * block else 1
+        if (inputs * factor) % step == 0 and (outputs * factor) % step == 0:
+            return factor if max(inputs, outputs) * factor <= 2 * step else 1
     return 1
 
 
-def merge_groups_(proto: onnx.ModelProto, block: int) -> int:
+def merge_groups_(proto: onnx.ModelProto, step: int) -> int:
     """Widen the groups of all 2-d convolutions whose weights are constants, in place; returns of how many."""
     weights = {initializer.name: initializer for initializer in proto.graph.initializer}
     readers = [name for node in proto.graph.node for name in node.input]
@@ -45,7 +45,7 @@ def merge_groups_(proto: onnx.ModelProto, block: int) -> int:
         if len(initializer.dims) != 4:
             continue
         weight = numpy_helper.to_array(initializer)
-        factor = merge_factor(weight.shape[1], len(weight) // groups.i, block)
+        factor = merge_factor(weight.shape[1], len(weight) // groups.i, step)
         if factor > 1 and groups.i % factor == 0:
             wide = _widened(weight, groups.i, factor)
             initializer.CopyFrom(numpy_helper.from_array(wide, initializer.name))

@@ -20,7 +20,7 @@ from sparsekit.evaluation import as_inputs
 from sparsekit.export.group_merging import merge_groups_
 from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
-from sparsekit.machine import conv_block
+from sparsekit.machine import conv_step
 
 __all__ = ["export_onnx", "read_metadata"]
 
@@ -79,7 +79,7 @@ def export_onnx(
     _strip_trace_notes(proto)
     _flush_subnormals(proto)
     if merge_groups:
-        merge_groups_(proto, conv_block())
+        merge_groups_(proto, conv_step())
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     try:
         onnx.checker.check_model(proto)

@@ -18,7 +18,7 @@ from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import compare_latency
 from sparsekit.latency.operators import Operator
 from sparsekit.latency.table import LatencyTable
-from sparsekit.machine import conv_block
+from sparsekit.machine import conv_step
 from sparsekit.structure.counting import watch_layers
 from sparsekit.structure.groups import ChannelGroups, LayerCost
 from sparsekit.structure.latency_curve import LatencyCurve
@@ -109,7 +109,7 @@ class _Sweep:
             # Whole groups go or, where the inputs shrink as well, the same places of every group.
             in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
             merged = (
-                1 if in_places or not _mergeable(calls) else merge_factor(layer.shape[1], width, conv_block())
+                1 if in_places or not _mergeable(calls) else merge_factor(layer.shape[1], width, conv_step())
             )
             multiples = (conv_groups if in_places else width * merged, 1)
             own_blocks = (width * merged if merged > 1 else 1, 1)
@@ -173,7 +173,7 @@ def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool
         )
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
-    factor = merge_factor(into, out // conv_groups, conv_block()) if mergeable else 1
+    factor = merge_factor(into, out // conv_groups, conv_step()) if mergeable else 1
     if conv_groups % factor:
         factor = 1
     return Operator(

@@ -28,7 +28,7 @@ from sparsekit.artifact.load import check_round_trip
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import VerificationError
 from sparsekit.evaluation import comparing
-from sparsekit.export.graph_summary import take_census
+from sparsekit.export.graph_summary import summarise_graph
 from sparsekit.export.onnx_file import export_onnx, metadata_texts, read_metadata
 from sparsekit.export.parity import check_parity, onnx_accuracy
 from sparsekit.export.precision import convert_to_fp16, quantize_to_int8
@@ -234,7 +234,7 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
         "parity": asdict(parity),
         "accuracy_onnx": onnx_accuracy(path, test, threads=run.recipe.benchmark.threads),
         "onnx_bytes": path.stat().st_size,
-        "graph": asdict(take_census(path)),
+        "graph": asdict(summarise_graph(path)),
     }
 
 

@@ -30,7 +30,7 @@ STEP_MARK = "_wrapped_by_lr_sched"
 
 
 @dataclass(frozen=True)
-class _Heir:
+class Heir:
     """A parameter of the pruned model: `keeps` are the positions that stay, by dimension; None if it is new."""
 
     name: str
@@ -46,10 +46,10 @@ class _Heir:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-_Heirs = Mapping[int, list[_Heir]]
+Heirs = Mapping[int, list[Heir]]
 
 
-def find_heirs(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> _Heirs:
+def match_parameters(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> Heirs:
     """For the id of each parameter of `model`, what stands in its place: one, none if it is gone, more if it was tied
     under two names and no longer is; and behind them the biases that the cut made.
     """
@@ -66,12 +66,12 @@ def find_heirs(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> _Heirs:
                 )
             if keeps[id(new[cut.tensor])].setdefault(cut.dim, cut.keep) != cut.keep:
                 raise _does_not_fit(cut.tensor, "it is tied to a parameter that is cut in another way")
-    heirs: dict[int, list[_Heir]] = {id(parameter): [] for parameter in old.values()}
+    heirs: dict[int, list[Heir]] = {id(parameter): [] for parameter in old.values()}
     for name, parameter in new.items():
         ancestor = name if name in old else f"{name.rpartition('.')[0]}.weight".lstrip(".")
         if ancestor not in old or (name not in old and not name.endswith("bias")):
             raise _does_not_fit(name, "the uncut model has no such parameter, and the cut makes only biases")
-        heir = _Heir(name, parameter, keeps[id(parameter)] if name in old else None)
+        heir = Heir(name, parameter, keeps[id(parameter)] if name in old else None)
         if name in old:
             _check_fits(name, old[name], heir)
         if all(other.parameter is not parameter for other in heirs[id(old[ancestor])]):
@@ -79,7 +79,7 @@ def find_heirs(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> _Heirs:
     return heirs
 
 
-def _check_fits(name: str, old: nn.Parameter, heir: _Heir) -> None:
+def _check_fits(name: str, old: nn.Parameter, heir: Heir) -> None:
     shape = list(old.shape)
     for dim, keep in (heir.keeps or {}).items():
         shape[dim] = len(keep)
@@ -97,7 +97,7 @@ def _does_not_fit(name: str, why: str) -> InputError:
     )
 
 
-def check_held(optimizer: Optimizer, heirs: _Heirs) -> None:
+def check_optimizer(optimizer: Optimizer, heirs: Heirs) -> None:
     if isinstance(optimizer, LBFGS):
         raise InputError(
             "the state of LBFGS spans all parameters at once and cannot follow channels; make a new LBFGS over "
@@ -117,7 +117,7 @@ def check_held(optimizer: Optimizer, heirs: _Heirs) -> None:
             seen.add(id(parameter))
 
 
-def heir_names(group: Mapping[str, Any], heirs: _Heirs) -> list[str]:
+def heir_names(group: Mapping[str, Any], heirs: Heirs) -> list[str]:
     """The first to follow a parameter keeps the name its caller gave it."""
     return [
         name if heir.keeps is not None and index == 0 else heir.name
@@ -126,7 +126,7 @@ def heir_names(group: Mapping[str, Any], heirs: _Heirs) -> list[str]:
     ]
 
 
-def check_complete(old: Optimizer, new: Optimizer, heirs: _Heirs) -> None:
+def check_complete(old: Optimizer, new: Optimizer, heirs: Heirs) -> None:
     """Every heir of what the old optimizer held is in the new one exactly once, and nothing else is."""
     held = [heir for group in old.param_groups for p in group["params"] for heir in heirs[id(p)]]
     wanted = sorted(id(heir.parameter) for heir in held)
@@ -145,59 +145,59 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Move:
+class Copying:
     """One act of copying: heirs of parameters, copies made so far by the id of the original, and how a tensor is
     copied.
     """
 
-    heirs: _Heirs
+    heirs: Heirs
     copies: dict[int, Any] = field(default_factory=dict)
     tensor: Callable[[Tensor], Tensor] = _clone
 
 
-def copied_optimizer(value: Any, move: Move) -> Any:
+def copy_value(value: Any, copying: Copying) -> Any:
     """A copy that shares no state: optimizers, schedulers, containers, tensors and random generators are copied,
     parameters replaced by their heirs, methods bound to the copy of their object; all else is shared.
     """
-    if id(value) in move.copies:
-        return move.copies[id(value)]
+    if id(value) in copying.copies:
+        return copying.copies[id(value)]
     if isinstance(value, (Optimizer, LRScheduler)):
-        return copied_object(value, move)
+        return copy_object(value, copying)
     if isinstance(value, types.MethodType):
-        owner = move.copies.get(id(value.__self__), value.__self__)
+        owner = copying.copies.get(id(value.__self__), value.__self__)
         return types.MethodType(value.__func__, owner)
     if isinstance(value, nn.Parameter):
-        heirs = move.heirs.get(id(value))
+        heirs = copying.heirs.get(id(value))
         return value if heirs is None else next((heir.parameter for heir in heirs), None)
     if isinstance(value, types.FunctionType):
-        _check_free(value, move)
+        _check_free(value, copying)
         return value
     if isinstance(value, Tensor):
-        made: Any = move.tensor(value)
+        made: Any = copying.tensor(value)
     elif isinstance(value, dict):
-        made = _copied_dict(value, move)
+        made = _copy_dict(value, copying)
     elif isinstance(value, (list, deque)) or type(value) in (tuple, set):
-        made = _copied_sequence(value, move)
+        made = _copy_sequence(value, copying)
     elif isinstance(value, (random.Random, torch.Generator)):
         made = copy.deepcopy(value)
     else:
         return value
-    move.copies[id(value)] = made
+    copying.copies[id(value)] = made
     return made
 
 
-def copied_object(old: Any, move: Move) -> Any:
+def copy_object(old: Any, copying: Copying) -> Any:
     """A new object of the same class with copies of all attributes; its constructor is not called."""
     new = object.__new__(type(old))
-    move.copies[id(old)] = new
+    copying.copies[id(old)] = new
     for name, value in vars(old).items():
         if name == "step" and hasattr(value, STEP_MARK):
             continue  # it steps the old optimizer; rebind_scheduler makes another
-        new.__dict__[name] = copied_optimizer(value, move)
+        new.__dict__[name] = copy_value(value, copying)
     return new
 
 
-def _check_free(function: types.FunctionType, move: Move) -> None:
+def _check_free(function: types.FunctionType, copying: Copying) -> None:
     """Refuse a function that closes over an object being replaced: itself, a method of it, or a weak reference."""
     for cell in function.__closure__ or ():
         try:
@@ -206,7 +206,7 @@ def _check_free(function: types.FunctionType, move: Move) -> None:
             continue
         content = content() if isinstance(content, weakref.ref) else content
         content = getattr(content, "__self__", content)
-        if isinstance(content, (Optimizer, LRScheduler)) and id(content) in move.copies:
+        if isinstance(content, (Optimizer, LRScheduler)) and id(content) in copying.copies:
             raise InputError(
                 f"the function {function.__qualname__}, which the optimizer or scheduler calls, holds the old "
                 f"{type(content).__name__} and would go on using it; remove it before, or pass the object that was "
@@ -214,12 +214,12 @@ def _check_free(function: types.FunctionType, move: Move) -> None:
             )
 
 
-def _copied_sequence(value: Any, move: Move) -> Any:
+def _copy_sequence(value: Any, copying: Copying) -> Any:
     """The same kind of container; a parameter makes place for all its heirs."""
     items: list[Any] = []
     for item in value:
-        heirs = move.heirs.get(id(item))
-        items.extend([copied_optimizer(item, move)] if heirs is None else [heir.parameter for heir in heirs])
+        heirs = copying.heirs.get(id(item))
+        items.extend([copy_value(item, copying)] if heirs is None else [heir.parameter for heir in heirs])
     if isinstance(value, (tuple, set)):
         return type(value)(items)
     made = copy.copy(value)
@@ -228,18 +228,18 @@ def _copied_sequence(value: Any, move: Move) -> Any:
     return made
 
 
-def _copied_dict(value: dict[Any, Any], move: Move) -> dict[Any, Any]:
+def _copy_dict(value: dict[Any, Any], copying: Copying) -> dict[Any, Any]:
     """The same kind of dict; what was kept for a parameter is handed to its heirs."""
     made = copy.copy(value)
     made.clear()
     for key, entry in value.items():
-        heirs = move.heirs.get(id(key))
+        heirs = copying.heirs.get(id(key))
         if heirs is None:
-            made[key] = copied_optimizer(entry, move)
+            made[key] = copy_value(entry, copying)
             continue
         for heir in heirs:
             if heir.keeps is not None and (not heir.keeps or _has_channels(entry, key)):
-                made[heir.parameter] = _inherited(entry, key, heir, move)
+                made[heir.parameter] = _inherited(entry, key, heir, copying)
     return made
 
 
@@ -253,12 +253,12 @@ def _has_channels(state: Any, parameter: Tensor) -> bool:
     return not any(tensor.dim() for tensor in flat_tensors(state))
 
 
-def _inherited(state: Any, old: Tensor, heir: _Heir, move: Move) -> Any:
+def _inherited(state: Any, old: Tensor, heir: Heir, copying: Copying) -> Any:
     def pick(tensor: Tensor) -> Tensor:
         return heir.inherit(tensor) if tensor.shape == old.shape else _clone(tensor)
 
     # With copies of its own: several heirs of one parameter each need their state.
-    made = copied_optimizer(state, replace(move, copies={}, tensor=pick))
+    made = copy_value(state, replace(copying, copies={}, tensor=pick))
     if isinstance(made, dict):
         for name in _COPIES_OF_WEIGHTS:
             if isinstance(made.get(name), Tensor):

@@ -1,4 +1,4 @@
-"""Training goes on after the cut: the optimizer, the weight average and the schedule move to the smaller model.
+"""Training goes on after the cut: the optimizer, the weight average and the schedule copying to the smaller model.
 
     pruned = apply_plan(model, plan)
     new_optimizer = transplant(optimizer, model, pruned, plan)     # momenta follow the channels that stay
@@ -25,13 +25,13 @@ from sparsekit.surgery.cut import apply_plan
 from sparsekit.surgery.optimizer_state import (
     STEP_MARK,
     AnyOptimizer,
-    Move,
+    Copying,
     check_complete,
-    check_held,
-    copied_object,
-    copied_optimizer,
-    find_heirs,
+    check_optimizer,
+    copy_object,
+    copy_value,
     heir_names,
+    match_parameters,
     prepare_new_parameters_,
 )
 
@@ -54,7 +54,7 @@ def transplant(optimizer: AnyOptimizer, model: nn.Module, pruned: nn.Module, pla
 
     A bias the cut made joins the param group of its module's weight, right behind it, with fresh state (and stays
     out where the weight is not in the optimizer). Parameters that are gone are dropped. Wrappers (Lookahead,
-    accelerate's without a gradient scaler) move with the optimizer inside. Hooks move; the handles that remove
+    accelerate's without a gradient scaler) copying with the optimizer inside. Hooks copying; the handles that remove
     them, and gradients, do not. Neither `optimizer` nor `model` changes, no tensor is shared with them, and no
     random number is drawn.
 
@@ -62,14 +62,14 @@ def transplant(optimizer: AnyOptimizer, model: nn.Module, pruned: nn.Module, pla
     replaced by functions that hold it, or whose state is not kept by parameter (L-BFGS); and if `pruned` is not
     `model` cut by `plan`. Raises VerificationError if in the end a parameter is not in the new optimizer once.
     """
-    heirs = find_heirs(model, pruned, plan)
-    check_held(optimizer, heirs)
-    move = Move(heirs)
-    result: AnyOptimizer = copied_optimizer(optimizer, move)
+    heirs = match_parameters(model, pruned, plan)
+    check_optimizer(optimizer, heirs)
+    copying = Copying(heirs)
+    result: AnyOptimizer = copy_value(optimizer, copying)
     for old, new in zip(optimizer.param_groups, result.param_groups, strict=True):
         if "param_names" in old:
             new["param_names"] = heir_names(old, heirs)
-    for moved in move.copies.values():
+    for moved in copying.copies.values():
         if isinstance(moved, Optimizer):
             prepare_new_parameters_(moved)
     check_complete(optimizer, result, heirs)
@@ -102,8 +102,8 @@ def rebind_scheduler(scheduler: Anything, optimizer: Optimizer) -> Anything:
             f"{len(optimizer.param_groups)} param groups of {len(old.param_groups)} needed, which lack the options "
             f"{sorted({option for options in lacking for option in options})}; pass what transplant() returned"
         )
-    move = Move({}, {id(old): optimizer})
-    result: Anything = copied_object(scheduler, move)
+    copying = Copying({}, {id(old): optimizer})
+    result: Anything = copy_object(scheduler, copying)
     if hasattr(old.step, STEP_MARK) and not hasattr(optimizer.step, STEP_MARK):
         _note_steps_(optimizer)
     return result
@@ -131,7 +131,7 @@ def transplant_ema(ema: Anything, pruned: nn.Module, plan: PrunePlan) -> Anythin
         )
     average = apply_plan(dense, plan)
     _match_biases_(average, pruned)
-    result: Any = average if holder is None else copied_object(ema, Move({}, {id(dense): average}))
+    result: Any = average if holder is None else copy_object(ema, Copying({}, {id(dense): average}))
     return cast(Anything, result)
 
 

@@ -34,7 +34,7 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True)
-class Display:
+class ProgressDisplay:
     """A bar on a terminal, a line an epoch elsewhere, nothing without a console."""
 
     console: Console | None
@@ -74,13 +74,13 @@ def _penalty_text(zero_share: float | None, strength: float | None) -> str:
 
 
 @contextmanager
-def displaying(
+def open_display(
     console: Console | None, accelerator: Accelerator, phase: str, total: int
-) -> Iterator[Display]:
+) -> Iterator[ProgressDisplay]:
     if console is None or not accelerator.is_main_process:
-        yield Display(None)
+        yield ProgressDisplay(None)
     elif not console.is_terminal:
-        yield Display(console)
+        yield ProgressDisplay(console)
     else:
         columns = (
             TextColumn("{task.description} {task.fields[epoch]}"),
@@ -91,4 +91,4 @@ def displaying(
         # Refreshed by hand at log points: a refreshing thread would take time from the training.
         with Progress(*columns, console=console, auto_refresh=False) as bar:
             task = bar.add_task(phase, total=total, epoch="", now="", accuracy="")
-            yield Display(console, bar, task)
+            yield ProgressDisplay(console, bar, task)

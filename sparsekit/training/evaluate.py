@@ -28,10 +28,10 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Eval
 
     The model is moved to the accelerator's device. Raises DataError for an empty loader.
     """
-    return evaluate_prepared(model, prepared_loader(loader, accelerator), accelerator)
+    return evaluate_prepared(model, prepare_loader(loader, accelerator), accelerator)
 
 
-def prepared_loader(loader: Loader, accelerator: Accelerator) -> Loader:
+def prepare_loader(loader: Loader, accelerator: Accelerator) -> Loader:
     prepared: Loader = accelerator.prepare_data_loader(loader)  # returns a prepared one as it is
     return prepared
 

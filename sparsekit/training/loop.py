@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from sparsekit.errors import DataError, FileError, InputError, TrainingError
 from sparsekit.evaluation import eval_mode, evaluating
 from sparsekit.training.checkpoint import load_state, save_state
-from sparsekit.training.display import Display, EpochMetrics, displaying
-from sparsekit.training.evaluate import evaluate_prepared, prepared_loader
+from sparsekit.training.display import EpochMetrics, ProgressDisplay, open_display
+from sparsekit.training.evaluate import evaluate_prepared, prepare_loader
 from sparsekit.training.optimizers import make_optimizer, make_scheduler
 from sparsekit.training.options import SCHEDULES, Distillation, Loader, StepHook, TrainOptions
 from sparsekit.training.seeding import seed_everything, seed_generators
@@ -69,7 +69,7 @@ def fit(
     total = options.epochs * len(parts.training)
     try:
         history = _resume(state_path, header, parts)
-        with displaying(console, accelerator, phase, total) as display, _teaching(teacher, accelerator):
+        with open_display(console, accelerator, phase, total) as display, _teaching(teacher, accelerator):
             for epoch in range(len(history), options.epochs):
                 seed_everything(seed, phase, epoch)
                 seed_generators(parts.training, (seed, phase, epoch))
@@ -95,7 +95,7 @@ def steps_per_epoch(loader: Loader, options: TrainOptions, accelerator: Accelera
 
     With `accelerator`, of a loader that is not prepared yet: its processes share the batches.
     """
-    shared = loader if accelerator is None else prepared_loader(loader, accelerator)
+    shared = loader if accelerator is None else prepare_loader(loader, accelerator)
     return math.ceil(len(shared) / options.accumulate)
 
 
@@ -162,7 +162,7 @@ def _assemble(
     # The average is copied before accelerate puts its own forward, bound to the original, on the model.
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
     optimizer = make_optimizer(model, options)
-    training = prepared_loader(loaders[0], accelerator)
+    training = prepare_loader(loaders[0], accelerator)
     accelerator.step = 0
     accelerator.gradient_accumulation_steps = options.accumulate
     if accelerator.scaler is not None:
@@ -177,7 +177,7 @@ def _assemble(
         ema=ema,
         mixup=_make_mixup(model, training, options),
         training=training,
-        validation=prepared_loader(loaders[1], accelerator),
+        validation=prepare_loader(loaders[1], accelerator),
         options=options,
         accelerator=accelerator,
         hook=hook,
@@ -255,7 +255,7 @@ def _difference(key: str, state: Any, wanted: Any) -> str:
     return f"{key} was {found!r}, is {wanted!r}"
 
 
-def _run_epoch(parts: _Parts, display: Display, phase: str, epoch: int) -> EpochMetrics:
+def _run_epoch(parts: _Parts, display: ProgressDisplay, phase: str, epoch: int) -> EpochMetrics:
     start = time.perf_counter()
     loss, train_accuracy, lr = _train_epoch(parts, display, phase, epoch)
     if parts.hook is not None:
@@ -289,7 +289,7 @@ def _run_epoch(parts: _Parts, display: Display, phase: str, epoch: int) -> Epoch
 
 
 def _train_epoch(
-    parts: _Parts, display: Display, phase: str, epoch: int
+    parts: _Parts, display: ProgressDisplay, phase: str, epoch: int
 ) -> tuple[float, float | None, float]:
     """Mean loss, accuracy on the training images (None under mixup), learning rate of the last update."""
     accelerator, n_batches = parts.accelerator, len(parts.training)

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sparsekit.options import Schedule
+
 Loader = DataLoader[Any]
 # Our name of a schedule -> timm's name and arguments.
-SCHEDULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+SCHEDULES: Mapping[Schedule, tuple[str, Mapping[str, Any]]] = {
     "cosine": ("cosine", {}),
     "linear": ("poly", {"decay_rate": 1.0}),
     "constant": ("constant", {}),
@@ -37,7 +39,7 @@ class TrainOptions:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
     clip_grad: float | None = None
