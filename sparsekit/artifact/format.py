@@ -126,19 +126,6 @@ def parse_structure(folder: Path) -> Structure:
         ) from None
 
 
-def _written_by(content: Mapping[str, Any]) -> str:
-    versions = content.get("versions")
-    written_by = versions.get("sparsekit") if isinstance(versions, dict) else None
-    return f", {written_by!r:.40}" if written_by else ""
-
-
-def describe_mistake(error: ValidationError) -> str:
-    """The deepest mistake: of a key that may hold one of two things, it is that of the likelier one."""
-    mistake = max(error.errors(), key=lambda one: len(one["loc"]))
-    place = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("_"))
-    return f"{place}: {mistake['msg']}, got {mistake['input']!r:.60}"
-
-
 def read_tensors(folder: Path, structure: Structure) -> dict[str, Tensor]:
     """The content of model.safetensors, once it is what structure.json says it is."""
     file = _file_of(
@@ -164,6 +151,58 @@ def read_tensors(folder: Path, structure: Structure) -> dict[str, Tensor]:
     return tensors
 
 
+def portable_attributes(module: nn.Module) -> dict[str, Any]:
+    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "training" and _is_plain_data(value)
+    }
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_json_text(structure: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(structure, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the artifact cannot be described in JSON: {error}; give `info` and `model_args` as finite numbers, "
+            "strings, lists and dictionaries"
+        ) from error
+
+
+def describe_mistake(error: ValidationError) -> str:
+    """The deepest mistake: of a key that may hold one of two things, it is that of the likelier one."""
+    mistake = max(error.errors(), key=lambda one: len(one["loc"]))
+    place = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("_"))
+    return f"{place}: {mistake['msg']}, got {mistake['input']!r:.60}"
+
+
+def installed_versions() -> dict[str, str]:
+    return {name: library_versions()[name] for name in ("sparsekit", "torch", "timm")}
+
+
+def version_note(structure: Structure) -> str:
+    """Which recorded versions are not the installed ones, as the end of a message."""
+    found = [
+        f"{name} {structure.versions.get(name, 'unknown')} (installed: {installed})"
+        for name, installed in installed_versions().items()
+        if structure.versions.get(name) != installed
+    ]
+    return f"; it was written with {', '.join(found)}" if found else ""
+
+
 def _file_of(folder: Path, name: str, missing: str) -> Path:
     """The artifact's file of this name. Raises FileError if it is missing, or a link to something elsewhere."""
     file = folder / name
@@ -177,6 +216,12 @@ def _file_of(folder: Path, name: str, missing: str) -> Path:
     if outside:
         raise FileError(f"{file} is a link to {target}, outside of the artifact; put the file itself there")
     return file
+
+
+def _written_by(content: Mapping[str, Any]) -> str:
+    versions = content.get("versions")
+    written_by = versions.get("sparsekit") if isinstance(versions, dict) else None
+    return f", {written_by!r:.40}" if written_by else ""
 
 
 def _check_header(file: Path, structure: Structure) -> None:
@@ -204,54 +249,9 @@ def _check_header(file: Path, structure: Structure) -> None:
             )
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    return {name: library_versions()[name] for name in ("sparsekit", "torch", "timm")}
-
-
-def version_note(structure: Structure) -> str:
-    """Which recorded versions are not the installed ones, as the end of a message."""
-    found = [
-        f"{name} {structure.versions.get(name, 'unknown')} (installed: {installed})"
-        for name, installed in installed_versions().items()
-        if structure.versions.get(name) != installed
-    ]
-    return f"; it was written with {', '.join(found)}" if found else ""
-
-
-def portable_attributes(module: nn.Module) -> dict[str, Any]:
-    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if not key.startswith("_") and key != "training" and _is_plain_data(value)
-    }
-
-
 def _is_plain_data(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain_data(item) for item in value)
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain_data(item) for key, item in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def to_json_text(structure: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(structure, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the artifact cannot be described in JSON: {error}; give `info` and `model_args` as finite numbers, "
-            "strings, lists and dictionaries"
-        ) from error

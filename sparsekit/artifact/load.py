@@ -81,14 +81,6 @@ def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
         raise InputError(str(error)) from None
 
 
-def _make_plain_(model: nn.Module, names: list[str]) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        if name not in modules or not is_standardised(modules[name]):
-            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
-    make_plain_(model, names)
-
-
 def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
     """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
     stored = model.state_dict().keys()
@@ -108,6 +100,14 @@ def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Te
     model.load_state_dict({name: tensors[name] for name in tensors if name not in left_out}, strict=True)
     for name in left_out:
         holders[name][name.rpartition(".")[2]] = tensors[name].clone()
+
+
+def _make_plain_(model: nn.Module, names: list[str]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules or not is_standardised(modules[name]):
+            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
+    make_plain_(model, names)
 
 
 def _holder(modules: Mapping[str, nn.Module], name: str) -> dict[str, Any]:

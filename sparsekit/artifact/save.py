@@ -84,37 +84,6 @@ def save(
     return path
 
 
-def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of the state dict, and the other buffers that a fresh model does not have in the same way.
-
-    Ready for safetensors: on the CPU, contiguous, no two of them in the same memory.
-    """
-    state = dict(model.state_dict())
-    built = dict(fresh.named_buffers(remove_duplicate=False))
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name not in state and name in built and not _equal(buffer, built[name]):
-            state[name] = buffer
-    for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.is_meta:
-            raise InputError(f"{name} of {type(model).__name__} holds no numbers that could be saved")
-        if dtype_name(tensor) not in DTYPES or tensor.layout != torch.strided:
-            raise InputError(f"{name} cannot be saved: it is a {tensor.layout} tensor of {tensor.dtype}")
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-
-
-def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
-    """The rewritten places, under the names that their modules have now: a model may have become part of another."""
-    return [
-        asdict(replace(place, module=name))
-        for name, module in model.named_modules()
-        for place in rewritten_places(module)
-    ]
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
-
-
 def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
     """Names of convolutions that are standardised in the fresh model and are not in the cut one."""
     held = dict(model.named_modules())
@@ -138,6 +107,28 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
             )
 
 
+def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of the state dict, and the other buffers that a fresh model does not have in the same way.
+
+    Ready for safetensors: on the CPU, contiguous, no two of them in the same memory.
+    """
+    state = dict(model.state_dict())
+    built = dict(fresh.named_buffers(remove_duplicate=False))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in state and name in built and not _equal(buffer, built[name]):
+            state[name] = buffer
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise InputError(f"{name} of {type(model).__name__} holds no numbers that could be saved")
+        if dtype_name(tensor) not in DTYPES or tensor.layout != torch.strided:
+            raise InputError(f"{name} cannot be saved: it is a {tensor.layout} tensor of {tensor.dtype}")
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+
+
 def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Plain public attributes in which the model's modules differ from the fresh ones, by module name."""
     built = {name: portable_attributes(module) for name, module in fresh.named_modules()}
@@ -147,6 +138,15 @@ def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[st
             if key in built[name] and built[name][key] != value:
                 changed.setdefault(name, {})[key] = value
     return changed
+
+
+def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
+    """The rewritten places, under the names that their modules have now: a model may have become part of another."""
+    return [
+        asdict(replace(place, module=name))
+        for name, module in model.named_modules()
+        for place in rewritten_places(module)
+    ]
 
 
 def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]) -> None:

@@ -16,17 +16,6 @@ from onnx import numpy_helper
 _MOST_MERGED = 4
 
 
-def merge_factor(inputs: int, outputs: int, step: int) -> int:
-    """Of how many groups with so many input and output channels one should be made, if their number allows it.
-
-    `step` is the width of the layout's blocks, 1 where there is no such layout.
-    """
-    for factor in range(1, _MOST_MERGED + 1):
-        if (inputs * factor) % step == 0 and (outputs * factor) % step == 0:
-            return factor if max(inputs, outputs) * factor <= 2 * step else 1
-    return 1
-
-
 def merge_groups_(proto: onnx.ModelProto, step: int) -> int:
     """Widen the groups of all 2-d convolutions whose weights are constants, in place; returns of how many."""
     weights = {initializer.name: initializer for initializer in proto.graph.initializer}
@@ -52,6 +41,17 @@ def merge_groups_(proto: onnx.ModelProto, step: int) -> int:
             groups.i //= factor
             merged += 1
     return merged
+
+
+def merge_factor(inputs: int, outputs: int, step: int) -> int:
+    """Of how many groups with so many input and output channels one should be made, if their number allows it.
+
+    `step` is the width of the layout's blocks, 1 where there is no such layout.
+    """
+    for factor in range(1, _MOST_MERGED + 1):
+        if (inputs * factor) % step == 0 and (outputs * factor) % step == 0:
+            return factor if max(inputs, outputs) * factor <= 2 * step else 1
+    return 1
 
 
 def _widened(weight: np.ndarray, conv_groups: int, factor: int) -> np.ndarray:

@@ -129,11 +129,6 @@ def _batch_size(inputs: Sequence[Tensor]) -> int | None:
     return inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else None
 
 
-def _batch_dims(inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
-    batch, size = torch.export.Dim("batch", min=1), _batch_size(inputs)
-    return tuple({0: batch} if x.dim() > 0 and x.shape[0] == size else None for x in inputs)
-
-
 def _portable_copy(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode, float32, on the CPU, for which ONNX Runtime has all its kernels."""
     size_bytes = 4 * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
@@ -152,6 +147,11 @@ def _portable_copy(model: nn.Module) -> nn.Module:
     # Through train() first: some models cache tensors computed from their weights in eval mode, and drop them
     # there.
     return duplicate.to("cpu").float().train().eval().requires_grad_(False)
+
+
+def _batch_dims(inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
+    batch, size = torch.export.Dim("batch", min=1), _batch_size(inputs)
+    return tuple({0: batch} if x.dim() > 0 and x.shape[0] == size else None for x in inputs)
 
 
 def _trace(

@@ -86,6 +86,19 @@ def convert_to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[st
     return _finish(converted, source, target)
 
 
+def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
+    entry = open_session(source).get_inputs()[0]
+    size = entry.shape[0] if isinstance(entry.shape[0], int) else None
+    waiting: NDArray[Any] | None = None
+    for batch in images:
+        array = np.ascontiguousarray(batch.detach().cpu().numpy(), dtype=np.float32)
+        waiting = array if waiting is None else np.concatenate([waiting, array])
+        step = size or len(waiting)
+        while 0 < step <= len(waiting):
+            yield {entry.name: waiting[:step]}
+            waiting = waiting[step:]
+
+
 class _Reader:
     """What the quantizer reads its calibration inputs from."""
 
@@ -100,19 +113,6 @@ class _Reader:
 
     def __next__(self) -> dict[str, NDArray[Any]]:
         return next(self._rest)
-
-
-def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
-    entry = open_session(source).get_inputs()[0]
-    size = entry.shape[0] if isinstance(entry.shape[0], int) else None
-    waiting: NDArray[Any] | None = None
-    for batch in images:
-        array = np.ascontiguousarray(batch.detach().cpu().numpy(), dtype=np.float32)
-        waiting = array if waiting is None else np.concatenate([waiting, array])
-        step = size or len(waiting)
-        while 0 < step <= len(waiting):
-            yield {entry.name: waiting[:step]}
-            waiting = waiting[step:]
 
 
 def _finish(proto: onnx.ModelProto, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:

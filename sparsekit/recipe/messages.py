@@ -56,33 +56,6 @@ def validate_draft(draft: RecipeDraft) -> tuple[Recipe | None, list[Mistake]]:
     return None, mistakes
 
 
-def _touches(keys: Sequence[str], broken: set[str]) -> bool:
-    """Whether a broken key is one of `keys`, or around or inside one."""
-    return any(
-        f"{key}.".startswith(f"{bad}.") or f"{bad}.".startswith(f"{key}.") for key in keys for bad in broken
-    )
-
-
-def _place(draft: RecipeDraft, contradiction: Contradiction) -> Mistake:
-    paths = [tuple(key.split(".")) for key in contradiction.keys]
-    written = [draft.places[path] for path in paths if path in draft.places]
-    overridden = [place for place in written if place.order[0]]
-    place = overridden[-1] if overridden else written[0] if written else draft.place(paths[0])
-    return Mistake(contradiction.text, place)
-
-
-def _without(values: Mapping[str, Any], broken: set[tuple[str, ...]]) -> dict[str, Any]:
-    def copy(value: Any, path: tuple[str, ...]) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: copy(inner, (*path, key)) for key, inner in value.items() if (*path, key) not in broken}
-
-    kept = copy(dict(values), ())
-    for section, stand_in in _STAND_IN.items():
-        kept[section] = {**stand_in, **kept.get(section, {})}
-    return dict(kept)
-
-
 def _key_path(location: Sequence[str | int]) -> tuple[str, ...]:
     """The recipe's key in a pydantic location, which goes on into lists, mappings and members of unions."""
     path: list[str] = []
@@ -186,3 +159,30 @@ def _shown(value: Any) -> str:
         return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}...'"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _touches(keys: Sequence[str], broken: set[str]) -> bool:
+    """Whether a broken key is one of `keys`, or around or inside one."""
+    return any(
+        f"{key}.".startswith(f"{bad}.") or f"{bad}.".startswith(f"{key}.") for key in keys for bad in broken
+    )
+
+
+def _without(values: Mapping[str, Any], broken: set[tuple[str, ...]]) -> dict[str, Any]:
+    def copy(value: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: copy(inner, (*path, key)) for key, inner in value.items() if (*path, key) not in broken}
+
+    kept = copy(dict(values), ())
+    for section, stand_in in _STAND_IN.items():
+        kept[section] = {**stand_in, **kept.get(section, {})}
+    return dict(kept)
+
+
+def _place(draft: RecipeDraft, contradiction: Contradiction) -> Mistake:
+    paths = [tuple(key.split(".")) for key in contradiction.keys]
+    written = [draft.places[path] for path in paths if path in draft.places]
+    overridden = [place for place in written if place.order[0]]
+    place = overridden[-1] if overridden else written[0] if written else draft.place(paths[0])
+    return Mistake(contradiction.text, place)

@@ -82,6 +82,45 @@ def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
+def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers and ungrouped convolutions among the modules that hold these tensors, by tensor.
+
+    Position i of their weight's input dimension is input channel i.
+    """
+    modules = dict(model.named_modules())
+    found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
+    return {
+        tensor: module
+        for tensor, module in found
+        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
+    }
+
+
+def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """Those of `readers_of` whose weight is the filter itself, and of this module alone."""
+    held = [tensor for module in model.modules() for tensor in module._parameters.values()]
+
+    def is_plain(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")  # computed, not held, if normalised or parametrised
+        alone = weight is not None and sum(tensor is weight for tensor in held) == 1
+        return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
+
+    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
+
+
+def bias_is_exact(module: nn.Module) -> bool:
+    """Whether a constant input channel of a plain layer adds the same number to every output position."""
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, CONVOLUTIONS):
+        return False
+    if all(size == 1 for size in module.kernel_size):
+        return module.padding in ("valid", "same") or not any(module.padding)
+    # Where the forward is not torch's, the padding may be another than it says.
+    unpadded = module.padding == "valid" or (module.padding != "same" and not any(module.padding))
+    return _is_torch_own(module) and (unpadded or module.padding_mode in ("reflect", "replicate", "circular"))
+
+
 @dataclass(frozen=True)
 class Reading:
     """Lowest and highest value of each input channel of a layer, over all positions; float64, on the CPU."""
@@ -143,65 +182,6 @@ def observe_inputs(
     return readings
 
 
-def _channel_dim(module: nn.Module) -> int:
-    """Where the input of a linear layer or convolution has its channels, with or without a batch dimension."""
-    return -1 - len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else -1
-
-
-def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers and ungrouped convolutions among the modules that hold these tensors, by tensor.
-
-    Position i of their weight's input dimension is input channel i.
-    """
-    modules = dict(model.named_modules())
-    found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
-    return {
-        tensor: module
-        for tensor, module in found
-        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
-    }
-
-
-def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
-    """Those of `readers_of` whose weight is the filter itself, and of this module alone."""
-    held = [tensor for module in model.modules() for tensor in module._parameters.values()]
-
-    def is_plain(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")  # computed, not held, if normalised or parametrised
-        alone = weight is not None and sum(tensor is weight for tensor in held) == 1
-        return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
-
-    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
-
-
-def _is_torch_own(module: nn.Module) -> bool:
-    """Whether the module computes as torch's class does: a subclass may standardise its weight or pad itself."""
-    base = next(base for base in _LAYERS if isinstance(module, base))
-    own = (getattr(base, "forward", None), getattr(base, "_conv_forward", None))
-    return own == tuple(
-        getattr(getattr(module, name, None), "__func__", None) for name in ("forward", "_conv_forward")
-    )
-
-
-def _forward_name(module: nn.Module) -> str:
-    """Full name of the function that the module computes with."""
-    forward = getattr(module.forward, "__func__", None)
-    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
-
-
-def bias_is_exact(module: nn.Module) -> bool:
-    """Whether a constant input channel of a plain layer adds the same number to every output position."""
-    if isinstance(module, nn.Linear):
-        return True
-    if not isinstance(module, CONVOLUTIONS):
-        return False
-    if all(size == 1 for size in module.kernel_size):
-        return module.padding in ("valid", "same") or not any(module.padding)
-    # Where the forward is not torch's, the padding may be another than it says.
-    unpadded = module.padding == "valid" or (module.padding != "same" and not any(module.padding))
-    return _is_torch_own(module) and (unpadded or module.padding_mode in ("reflect", "replicate", "circular"))
-
-
 def _add_to_bias_(module: nn.Module, constants: Tensor) -> None:
     """Add what input channels of these values (n_inputs,) contribute at every position."""
     bias, weight = getattr(module, "bias", None), module.weight
@@ -219,3 +199,23 @@ def _merge_(module: nn.Module, dim: int, carrier: int, shares: Tensor) -> None:
     assert isinstance(weight, Tensor)
     columns = weight.movedim(dim, 0)  # a view
     columns[carrier] += torch.tensordot(shares.to(weight), columns, 1)
+
+
+def _is_torch_own(module: nn.Module) -> bool:
+    """Whether the module computes as torch's class does: a subclass may standardise its weight or pad itself."""
+    base = next(base for base in _LAYERS if isinstance(module, base))
+    own = (getattr(base, "forward", None), getattr(base, "_conv_forward", None))
+    return own == tuple(
+        getattr(getattr(module, name, None), "__func__", None) for name in ("forward", "_conv_forward")
+    )
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Full name of the function that the module computes with."""
+    forward = getattr(module.forward, "__func__", None)
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+
+
+def _channel_dim(module: nn.Module) -> int:
+    """Where the input of a linear layer or convolution has its channels, with or without a batch dimension."""
+    return -1 - len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else -1

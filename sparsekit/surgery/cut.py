@@ -52,18 +52,6 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     return masked
 
 
-def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
-    """Whether it is the gain of a convolution that was standardised, or a bias no constant was folded into."""
-    module, _, name = cut.tensor.rpartition(".")
-    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
-
-
-def _resize_(model: nn.Module, cut: TensorCut) -> None:
-    module, _, name = cut.tensor.rpartition(".")
-    item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
-    write_size_(model, Attribute(module, name, item), len(cut.keep))
-
-
 Holders = dict[int, list[tuple[nn.Module, str]]]
 
 
@@ -74,6 +62,18 @@ def _holders(model: nn.Module) -> Holders:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             holders[id(tensor)].append((module, key))
     return holders
+
+
+def _resize_(model: nn.Module, cut: TensorCut) -> None:
+    module, _, name = cut.tensor.rpartition(".")
+    item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
+    write_size_(model, Attribute(module, name, item), len(cut.keep))
+
+
+def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
+    """Whether it is the gain of a convolution that was standardised, or a bias no constant was folded into."""
+    module, _, name = cut.tensor.rpartition(".")
+    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
 
 
 def _slice_(model: nn.Module, cut: TensorCut, holders: Holders) -> None:

@@ -29,6 +29,31 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return _masked(model, plan, blank_columns_)
 
 
+def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for scale in (scale for block in plan.blocks for scale in block.scales):
+        if scale not in tensors:
+            raise ModelError(
+                f"the plan does not fit the model: there is no {scale}, which scales a block that goes; apply a plan "
+                "to the model whose groups it was made from"
+            )
+    for cut in plan.cuts:
+        if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
+            continue  # of a composed plan: the first cut may have made it, for a constant
+        size = len(cut.keep) + len(cut.drop)
+        if cut.role == "size":
+            found = read_sizes(model, cut.tensor)
+        else:
+            found = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else ()
+        if found[cut.dim : cut.dim + 1] != (size,):
+            raise ModelError(
+                f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
+                f"found {found or 'nothing'}; apply a plan to the model whose groups it was made from"
+            )
+        if not cut.keep:
+            raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")
+
+
 def _masked(
     model: nn.Module, plan: PrunePlan, detach_: Callable[[nn.Module, PrunePlan], object]
 ) -> nn.Module:
@@ -74,28 +99,3 @@ def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
     for cut in plan.cuts:
         if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
             normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)
-
-
-def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    for scale in (scale for block in plan.blocks for scale in block.scales):
-        if scale not in tensors:
-            raise ModelError(
-                f"the plan does not fit the model: there is no {scale}, which scales a block that goes; apply a plan "
-                "to the model whose groups it was made from"
-            )
-    for cut in plan.cuts:
-        if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
-            continue  # of a composed plan: the first cut may have made it, for a constant
-        size = len(cut.keep) + len(cut.drop)
-        if cut.role == "size":
-            found = read_sizes(model, cut.tensor)
-        else:
-            found = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else ()
-        if found[cut.dim : cut.dim + 1] != (size,):
-            raise ModelError(
-                f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
-                f"found {found or 'nothing'}; apply a plan to the model whose groups it was made from"
-            )
-        if not cut.keep:
-            raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")

@@ -15,6 +15,9 @@ from sparsekit.structure.plan import TensorCut
 _MARK, _KEPT = "_normalises_what_stays", "_kept"
 
 
+_KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
+
 def normalise_what_stays_(module: nn.Module, keep: tuple[int, ...]) -> None:
     """Give the module a subclass whose layer norms look at the channels `keep` only, in place."""
     cls = _original_class(module)
@@ -32,6 +35,53 @@ def normalise_all_(module: nn.Module) -> None:
     if _MARK in vars(type(module)):
         module.__class__ = _original_class(module)
         delattr(module, _KEPT)
+
+
+def make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
+    """Of a norm over d channels, of which k stay: epsilon times d / k, and the scale to suit.
+
+    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d. So for
+    a global response norm x / (m + eps) = (d / k) x / (m' + eps d / k), and for a root mean square norm, m being that
+    of squares, x / sqrt(m + eps) = sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
+    """
+    module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
+    ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
+    is_root_mean_square = hasattr(module, "normalized_shape")
+    with torch.no_grad():
+        module.weight.mul_(ratio**0.5 if is_root_mean_square else ratio)
+    module.eps *= ratio
+    if is_root_mean_square:
+        module.normalized_shape = (len(cut.keep),)
+
+
+def is_standardised(module: nn.Module) -> bool:
+    """Whether the module is one of timm's weight-standardised convolutions."""
+    return isinstance(module, nn.Conv2d) and type(module).__name__ in _KINDS
+
+
+def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
+    """Turn the named standardised convolutions of `model` into plain ones that compute the same, in place."""
+    for name in names:
+        module = model.get_submodule(name)
+        with torch.no_grad():
+            weight = effective_weight(module)
+        requires_grad = bool(module.weight.requires_grad)
+        module.weight = nn.Parameter(weight, requires_grad=requires_grad)
+        if "gain" in module._parameters:
+            del module.gain
+        module.__class__ = _plain_class(module)
+
+
+def effective_weight(module: Any) -> Tensor:
+    """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
+    weight: Tensor = module.weight
+    flat = weight.flatten(1)
+    variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
+    standardised = (flat - mean) / (variance + module.eps).sqrt()
+    if isinstance(gain := getattr(module, "gain", None), Tensor):
+        standardised = standardised * (gain * module.scale).reshape(-1, 1)
+    effective: Tensor = standardised.reshape_as(weight)
+    return effective
 
 
 def _original_class(module: nn.Module) -> Any:
@@ -71,59 +121,9 @@ def _arguments(
     return input, normalized_shape, weight, bias, eps
 
 
-_KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-
-
-def is_standardised(module: nn.Module) -> bool:
-    """Whether the module is one of timm's weight-standardised convolutions."""
-    return isinstance(module, nn.Conv2d) and type(module).__name__ in _KINDS
-
-
-def effective_weight(module: Any) -> Tensor:
-    """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
-    weight: Tensor = module.weight
-    flat = weight.flatten(1)
-    variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
-    standardised = (flat - mean) / (variance + module.eps).sqrt()
-    if isinstance(gain := getattr(module, "gain", None), Tensor):
-        standardised = standardised * (gain * module.scale).reshape(-1, 1)
-    effective: Tensor = standardised.reshape_as(weight)
-    return effective
-
-
-def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
-    """Turn the named standardised convolutions of `model` into plain ones that compute the same, in place."""
-    for name in names:
-        module = model.get_submodule(name)
-        with torch.no_grad():
-            weight = effective_weight(module)
-        requires_grad = bool(module.weight.requires_grad)
-        module.weight = nn.Parameter(weight, requires_grad=requires_grad)
-        if "gain" in module._parameters:
-            del module.gain
-        module.__class__ = _plain_class(module)
-
-
 def _plain_class(module: nn.Module) -> type[nn.Conv2d]:
     if getattr(module, "same_pad", False):
         from timm.layers.conv2d_same import Conv2dSame  # there is such a module, so timm is there
 
         return Conv2dSame
     return nn.Conv2d
-
-
-def make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
-    """Of a norm over d channels, of which k stay: epsilon times d / k, and the scale to suit.
-
-    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d. So for
-    a global response norm x / (m + eps) = (d / k) x / (m' + eps d / k), and for a root mean square norm, m being that
-    of squares, x / sqrt(m + eps) = sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
-    """
-    module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
-    ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
-    is_root_mean_square = hasattr(module, "normalized_shape")
-    with torch.no_grad():
-        module.weight.mul_(ratio**0.5 if is_root_mean_square else ratio)
-    module.eps *= ratio
-    if is_root_mean_square:
-        module.normalized_shape = (len(cut.keep),)

@@ -49,6 +49,21 @@ class Heir:
 Heirs = Mapping[int, list[Heir]]
 
 
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+@dataclass(frozen=True)
+class Copying:
+    """One act of copying: heirs of parameters, copies made so far by the id of the original, and how a tensor is
+    copied.
+    """
+
+    heirs: Heirs
+    copies: dict[int, Any] = field(default_factory=dict)
+    tensor: Callable[[Tensor], Tensor] = _clone
+
+
 def match_parameters(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> Heirs:
     """For the id of each parameter of `model`, what stands in its place: one, none if it is gone, more if it was tied
     under two names and no longer is; and behind them the biases that the cut made.
@@ -79,24 +94,6 @@ def match_parameters(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> He
     return heirs
 
 
-def _check_fits(name: str, old: nn.Parameter, heir: Heir) -> None:
-    shape = list(old.shape)
-    for dim, keep in (heir.keeps or {}).items():
-        shape[dim] = len(keep)
-    found = heir.parameter
-    if list(found.shape) != shape:
-        raise _does_not_fit(name, f"needs shape {tuple(shape)}, got {tuple(found.shape)}")
-    if (found.device, found.dtype) != (old.device, old.dtype):
-        raise _does_not_fit(name, f"needs {old.dtype} on {old.device}, got {found.dtype} on {found.device}")
-
-
-def _does_not_fit(name: str, why: str) -> InputError:
-    return InputError(
-        f"the pruned model is not the model cut by this plan: {name}: {why}; pass pruned = apply_plan(model, plan) "
-        "with the model and the plan given here"
-    )
-
-
 def check_optimizer(optimizer: Optimizer, heirs: Heirs) -> None:
     if isinstance(optimizer, LBFGS):
         raise InputError(
@@ -115,44 +112,6 @@ def check_optimizer(optimizer: Optimizer, heirs: Heirs) -> None:
             if id(parameter) in seen:
                 raise InputError(f"{where} is in the optimizer twice; list every parameter once")
             seen.add(id(parameter))
-
-
-def heir_names(group: Mapping[str, Any], heirs: Heirs) -> list[str]:
-    """The first to follow a parameter keeps the name its caller gave it."""
-    return [
-        name if heir.keeps is not None and index == 0 else heir.name
-        for parameter, name in zip(group["params"], group["param_names"], strict=True)
-        for index, heir in enumerate(heirs[id(parameter)])
-    ]
-
-
-def check_complete(old: Optimizer, new: Optimizer, heirs: Heirs) -> None:
-    """Every heir of what the old optimizer held is in the new one exactly once, and nothing else is."""
-    held = [heir for group in old.param_groups for p in group["params"] for heir in heirs[id(p)]]
-    wanted = sorted(id(heir.parameter) for heir in held)
-    found = sorted(id(p) for group in new.param_groups for p in group["params"])
-    if found != wanted or len(set(found)) != len(found):
-        names = {id(heir.parameter): heir.name for heir in held}
-        wrong = [name for key, name in names.items() if found.count(key) != 1]
-        raise VerificationError(
-            f"the new {type(new).__name__} does not hold each parameter of the pruned model once: "
-            f"{', '.join(wrong) or 'it holds others as well'}; make a new optimizer over pruned.parameters()"
-        )
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-@dataclass(frozen=True)
-class Copying:
-    """One act of copying: heirs of parameters, copies made so far by the id of the original, and how a tensor is
-    copied.
-    """
-
-    heirs: Heirs
-    copies: dict[int, Any] = field(default_factory=dict)
-    tensor: Callable[[Tensor], Tensor] = _clone
 
 
 def copy_value(value: Any, copying: Copying) -> Any:
@@ -197,6 +156,68 @@ def copy_object(old: Any, copying: Copying) -> Any:
     return new
 
 
+def heir_names(group: Mapping[str, Any], heirs: Heirs) -> list[str]:
+    """The first to follow a parameter keeps the name its caller gave it."""
+    return [
+        name if heir.keeps is not None and index == 0 else heir.name
+        for parameter, name in zip(group["params"], group["param_names"], strict=True)
+        for index, heir in enumerate(heirs[id(parameter)])
+    ]
+
+
+def prepare_new_parameters_(optimizer: Optimizer) -> None:
+    """Give parameters without state what their class prepares for them at construction.
+
+    Most optimizers start a parameter's state at its first step; Adagrad and Adahessian do it in their constructor,
+    and fail without. It is learned from a second instance. Where that cannot be made (wrappers), the class is taken
+    to be of the first kind.
+    """
+    groups = [{k: v for k, v in group.items() if k != "param_names"} for group in optimizer.param_groups]
+    try:
+        accepted = inspect.signature(type(optimizer)).parameters
+        options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            second = type(optimizer)(groups, **options)
+    except Exception:  # any constructor, called with a guess
+        return
+    for parameter, state in second.state.items():
+        if state and not optimizer.state.get(parameter):
+            optimizer.state[parameter] = state
+
+
+def check_complete(old: Optimizer, new: Optimizer, heirs: Heirs) -> None:
+    """Every heir of what the old optimizer held is in the new one exactly once, and nothing else is."""
+    held = [heir for group in old.param_groups for p in group["params"] for heir in heirs[id(p)]]
+    wanted = sorted(id(heir.parameter) for heir in held)
+    found = sorted(id(p) for group in new.param_groups for p in group["params"])
+    if found != wanted or len(set(found)) != len(found):
+        names = {id(heir.parameter): heir.name for heir in held}
+        wrong = [name for key, name in names.items() if found.count(key) != 1]
+        raise VerificationError(
+            f"the new {type(new).__name__} does not hold each parameter of the pruned model once: "
+            f"{', '.join(wrong) or 'it holds others as well'}; make a new optimizer over pruned.parameters()"
+        )
+
+
+def _check_fits(name: str, old: nn.Parameter, heir: Heir) -> None:
+    shape = list(old.shape)
+    for dim, keep in (heir.keeps or {}).items():
+        shape[dim] = len(keep)
+    found = heir.parameter
+    if list(found.shape) != shape:
+        raise _does_not_fit(name, f"needs shape {tuple(shape)}, got {tuple(found.shape)}")
+    if (found.device, found.dtype) != (old.device, old.dtype):
+        raise _does_not_fit(name, f"needs {old.dtype} on {old.device}, got {found.dtype} on {found.device}")
+
+
+def _does_not_fit(name: str, why: str) -> InputError:
+    return InputError(
+        f"the pruned model is not the model cut by this plan: {name}: {why}; pass pruned = apply_plan(model, plan) "
+        "with the model and the plan given here"
+    )
+
+
 def _check_free(function: types.FunctionType, copying: Copying) -> None:
     """Refuse a function that closes over an object being replaced: itself, a method of it, or a weak reference."""
     for cell in function.__closure__ or ():
@@ -212,20 +233,6 @@ def _check_free(function: types.FunctionType, copying: Copying) -> None:
                 f"{type(content).__name__} and would go on using it; remove it before, or pass the object that was "
                 "wrapped, and set it again after"
             )
-
-
-def _copy_sequence(value: Any, copying: Copying) -> Any:
-    """The same kind of container; a parameter makes place for all its heirs."""
-    items: list[Any] = []
-    for item in value:
-        heirs = copying.heirs.get(id(item))
-        items.extend([copy_value(item, copying)] if heirs is None else [heir.parameter for heir in heirs])
-    if isinstance(value, (tuple, set)):
-        return type(value)(items)
-    made = copy.copy(value)
-    made.clear()
-    made.extend(items)
-    return made
 
 
 def _copy_dict(value: dict[Any, Any], copying: Copying) -> dict[Any, Any]:
@@ -267,22 +274,15 @@ def _inherited(state: Any, old: Tensor, heir: Heir, copying: Copying) -> Any:
     return made
 
 
-def prepare_new_parameters_(optimizer: Optimizer) -> None:
-    """Give parameters without state what their class prepares for them at construction.
-
-    Most optimizers start a parameter's state at its first step; Adagrad and Adahessian do it in their constructor,
-    and fail without. It is learned from a second instance. Where that cannot be made (wrappers), the class is taken
-    to be of the first kind.
-    """
-    groups = [{k: v for k, v in group.items() if k != "param_names"} for group in optimizer.param_groups]
-    try:
-        accepted = inspect.signature(type(optimizer)).parameters
-        options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            second = type(optimizer)(groups, **options)
-    except Exception:  # any constructor, called with a guess
-        return
-    for parameter, state in second.state.items():
-        if state and not optimizer.state.get(parameter):
-            optimizer.state[parameter] = state
+def _copy_sequence(value: Any, copying: Copying) -> Any:
+    """The same kind of container; a parameter makes place for all its heirs."""
+    items: list[Any] = []
+    for item in value:
+        heirs = copying.heirs.get(id(item))
+        items.extend([copy_value(item, copying)] if heirs is None else [heir.parameter for heir in heirs])
+    if isinstance(value, (tuple, set)):
+        return type(value)(items)
+    made = copy.copy(value)
+    made.clear()
+    made.extend(items)
+    return made

@@ -27,33 +27,6 @@ _RESHAPES = ("reshape", "view")
 _MARK = "_rewritten_places"
 
 
-def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
-    """Hash of a method's text and its reshape calls in order; None if it cannot be taken apart safely."""
-    try:
-        text = textwrap.dedent(inspect.getsource(function))
-        definition = ast.parse(text).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or function.__closure__:
-        return None  # a closure is what super() without arguments needs
-    return hashlib.sha256(text.encode()).hexdigest(), _reshape_calls(definition)
-
-
-def _reshape_calls(definition: ast.AST) -> list[ast.Call]:
-    calls = [
-        node
-        for node in ast.walk(definition)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPES
-    ]
-    return sorted(calls, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))
-
-
-def size_arguments(call: ast.Call) -> list[ast.expr]:
-    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
-        return call.args[0].elts
-    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
-
-
 def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
     """Give every module named by `places` a subclass in which the size in each place is -1, in place.
 
@@ -81,34 +54,6 @@ def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
         module.__class__ = _subclass(cls, tuple(sorted(together.values())))
 
 
-def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
-    methods = {
-        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
-        for one in {place.method for place in places}
-    }
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
-    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
-    return made
-
-
-def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """How to copy or pickle a rewritten module: the class is made again where the copy is."""
-    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
-
-
-def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
-    made = _subclass(cls, places)
-    return made.__new__(made)
-
-
-def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
-    return (
-        place.source == source
-        and 0 <= place.call < len(calls)
-        and 0 <= place.argument < len(size_arguments(calls[place.call]))
-    )
-
-
 def rewritten_places(module: nn.Module) -> tuple[Place, ...]:
     """The places in which the module's code was rewritten."""
     places: tuple[Place, ...] = vars(type(module)).get(_MARK, ())
@@ -119,6 +64,42 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before anything was rewritten."""
     cls = type(module)
     return cls.__bases__[0] if _MARK in vars(cls) else cls
+
+
+def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
+    """Hash of a method's text and its reshape calls in order; None if it cannot be taken apart safely."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+        definition = ast.parse(text).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or function.__closure__:
+        return None  # a closure is what super() without arguments needs
+    return hashlib.sha256(text.encode()).hexdigest(), _reshape_calls(definition)
+
+
+def size_arguments(call: ast.Call) -> list[ast.expr]:
+    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
+        return call.args[0].elts
+    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
+
+
+def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
+    return (
+        place.source == source
+        and 0 <= place.call < len(calls)
+        and 0 <= place.argument < len(size_arguments(calls[place.call]))
+    )
+
+
+def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
+    methods = {
+        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
+        for one in {place.method for place in places}
+    }
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
+    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
+    return made
 
 
 def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
@@ -145,3 +126,22 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     made: Callable[..., Any] = vars(namespace[around.name])[definition.name]
     made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return made
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """How to copy or pickle a rewritten module: the class is made again where the copy is."""
+    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
+
+
+def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
+    made = _subclass(cls, places)
+    return made.__new__(made)
+
+
+def _reshape_calls(definition: ast.AST) -> list[ast.Call]:
+    calls = [
+        node
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPES
+    ]
+    return sorted(calls, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))

@@ -25,6 +25,28 @@ class Agreement:
         return self.max_abs / self.scale if self.scale > 0 else self.max_abs
 
 
+def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
+    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
+
+    Raises VerificationError if they do not, or the cut one does not run.
+    """
+    masked = mask_model(model, plan)
+    try:
+        agreement = compare_outputs(masked, pruned, plan.input_shapes)
+    except VerificationError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run: {first_line(error)}; nothing was written"
+        ) from error
+    if not agreement.max_rel <= tolerance:
+        raise VerificationError(
+            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
+            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
+        )
+    return agreement
+
+
 def compare_outputs(
     first: nn.Module,
     second: nn.Module,
@@ -42,12 +64,6 @@ def compare_outputs(
         inputs = random_inputs(input_shapes, seed + batch, first, batch)
         found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
     return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
-
-
-def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """All tensors the model returns, in eval mode and true float32."""
-    with comparing(model):
-        return flat_tensors(model(*inputs))
 
 
 def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
@@ -69,23 +85,7 @@ def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
     return Agreement(max_abs, scale)
 
 
-def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
-    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
-
-    Raises VerificationError if they do not, or the cut one does not run.
-    """
-    masked = mask_model(model, plan)
-    try:
-        agreement = compare_outputs(masked, pruned, plan.input_shapes)
-    except VerificationError:
-        raise
-    except Exception as error:
-        raise VerificationError(
-            f"the cut model does not run: {first_line(error)}; nothing was written"
-        ) from error
-    if not agreement.max_rel <= tolerance:
-        raise VerificationError(
-            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
-            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
-        )
-    return agreement
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors the model returns, in eval mode and true float32."""
+    with comparing(model):
+        return flat_tensors(model(*inputs))

@@ -88,45 +88,6 @@ def open_digits() -> tuple[Images, tuple[str, ...]]:
     return images, tuple(str(digit) for digit in range(10))
 
 
-def _item(pictures: Sequence[Picture], index: int) -> Picture:
-    return pictures[index]
-
-
-def _numbered(name: str, index: int) -> str:
-    return f"{index} of {name}"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where the bytes of one image lie: in a file of its own (size -1) or inside a tar."""
-
-    file: str
-    offset: int
-    size: int
-    name: str
-
-
-def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
-    # Opened anew for each image: worker processes that shared one open tar would move each other's file
-    # position.
-    place = places[index]
-    with open(place.file, "rb") as file:
-        file.seek(place.offset)
-        content = file.read(place.size)
-    return _decode(io.BytesIO(content))
-
-
-def _decode(file: Any) -> Picture:
-    image: Picture = Image.open(file)
-    image.load()
-    return image
-
-
-def _name_stored(places: Sequence[_Stored], index: int) -> str:
-    place = places[index]
-    return place.file if place.size < 0 else f"{place.name} in {place.file}"
-
-
 def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
     path = _find_split(root, split)
     is_tar = path.is_file()
@@ -157,30 +118,6 @@ def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
     return images, tuple(sorted(classes, key=classes.__getitem__))
 
 
-def _place_in_tar(file: str, member: Any, child: Any) -> _Stored:
-    # A tar inside the tar: its members count their offsets from its own start.
-    start = 0 if child is None else child.offset_data
-    name = member.name if child is None else f"{child.name}/{member.name}"
-    return _Stored(file, start + member.offset_data, member.size, name)
-
-
-def _find_split(root: Path, split: str) -> Path:
-    if not root.exists():
-        raise DataError(f"the data folder {root} does not exist (working directory: {Path.cwd()}).")
-    if split in ("", "."):
-        return root
-    synonyms = next((names for names in _SYNONYMS.values() if split in names), (split,))
-    for candidate in (split, *synonyms):
-        for path in (root / candidate, root / f"{candidate}.tar"):
-            if path.exists():
-                return path
-    there = sorted(os.listdir(root))[:8] if root.is_dir() else []
-    raise DataError(
-        f"{root} has no {split!r} and no '{split}.tar'; it holds {', '.join(there) or 'nothing'}. "
-        "Name one of these as the split, or '' if the class folders lie in it directly."
-    )
-
-
 def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
     if name.lower().startswith(("wds/", "tfds/", "hfids/")):
         raise DataError(
@@ -202,6 +139,69 @@ def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...
         raise DataError(f"data {name!r}, split {split!r}, has no images.")
     read = partial(_read_source, source) if reader is None else partial(_read_reader, reader)
     return Images(read, partial(_numbered, f"{name}, split {split}"), np.arange(len(labels)), labels), names
+
+
+def _item(pictures: Sequence[Picture], index: int) -> Picture:
+    return pictures[index]
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{index} of {name}"
+
+
+def _find_split(root: Path, split: str) -> Path:
+    if not root.exists():
+        raise DataError(f"the data folder {root} does not exist (working directory: {Path.cwd()}).")
+    if split in ("", "."):
+        return root
+    synonyms = next((names for names in _SYNONYMS.values() if split in names), (split,))
+    for candidate in (split, *synonyms):
+        for path in (root / candidate, root / f"{candidate}.tar"):
+            if path.exists():
+                return path
+    there = sorted(os.listdir(root))[:8] if root.is_dir() else []
+    raise DataError(
+        f"{root} has no {split!r} and no '{split}.tar'; it holds {', '.join(there) or 'nothing'}. "
+        "Name one of these as the split, or '' if the class folders lie in it directly."
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where the bytes of one image lie: in a file of its own (size -1) or inside a tar."""
+
+    file: str
+    offset: int
+    size: int
+    name: str
+
+
+def _place_in_tar(file: str, member: Any, child: Any) -> _Stored:
+    # A tar inside the tar: its members count their offsets from its own start.
+    start = 0 if child is None else child.offset_data
+    name = member.name if child is None else f"{child.name}/{member.name}"
+    return _Stored(file, start + member.offset_data, member.size, name)
+
+
+def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
+    # Opened anew for each image: worker processes that shared one open tar would move each other's file
+    # position.
+    place = places[index]
+    with open(place.file, "rb") as file:
+        file.seek(place.offset)
+        content = file.read(place.size)
+    return _decode(io.BytesIO(content))
+
+
+def _decode(file: Any) -> Picture:
+    image: Picture = Image.open(file)
+    image.load()
+    return image
+
+
+def _name_stored(places: Sequence[_Stored], index: int) -> str:
+    place = places[index]
+    return place.file if place.size < 0 else f"{place.name} in {place.file}"
 
 
 def _source_labels(source: Any, reader: Any) -> list[int]:

@@ -68,11 +68,6 @@ class ProgressDisplay:
         self.bar.refresh()
 
 
-def _penalty_text(zero_share: float | None, strength: float | None) -> str:
-    zeros = "" if zero_share is None else f"  zeros {zero_share:.3f}"
-    return zeros + ("" if strength is None else f"  strength {strength:.3g}")
-
-
 @contextmanager
 def open_display(
     console: Console | None, accelerator: Accelerator, phase: str, total: int
@@ -92,3 +87,8 @@ def open_display(
         with Progress(*columns, console=console, auto_refresh=False) as bar:
             task = bar.add_task(phase, total=total, epoch="", now="", accuracy="")
             yield ProgressDisplay(console, bar, task)
+
+
+def _penalty_text(zero_share: float | None, strength: float | None) -> str:
+    zeros = "" if zero_share is None else f"  zeros {zero_share:.3f}"
+    return zeros + ("" if strength is None else f"  strength {strength:.3g}")

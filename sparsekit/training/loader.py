@@ -76,48 +76,6 @@ def make_loader(
     )
 
 
-@dataclass(frozen=True)
-class _Shuffle(Sampler[int]):
-    """A new random order at each iteration, from one draw of the global torch random state.
-
-    torch's RandomSampler does the same, but accelerate gives that one a generator of its own in a run of
-    several processes, and its state would have to be stored to repeat an epoch.
-    """
-
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-        yield from torch.randperm(self.size, generator=generator).tolist()
-
-
-@dataclass(frozen=True, eq=False)
-class _Transformed(Dataset[tuple[torch.Tensor, int]]):
-    images: Dataset[tuple[Picture, int]]
-    transform: Callable[[Picture], torch.Tensor]
-    mode: str
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, label = self.images[index]
-        return self.transform(_convert(image, self.mode)), label
-
-
-def _convert(image: Picture, mode: str) -> Picture:
-    if image.mode.startswith("I;16"):
-        # PIL would clip 16-bit grey values at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
 def _training_transform(config: InputConfig, augment: Augment) -> Callable[[Picture], torch.Tensor]:
     try:
         transform: Callable[[Picture], torch.Tensor] = create_transform(
@@ -149,3 +107,45 @@ def _evaluation_transform(config: InputConfig) -> Callable[[Picture], torch.Tens
         crop_pct=config.crop_pct,
     )
     return transform
+
+
+@dataclass(frozen=True, eq=False)
+class _Transformed(Dataset[tuple[torch.Tensor, int]]):
+    images: Dataset[tuple[Picture, int]]
+    transform: Callable[[Picture], torch.Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(_convert(image, self.mode)), label
+
+
+def _convert(image: Picture, mode: str) -> Picture:
+    if image.mode.startswith("I;16"):
+        # PIL would clip 16-bit grey values at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+@dataclass(frozen=True)
+class _Shuffle(Sampler[int]):
+    """A new random order at each iteration, from one draw of the global torch random state.
+
+    torch's RandomSampler does the same, but accelerate gives that one a generator of its own in a run of
+    several processes, and its state would have to be stored to repeat an epoch.
+    """
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        yield from torch.randperm(self.size, generator=generator).tolist()

@@ -201,26 +201,6 @@ def _make_mixup(model: nn.Module, loader: Loader, options: TrainOptions) -> Mixu
     )
 
 
-def _release(parts: _Parts, *, accelerated_forward: bool) -> None:
-    if accelerated_forward:
-        parts.accelerator.unwrap_model(parts.forward, keep_fp32_wrapper=False)
-        parts.model.__dict__.pop("forward", None)
-    if parts.options.channels_last:
-        parts.model.to(memory_format=torch.contiguous_format)
-    parts.accelerator.free_memory()
-
-
-def _state(parts: _Parts) -> dict[str, Any]:
-    scaler = parts.accelerator.scaler
-    return {
-        "model": dict(parts.model.state_dict()),
-        "optimizer": parts.optimizer.state_dict(),
-        "ema": None if parts.ema is None else dict(parts.ema.module.state_dict()),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "hook": None if parts.hook is None else parts.hook.state_dict(),
-    }
-
-
 def _resume(state_path: Path | None, header: Mapping[str, Any], parts: _Parts) -> list[EpochMetrics]:
     if state_path is None or not state_path.exists():
         return []
@@ -253,6 +233,12 @@ def _difference(key: str, state: Any, wanted: Any) -> str:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
         return "; ".join(f"{name} was {found.get(name)!r}, is {wanted[name]!r}" for name in changed)
     return f"{key} was {found!r}, is {wanted!r}"
+
+
+@contextmanager
+def _teaching(teacher: Distillation | None, accelerator: Accelerator) -> Iterator[None]:
+    with nullcontext() if teacher is None else eval_mode(teacher.model.to(accelerator.device)):
+        yield
 
 
 def _run_epoch(parts: _Parts, display: ProgressDisplay, phase: str, epoch: int) -> EpochMetrics:
@@ -383,7 +369,21 @@ def _not_finite(phase: str, where: str, hook: StepHook | None) -> TrainingError:
     )
 
 
-@contextmanager
-def _teaching(teacher: Distillation | None, accelerator: Accelerator) -> Iterator[None]:
-    with nullcontext() if teacher is None else eval_mode(teacher.model.to(accelerator.device)):
-        yield
+def _state(parts: _Parts) -> dict[str, Any]:
+    scaler = parts.accelerator.scaler
+    return {
+        "model": dict(parts.model.state_dict()),
+        "optimizer": parts.optimizer.state_dict(),
+        "ema": None if parts.ema is None else dict(parts.ema.module.state_dict()),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "hook": None if parts.hook is None else parts.hook.state_dict(),
+    }
+
+
+def _release(parts: _Parts, *, accelerated_forward: bool) -> None:
+    if accelerated_forward:
+        parts.accelerator.unwrap_model(parts.forward, keep_fp32_wrapper=False)
+        parts.model.__dict__.pop("forward", None)
+    if parts.options.channels_last:
+        parts.model.to(memory_format=torch.contiguous_format)
+    parts.accelerator.free_memory()

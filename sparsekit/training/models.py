@@ -80,6 +80,67 @@ def build_arguments(
     return {**keywords, "img_size": image_size}
 
 
+def input_config(
+    model: nn.Module,
+    *,
+    image_size: int | None = None,
+    in_chans: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> InputConfig:
+    """Input size, normalisation and resizing of `model`: what is given, else timm's for its weights.
+
+    `in_chans` is read off the first convolution when not given. A single channel gets the average mean and
+    std of a three-channel configuration. Raises ModelError when mean or std have another number of channels.
+    """
+    channels = _first_in_channels(model) if in_chans is None else in_chans
+    given = {"interpolation": interpolation, "crop_pct": crop_pct, "img_size": image_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    resolved = resolve_data_config(given, model=model)  # type: ignore[no-untyped-call]
+    _, height, width = resolved["input_size"]
+    return InputConfig(
+        input_size=(channels, int(height), int(width)),
+        mean=_per_channel("mean", resolved["mean"] if mean is None else mean, channels),
+        std=_per_channel("std", resolved["std"] if std is None else std, channels),
+        interpolation=str(resolved["interpolation"]),
+        crop_pct=float(resolved["crop_pct"]),
+    )
+
+
+def load_weights_(model: nn.Module, checkpoint: Path, *, num_classes: int) -> None:
+    """Load a safetensors file into `model` in place; names and shapes must fit exactly. Raises FileError."""
+    weights = _read_weights(checkpoint)
+    expected = model.state_dict()
+    wrong_shape = [
+        key for key, value in weights.items() if key in expected and value.shape != expected[key].shape
+    ]
+    for key in wrong_shape:
+        if key.rsplit(".", 1)[0] in _classifier_names(model):
+            raise FileError(
+                f"checkpoint {checkpoint} was trained for {weights[key].shape[0]} classes ({key}), "
+                f"but the data has {num_classes}. Use data with the same classes, or a checkpoint that fits."
+            )
+    complaints = [
+        *_complaint("missing", [key for key in expected if key not in weights]),
+        *_complaint("unexpected", [key for key in weights if key not in expected]),
+        *_complaint(
+            "of another shape",
+            [
+                f"{key} (file {list(weights[key].shape)}, model {list(expected[key].shape)})"
+                for key in wrong_shape
+            ],
+        ),
+    ]
+    if complaints:
+        raise FileError(
+            f"checkpoint {checkpoint} does not fit the model: {'; '.join(complaints)}. "
+            "Name the model, its arguments and the image channels it was trained with."
+        )
+    model.load_state_dict(weights)
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the model's state as a safetensors file that `load_weights_` reads, atomically."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
@@ -121,47 +182,21 @@ def _build(name: str, pretrained: bool, image_size: int | None, keywords: Mappin
         ) from error
 
 
-def load_weights_(model: nn.Module, checkpoint: Path, *, num_classes: int) -> None:
-    """Load a safetensors file into `model` in place; names and shapes must fit exactly. Raises FileError."""
-    weights = _read_weights(checkpoint)
-    expected = model.state_dict()
-    wrong_shape = [
-        key for key, value in weights.items() if key in expected and value.shape != expected[key].shape
-    ]
-    for key in wrong_shape:
-        if key.rsplit(".", 1)[0] in _classifier_names(model):
-            raise FileError(
-                f"checkpoint {checkpoint} was trained for {weights[key].shape[0]} classes ({key}), "
-                f"but the data has {num_classes}. Use data with the same classes, or a checkpoint that fits."
-            )
-    complaints = [
-        *_complaint("missing", [key for key in expected if key not in weights]),
-        *_complaint("unexpected", [key for key in weights if key not in expected]),
-        *_complaint(
-            "of another shape",
-            [
-                f"{key} (file {list(weights[key].shape)}, model {list(expected[key].shape)})"
-                for key in wrong_shape
-            ],
-        ),
-    ]
-    if complaints:
-        raise FileError(
-            f"checkpoint {checkpoint} does not fit the model: {'; '.join(complaints)}. "
-            "Name the model, its arguments and the image channels it was trained with."
-        )
-    model.load_state_dict(weights)
+def _first_in_channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 3
 
 
-def _complaint(kind: str, keys: Sequence[str]) -> list[str]:
-    if not keys:
-        return []
-    return [f"{len(keys)} {kind}: {first_names(keys)}"]
-
-
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == channels:
+        return tuple(float(value) for value in values)
+    if channels == 1 or len(values) == 1:
+        return (float(sum(values) / len(values)),) * channels
+    raise ModelError(
+        f"{name} must have one number for each of the {channels} image channels, got {list(values)}."
+    )
 
 
 def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -182,47 +217,12 @@ def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         raise FileError(f"checkpoint {checkpoint} is damaged or no safetensors file ({error}).") from error
 
 
-def input_config(
-    model: nn.Module,
-    *,
-    image_size: int | None = None,
-    in_chans: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-    crop_pct: float | None = None,
-) -> InputConfig:
-    """Input size, normalisation and resizing of `model`: what is given, else timm's for its weights.
-
-    `in_chans` is read off the first convolution when not given. A single channel gets the average mean and
-    std of a three-channel configuration. Raises ModelError when mean or std have another number of channels.
-    """
-    channels = _first_in_channels(model) if in_chans is None else in_chans
-    given = {"interpolation": interpolation, "crop_pct": crop_pct, "img_size": image_size}
-    given = {key: value for key, value in given.items() if value is not None}
-    resolved = resolve_data_config(given, model=model)  # type: ignore[no-untyped-call]
-    _, height, width = resolved["input_size"]
-    return InputConfig(
-        input_size=(channels, int(height), int(width)),
-        mean=_per_channel("mean", resolved["mean"] if mean is None else mean, channels),
-        std=_per_channel("std", resolved["std"] if std is None else std, channels),
-        interpolation=str(resolved["interpolation"]),
-        crop_pct=float(resolved["crop_pct"]),
-    )
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _first_in_channels(model: nn.Module) -> int:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3
-
-
-def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) == channels:
-        return tuple(float(value) for value in values)
-    if channels == 1 or len(values) == 1:
-        return (float(sum(values) / len(values)),) * channels
-    raise ModelError(
-        f"{name} must have one number for each of the {channels} image channels, got {list(values)}."
-    )
+def _complaint(kind: str, keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    return [f"{len(keys)} {kind}: {first_names(keys)}"]

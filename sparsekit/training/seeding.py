@@ -19,14 +19,14 @@ def seed_everything(seed: int, phase: str, epoch: int) -> None:
     torch.manual_seed(value)
 
 
-def _stable_seed(*values: object) -> int:
-    digest = hashlib.sha256("/".join(map(str, values)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") % 2**63
-
-
 def seed_generators(loader: Loader, key: tuple[object, ...]) -> None:
     holders = (loader, getattr(loader, "sampler", None), getattr(loader.batch_sampler, "sampler", None))
     generators = [getattr(holder, "generator", None) for holder in holders]
     for generator in (*generators, getattr(loader, "synchronized_generator", None)):
         if isinstance(generator, torch.Generator):
             generator.manual_seed(_stable_seed(*key))
+
+
+def _stable_seed(*values: object) -> int:
+    digest = hashlib.sha256("/".join(map(str, values)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63

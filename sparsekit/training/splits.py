@@ -79,8 +79,14 @@ def open_data(
     )
 
 
-def _named(name: str, root: Path | None) -> str:
-    return f"{name} {root}" if root is not None else name
+def fingerprint(data: ImageData) -> str:
+    """A hash of which images, by name and label, are in which split: it changes when the splits do."""
+    digest = hashlib.sha256()
+    for images in (data.train, data.validation, data.test):
+        for index, label in zip(images.indices, images.labels, strict=True):
+            digest.update(f"{images.where(index)}\0{label}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -100,6 +106,10 @@ def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str,
     return names[0]
 
 
+def _named(name: str, root: Path | None) -> str:
+    return f"{name} {root}" if root is not None else name
+
+
 def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
     # Compared by content: "val" and "validation", or "val" and "test" of torch/cifar10, name the same images.
     for (name, images), (other_name, other) in combinations(zip(names, parts, strict=True), 2):
@@ -114,16 +124,6 @@ def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
                 f"the splits {name!r} and {other_name!r} share {len(shared)} images, among them {min(shared)}; "
                 "a split must not lie inside another. Name folders or tars beside each other."
             )
-
-
-def fingerprint(data: ImageData) -> str:
-    """A hash of which images, by name and label, are in which split: it changes when the splits do."""
-    digest = hashlib.sha256()
-    for images in (data.train, data.validation, data.test):
-        for index, label in zip(images.indices, images.labels, strict=True):
-            digest.update(f"{images.where(index)}\0{label}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()[:16]
 
 
 def _set_aside(images: Images, share: float, total: int, rng: np.random.Generator) -> tuple[Images, Images]:
