@@ -1,4 +1,4 @@
-"""Attributes that give sizes, read and written so that they agree with the tensors."""
+"""Read and write the attributes of modules that give sizes, so that they agree with the tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsekit.structure.places import Attribute
 
 
 def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
-    """The values of an integer attribute (one) or of a tuple of them; empty if there is no such attribute."""
+    """The integers that an attribute holds, one or a tuple of them; empty if there is no such attribute."""
     module, _, name = path.rpartition(".")
     try:
         value = getattr(model.get_submodule(module), name)
@@ -25,7 +25,7 @@ def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
 
 
 def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
-    """Set the attribute, or its entry, to `size`; tuples stay tuples and lists are replaced, not changed."""
+    """Set the attribute, or one entry of it, to `size`; a tuple or list is replaced by a new one of its kind."""
     module = model.get_submodule(attribute.module)
     if attribute.item is None:
         setattr(module, attribute.name, size)
@@ -39,7 +39,7 @@ def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
     """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
 
-    `rows` of the weight were kept: a grouped convolution has as many blocks left as these lie in.
+    `rows` are those of the weight that were kept: a grouped convolution keeps the groups that they lie in.
     """
     weight = getattr(module, "weight", None)
     if isinstance(module, TRANSPOSED):

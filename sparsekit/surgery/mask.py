@@ -1,4 +1,4 @@
-"""The masked model: full size, but nothing reads what the plan drops."""
+"""Mask a model by a plan: it keeps its full size, but nothing reads the channels that the plan drops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsekit.surgery.norms import is_standardised, make_plain_, normalise_what
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce.
+    """A copy of full size in which nothing reads the dropped channels: the cut model has to compute the same.
 
     Raises ModelError if the plan does not fit the model, or the model does not run on inputs of the plan's shapes.
     """
@@ -25,7 +25,7 @@ def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 
 def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """As `mask_model`, with constants of dead channels dropped instead of folded."""
+    """As `mask_model`, but constants of dead channels are lost, not folded, and the plan is not checked."""
     return _masked(model, plan, blank_columns_)
 
 
@@ -39,7 +39,7 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             )
     for cut in plan.cuts:
         if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
-            continue  # of a composed plan: the first cut may have made it, for a constant
+            continue  # in a composed plan the first cut may make this bias, for a constant
         size = len(cut.keep) + len(cut.drop)
         if cut.role == "size":
             found = read_sizes(model, cut.tensor)
@@ -67,7 +67,7 @@ def _masked(
 
 
 def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy in which no layer that loses columns computes its filters from all of them."""
+    """A copy in which standardised convolutions that lose columns are plain."""
     copied = copy.deepcopy(model)
     readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
     make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
@@ -75,7 +75,7 @@ def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 
 def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
-    """Blocks that go add nothing to what they read; in place."""
+    """Set the layer scales of residual blocks that go to zero, in place."""
     with torch.no_grad():
         for block in plan.blocks:
             for scale in block.scales:
@@ -83,7 +83,7 @@ def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def _silence_(model: nn.Module, plan: PrunePlan) -> None:
-    """Where a response norm looks at all channels, those that go have to be zero, not only unread; in place."""
+    """Set dropped channels to zero if the plan cuts a response norm, which looks at all channels; in place."""
     if not any(cut.role == "response" for cut in plan.cuts):
         return
     tensors = dict(model.named_parameters())
@@ -95,7 +95,7 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
-    """Layer norms that lose channels look at those that stay, as the cut ones will; in place."""
+    """Let layer norms that lose channels look only at those that stay, as the cut ones will; in place."""
     for cut in plan.cuts:
         if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
             normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)

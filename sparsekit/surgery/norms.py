@@ -1,4 +1,4 @@
-"""Norms and a cut: layer norms over what stays, standardised convolutions made plain, and what makes up for a mean."""
+"""What a cut does to norms: layer norms, response norms, root mean square norms, and standardised convolutions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"
 
 
 def normalise_what_stays_(module: nn.Module, keep: tuple[int, ...]) -> None:
-    """Give the module a subclass whose layer norms look at the channels `keep` only, in place."""
+    """Give the module a subclass whose layer norms look only at the channels `keep`, in place."""
     cls = _original_class(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,11 +38,11 @@ def normalise_all_(module: nn.Module) -> None:
 
 
 def make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
-    """Of a norm over d channels, of which k stay: epsilon times d / k, and the scale to suit.
+    """Change epsilon and scale of a norm by a mean over channels, so that the cut leaves its outputs; in place.
 
-    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d. So for
-    a global response norm x / (m + eps) = (d / k) x / (m' + eps d / k), and for a root mean square norm, m being that
-    of squares, x / sqrt(m + eps) = sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
+    Of d channels k stay and the others are zero. With m the mean over all d and m' that over the k, m = m' k / d. So a
+    global response norm x / (m + eps) is (d / k) x / (m' + eps d / k), and a root mean square norm x / sqrt(m + eps),
+    with m the mean of squares, is sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
     """
     module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
     ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
@@ -91,7 +91,7 @@ def _original_class(module: nn.Module) -> Any:
 
 
 class _OverWhatStays(TorchFunctionMode):
-    """Layer norms with this scale see the kept channels of their input's last dimension, and give 0 for the others."""
+    """Layer norms with this scale normalise the kept channels of the last dimension, and give 0 for the others."""
 
     def __init__(self, weight: Tensor, keep: tuple[int, ...]) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def _arguments(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
-    """Of torch's layer_norm, however they were given."""
+    """The arguments of torch's layer_norm, however they were given."""
     return input, normalized_shape, weight, bias, eps
 
 

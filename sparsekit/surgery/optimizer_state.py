@@ -1,4 +1,4 @@
-"""An optimizer for the cut model: which parameter is whose heir, and what becomes of its state."""
+"""Copy an optimizer for the cut model: match old and new parameters, and hand state from one to the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.plan import PrunePlan
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
-# State that is a copy of the weights, not of gradients: Lookahead's slow weights, MADGRAD's first and ASGD's average.
+# State that copies weights: Lookahead's slow weights, those that MADGRAD started from, ASGD's average.
 _COPIES_OF_WEIGHTS = ("lookahead_slow_buff", "x0", "ax")
 # What torch's schedulers mark their wrapper of `optimizer.step` with.
 STEP_MARK = "_wrapped_by_lr_sched"
@@ -31,14 +31,17 @@ STEP_MARK = "_wrapped_by_lr_sched"
 
 @dataclass(frozen=True)
 class Heir:
-    """A parameter of the pruned model: `keeps` are the positions that stay, by dimension; None if it is new."""
+    """A parameter of the pruned model that follows one of the uncut model.
+
+    `keeps` are the positions that stay, by dimension; None if the cut made the parameter.
+    """
 
     name: str
     parameter: nn.Parameter
     keeps: Mapping[int, tuple[int, ...]] | None
 
     def inherit(self, tensor: Tensor) -> Tensor:
-        """The entries of `tensor`, of the old parameter's shape, that belong to what stays."""
+        """The entries that stay of `tensor`, which has the old parameter's shape."""
         if not self.keeps:
             return tensor.detach().clone()
         for dim, keep in self.keeps.items():
@@ -55,8 +58,9 @@ def _clone(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Copying:
-    """One act of copying: heirs of parameters, copies made so far by the id of the original, and how a tensor is
-    copied.
+    """The state of one act of copying.
+
+    heirs: those of each parameter. copies: made so far, by the id of the original. tensor: how a tensor is copied.
     """
 
     heirs: Heirs
@@ -65,8 +69,10 @@ class Copying:
 
 
 def match_parameters(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> Heirs:
-    """For the id of each parameter of `model`, what stands in its place: one, none if it is gone, more if it was tied
-    under two names and no longer is; and behind them the biases that the cut made.
+    """The heirs of each parameter of `model` in `pruned`, by its id.
+
+    One heir is the rule. There is none if the parameter is gone, and more than one if it was tied under two names and
+    no longer is. A bias that the cut made comes behind the heirs of its module's weight.
     """
     old = dict(model.named_parameters(remove_duplicate=False))
     new = dict(pruned.named_parameters(remove_duplicate=False))
@@ -95,6 +101,7 @@ def match_parameters(model: nn.Module, pruned: nn.Module, plan: PrunePlan) -> He
 
 
 def check_optimizer(optimizer: Optimizer, heirs: Heirs) -> None:
+    """Raise InputError for parameters without heirs or held twice, and for state that is not kept by parameter."""
     if isinstance(optimizer, LBFGS):
         raise InputError(
             "the state of LBFGS spans all parameters at once and cannot follow channels; make a new LBFGS over "
@@ -115,8 +122,10 @@ def check_optimizer(optimizer: Optimizer, heirs: Heirs) -> None:
 
 
 def copy_value(value: Any, copying: Copying) -> Any:
-    """A copy that shares no state: optimizers, schedulers, containers, tensors and random generators are copied,
-    parameters replaced by their heirs, methods bound to the copy of their object; all else is shared.
+    """A copy of any value that shares no state with it.
+
+    Optimizers, schedulers, containers, tensors and random generators are copied. Parameters are replaced by their
+    heirs, and methods are bound to the copy of their object. All else is shared.
     """
     if id(value) in copying.copies:
         return copying.copies[id(value)]
@@ -157,7 +166,7 @@ def copy_object(old: Any, copying: Copying) -> Any:
 
 
 def heir_names(group: Mapping[str, Any], heirs: Heirs) -> list[str]:
-    """The first to follow a parameter keeps the name its caller gave it."""
+    """Names for the heirs of a param group: the first heir of a parameter keeps the name that the caller gave it."""
     return [
         name if heir.keeps is not None and index == 0 else heir.name
         for parameter, name in zip(group["params"], group["param_names"], strict=True)
@@ -168,9 +177,8 @@ def heir_names(group: Mapping[str, Any], heirs: Heirs) -> list[str]:
 def prepare_new_parameters_(optimizer: Optimizer) -> None:
     """Give parameters without state what their class prepares for them at construction.
 
-    Most optimizers start a parameter's state at its first step; Adagrad and Adahessian do it in their constructor,
-    and fail without. It is learned from a second instance. Where that cannot be made (wrappers), the class is taken
-    to be of the first kind.
+    Most optimizers start a parameter's state at its first step. Adagrad and Adahessian start it in their constructor
+    and fail without it; it is taken from a second instance. Where there can be none (wrappers), nothing is done.
     """
     groups = [{k: v for k, v in group.items() if k != "param_names"} for group in optimizer.param_groups]
     try:
@@ -187,7 +195,7 @@ def prepare_new_parameters_(optimizer: Optimizer) -> None:
 
 
 def check_complete(old: Optimizer, new: Optimizer, heirs: Heirs) -> None:
-    """Every heir of what the old optimizer held is in the new one exactly once, and nothing else is."""
+    """Raise VerificationError unless the new optimizer holds every heir of the old parameters once, and no other."""
     held = [heir for group in old.param_groups for p in group["params"] for heir in heirs[id(p)]]
     wanted = sorted(id(heir.parameter) for heir in held)
     found = sorted(id(p) for group in new.param_groups for p in group["params"])
@@ -219,7 +227,7 @@ def _does_not_fit(name: str, why: str) -> InputError:
 
 
 def _check_free(function: types.FunctionType, copying: Copying) -> None:
-    """Refuse a function that closes over an object being replaced: itself, a method of it, or a weak reference."""
+    """Raise InputError for a function that holds an object being replaced, one of its methods, or a weak reference."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents
@@ -236,7 +244,7 @@ def _check_free(function: types.FunctionType, copying: Copying) -> None:
 
 
 def _copy_dict(value: dict[Any, Any], copying: Copying) -> dict[Any, Any]:
-    """The same kind of dict; what was kept for a parameter is handed to its heirs."""
+    """A dict of the same kind; what was kept for a parameter is handed to its heirs."""
     made = copy.copy(value)
     made.clear()
     for key, entry in value.items():
@@ -251,12 +259,12 @@ def _copy_dict(value: dict[Any, Any], copying: Copying) -> dict[Any, Any]:
 
 
 def _has_channels(state: Any, parameter: Tensor) -> bool:
-    """Whether every tensor in it is a scalar, or has an entry for each of the parameter's."""
+    """Whether every tensor in the state is a scalar or has the parameter's shape."""
     if isinstance(state, Tensor):
         return not state.dim() or state.shape == parameter.shape
     if isinstance(state, dict):
         return all(_has_channels(entry, parameter) for entry in state.values())
-    # Tensors in a list are factors, one a dimension; those of a square weight have its shape by accident.
+    # Tensors in a list are factors, one for each dimension; of a square weight they have its shape by accident.
     return not any(tensor.dim() for tensor in flat_tensors(state))
 
 
@@ -264,7 +272,7 @@ def _inherited(state: Any, old: Tensor, heir: Heir, copying: Copying) -> Any:
     def pick(tensor: Tensor) -> Tensor:
         return heir.inherit(tensor) if tensor.shape == old.shape else _clone(tensor)
 
-    # With copies of its own: several heirs of one parameter each need their state.
+    # Copied anew for each heir: several heirs of one parameter each need their state.
     made = copy_value(state, replace(copying, copies={}, tensor=pick))
     if isinstance(made, dict):
         for name in _COPIES_OF_WEIGHTS:
@@ -275,7 +283,7 @@ def _inherited(state: Any, old: Tensor, heir: Heir, copying: Copying) -> Any:
 
 
 def _copy_sequence(value: Any, copying: Copying) -> Any:
-    """The same kind of container; a parameter makes place for all its heirs."""
+    """A container of the same kind, with the heirs of each parameter in its place."""
     items: list[Any] = []
     for item in value:
         heirs = copying.heirs.get(id(item))

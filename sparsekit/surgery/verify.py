@@ -1,4 +1,4 @@
-"""The proof of a cut: the masked and the cut model agree."""
+"""Prove a cut: the masked and the cut model give the same outputs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sparsekit.surgery.mask import mask_model
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest absolute difference of two models' outputs, and the largest absolute output it is measured against."""
+    """How far two models' outputs are apart: the largest absolute difference, and the largest absolute output."""
 
     max_abs: float
     scale: float
 
     @property
     def max_rel(self) -> float:
-        """`max_abs` relative to the largest output; 0 for two models that both put out nothing but zeros."""
+        """`max_abs` relative to the largest output."""
         return self.max_abs / self.scale if self.scale > 0 else self.max_abs
 
 
 def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
-    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
+    """Prove that the masked and the cut model agree within `tolerance`, relative to the largest output.
 
-    Raises VerificationError if they do not, or the cut one does not run.
+    Raises VerificationError if they do not, or if the cut model does not run.
     """
     masked = mask_model(model, plan)
     try:
