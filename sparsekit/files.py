@@ -1,4 +1,4 @@
-"""Files written atomically, and files that must not be read."""
+"""Write files atomically, and recognise a pickle."""
 
 from __future__ import annotations
 

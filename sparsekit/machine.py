@@ -1,6 +1,6 @@
-"""What the machine is: processor, cores, vector instructions, memory, load, and versions of the libraries.
+"""Describe the machine: processor, cores, vector instructions, memory, load, and library versions.
 
-Latency figures mean nothing without these, so every report carries them.
+Every report holds these, because a latency means nothing without them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TORCH_CAPABILITY = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512f"]}
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader needs to judge a latency figure; every value can be written as JSON.
+    """Return what a reader needs to judge a latency, as plain data.
 
     Keys: `cpu` (model name), `physical_cores` and `logical_cores` (those this process may use), `simd` (list
     of instruction sets in Linux's spelling), `memory_bytes` (installed, or the container's limit; None if
@@ -60,7 +60,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the version of each library that a result depends on; absent libraries are left out."""
+    """Return the versions of the libraries that a result depends on; those not installed are left out."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -80,7 +80,7 @@ def usable_cores() -> int:
 
 
 def check_threads(threads: int) -> None:
-    """Raise InputError unless 1 <= `threads` <= `usable_cores()`: more would only wait for each other."""
+    """Raise InputError unless 1 <= `threads` <= `usable_cores()`; more threads would wait for each other."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
         raise InputError(
@@ -130,7 +130,7 @@ def _cpu_model(processors: list[dict[str, str]]) -> str:
 
 
 def _physical_cores(processors: list[dict[str, str]]) -> int:
-    """Return the distinct cores behind the logical ones; the logical count where the system does not tell."""
+    """Return how many physical cores the logical ones are; their own number where the system does not tell."""
     logical = usable_cores()
     if not hasattr(os, "sched_getaffinity"):
         return logical

@@ -1,4 +1,4 @@
-"""The dense model that an artifact is built on: how it is named, and built again."""
+"""The dense model that an artifact starts from: how it is described, and how it is built again."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sparsekit.artifact.format import OwnSource, Structure, TimmSource, to_json_
 from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
 
 Factory = Callable[[], nn.Module]
-# Arguments of `timm.create_model` that name weights, files or addresses: an artifact brings its own weights.
+# Arguments of `timm.create_model` that name weights, files or addresses; an artifact has weights of its own.
 _NOT_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def describe_source(
     model: nn.Module, name: str | None, args: Mapping[str, Any] | None, factory: Factory | None
 ) -> dict[str, Any]:
+    """The `source` of an artifact: what the dense model is. Raises InputError if that cannot be told."""
     if factory is not None:
         return {"factory": f"{type(model).__module__}.{type(model).__qualname__}"}
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -33,7 +34,7 @@ def describe_source(
                 f"cannot tell how to build {type(model).__name__} again; pass save(..., model_name=, model_args=) "
                 "for a timm model or save(..., factory=) for your own"
             )
-    elif ":" in name:  # of a hub or folder, which may be gone: what it stood for is a timm architecture
+    elif ":" in name:  # of a hub or folder, which may go: name the timm architecture it holds
         args = {**getattr(model, "_model_args", {}), **(args or {})}
         name = config.get("architecture", name)
     source: dict[str, Any] = json.loads(to_json_text({"timm": name, "args": dict(args or {})}))
@@ -41,6 +42,7 @@ def describe_source(
 
 
 def name_source(source: TimmSource | OwnSource) -> str:
+    """The dense model as an error message names it."""
     if isinstance(source, OwnSource):
         return source.factory
     args = ", ".join(f"{key}={value!r:.40}" for key, value in source.args.items())
@@ -48,6 +50,7 @@ def name_source(source: TimmSource | OwnSource) -> str:
 
 
 def build_dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn.Module:
+    """The dense model of an artifact. Raises FileError if that needs a factory, ModelError if it cannot be built."""
     source = structure.source
     if factory is not None:
         return build_by_factory(factory)
@@ -60,6 +63,7 @@ def build_dense_model(path: Path, structure: Structure, factory: Factory | None)
 
 
 def build_timm(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """A timm model with new weights, on the CPU. Raises ModelError for what would need a download or a file."""
     import timm
 
     if ":" in name or not timm.is_model(name):
@@ -73,7 +77,7 @@ def build_timm(name: str, args: Mapping[str, Any]) -> nn.Module:
 
 
 def build_by_factory(factory: Factory) -> nn.Module:
-    """A copy of what the caller's factory builds: it may hand out a model that is still in use."""
+    """A copy of what the factory returns, which may still be in use. Raises ModelError if that is no module."""
 
     def build() -> nn.Module:
         model = factory()

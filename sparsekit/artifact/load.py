@@ -1,4 +1,4 @@
-"""A model out of an artifact: built dense, then given the recorded shapes, sizes and numbers."""
+"""Load a model from an artifact: build it dense, then give it the recorded shapes, sizes and numbers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
 def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     """The model an artifact holds, on the CPU, in eval mode, with equal logits. Nothing is unpickled.
 
-    `factory` builds the dense model: needed if that is not timm's, and used instead of timm if it is given. What
-    it returns is copied, never changed. The caller's random state does not move. Raises FileError if the folder
-    is no artifact, is damaged, was written by a newer format, or does not fit the model.
+    `factory` builds the dense model; it is needed if that is not timm's. What it returns is copied, never changed. The
+    caller's random state does not move. Raises FileError if the folder is no artifact, is damaged, has another format,
+    or does not fit the dense model.
     """
     path = Path(path)
     structure = parse_structure(path)
@@ -43,7 +43,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
         bypass_recorded_(model, structure.bypassed)
         _make_plain_(model, structure.plain)
         fill_model_(model, structure, tensors)
-    except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
+    except Exception as error:  # a wrong artifact may fail in any way
         raise FileError(
             f"{path} does not fit the dense model, {name_source(structure.source)}: {first_line(error)}{written_with}"
         ) from error
@@ -58,9 +58,9 @@ def check_round_trip(
     factory: Factory | None = None,
     tolerance: float = 1e-5,
 ) -> float:
-    """Load the artifact and compare logits with the model it was saved from; the largest absolute difference.
+    """Load the artifact, compare its logits with the model's on `inputs`, and return the largest absolute difference.
 
-    Raises VerificationError if it exceeds `tolerance` times the largest logit.
+    Raises VerificationError if that exceeds `tolerance` times the largest logit.
     """
     loaded = load(path, factory=factory).to(inputs.device)
     with comparing(model):
@@ -74,7 +74,7 @@ def check_round_trip(
 
 
 def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
-    """Raises InputError for a name that is no module inside of the dense model."""
+    """Bypass the named modules, in place. Raises InputError for a name that the dense model does not have."""
     try:
         bypass_(model, names)
     except ModelError as error:
@@ -82,7 +82,10 @@ def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
 
 
 def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
-    """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
+    """Give a fresh dense model the recorded shapes, sizes, attributes and numbers, in place.
+
+    Blocks are bypassed and convolutions plain already. Raises InputError if the two do not fit.
+    """
     stored = model.state_dict().keys()
     if missing := sorted(stored - tensors.keys()):
         raise InputError(f"tensors of the dense model are not in the artifact: {first_names(missing)}")
@@ -111,12 +114,12 @@ def _make_plain_(model: nn.Module, names: list[str]) -> None:
 
 
 def _holder(modules: Mapping[str, nn.Module], name: str) -> dict[str, Any]:
-    """The dictionary of a module's parameters or buffers that has a place for the tensor."""
+    """The dictionary, of parameters or buffers of a module, that has a place for the tensor."""
     owner_name, _, key = name.rpartition(".")
     owner = modules.get(owner_name)
     holders: Iterable[dict[str, Any]] = (owner._parameters, owner._buffers) if owner is not None else ()
     for held in holders:
-        # Where a dense model has none, a folded constant is the one thing that a cut adds.
+        # The one tensor that a cut adds is a bias, for a folded constant.
         if held.get(key) is not None or (key == "bias" and key in held):
             return held
     raise InputError(f"the dense model has no {name}")
@@ -150,11 +153,11 @@ def _set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any
 
 
 def _of_kind(value: Any, built: Any, place: str) -> Any:
-    """`value`, if it is the kind of thing that was built, with tuples where JSON only has lists."""
+    """`value`, with tuples where JSON only has lists. Raises InputError if it is of another kind than `built`."""
     if built is None:
         return value
     if isinstance(built, (tuple, list)) and isinstance(value, list):
-        alike = [*built, *built[-1:] * len(value)]  # what is longer than before goes on as it ended
+        alike = [*built, *built[-1:] * len(value)]  # a longer list goes on as the built one ends
         items = [_of_kind(v, b, place) for v, b in zip(value, alike, strict=False)]
         return tuple(items) if isinstance(built, tuple) else items
     if isinstance(built, dict) and isinstance(value, dict):
@@ -168,5 +171,5 @@ def _of_kind(value: Any, built: Any, place: str) -> Any:
 
 
 def _entry_of_kind(value: Any, built: Any, place: str) -> Any:
-    """As `_of_kind`, for dictionaries: they describe, and a text may be missing from a description."""
+    """As `_of_kind`, for an entry of a dictionary: a text or a list there may also be None."""
     return None if value is None and isinstance(built, (str, list, tuple)) else _of_kind(value, built, place)

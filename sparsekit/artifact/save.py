@@ -1,4 +1,4 @@
-"""A model into an artifact: what differs from the dense model, and a rehearsal of loading it."""
+"""Save a model as an artifact: record how it differs from the dense model, and rehearse loading it."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ def save(
     plan: PrunePlan | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `model` to the folder `path` (created or replaced), atomically file by file; returns the folder.
+    """Write `model` to the folder `path`, created or replaced, each file atomically; returns the folder.
 
-    A timm model needs nothing more if its name and class count say how to build it; with other arguments
-    (image size, custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module
-    needs `factory`, a function without arguments that builds the dense model; `load` is then given the same one.
-    The dense model is built once and filled as `load` would, to check that the artifact can be loaded. Raises
-    InputError if it cannot be, if its modules are of other kinds than the model's, or `info` is not plain JSON.
+    A timm model needs nothing more if its name and class count say how to build it. With other arguments (image size,
+    custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module needs `factory`, a
+    function without arguments that builds the dense model; give `load` the same one.
+
+    The dense model is built once and filled as `load` would do it. Raises InputError if that fails, if its modules are
+    of other kinds than the model's, or if `info` is not plain JSON, and FileError if `path` is a file.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -85,7 +86,7 @@ def save(
 
 
 def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
-    """Names of convolutions that are standardised in the fresh model and are not in the cut one."""
+    """Names of convolutions that are standardised in the fresh model and plain in the cut one."""
     held = dict(model.named_modules())
     return [
         name
@@ -95,7 +96,7 @@ def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
 
 
 def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
-    """Raise InputError if the rebuilt model has other kinds of modules: equal weights would give other logits."""
+    """Raise InputError if the rebuilt model has other kinds of modules: it would compute something else."""
     built = {name: type(module) for name, module in fresh.named_modules()}
     held = {name: original_class(module) for name, module in model.named_modules()}
     for name in [*held, *built]:
@@ -108,9 +109,9 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
 
 
 def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of the state dict, and the other buffers that a fresh model does not have in the same way.
+    """All tensors of the state dict, and other buffers that differ from a fresh model's.
 
-    Ready for safetensors: on the CPU, contiguous, no two of them in the same memory.
+    They are ready for safetensors: on the CPU, contiguous, no two in the same memory.
     """
     state = dict(model.state_dict())
     built = dict(fresh.named_buffers(remove_duplicate=False))
@@ -130,7 +131,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Plain public attributes in which the model's modules differ from the fresh ones, by module name."""
+    """By module, the attributes in which the model differs from the fresh one."""
     built = {name: portable_attributes(module) for name, module in fresh.named_modules()}
     changed: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -141,7 +142,7 @@ def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[st
 
 
 def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
-    """The rewritten places, under the names that their modules have now: a model may have become part of another."""
+    """The rewritten places, under the names that their modules have now."""
     return [
         asdict(replace(place, module=name))
         for name, module in model.named_modules()
@@ -150,7 +151,7 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the fresh model from what will be written. Raises InputError if that does not work."""
+    """Fill the fresh model from what will be written. Raises InputError if that fails."""
     try:
         fill_model_(fresh, Structure.model_validate_json(text, strict=True), tensors)
     except ValidationError as error:

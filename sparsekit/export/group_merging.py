@@ -1,9 +1,9 @@
-"""Grouped convolutions as ONNX Runtime runs them fast: groups as wide as its blocks, filled up with zeros.
+"""Merge narrow groups of grouped convolutions, filled up with zeros, because ONNX Runtime runs wide ones faster.
 
-Its blocked layout takes a grouped convolution only if each group has whole blocks of channels (`NchwcTransformer` in
-onnxruntime/core/optimizer/nchwc_transformer.cc); narrower ones run group by group, and what is around them is reordered
-on the way in and out. Two groups of 8 channels as one of 16, with zeros where they do not meet, multiply twice as much
-and take less time (benchmarks/merged_groups.py).
+Its blocked layout takes a grouped convolution only if the channels of each group are a multiple of the step
+(`NchwcTransformer` in onnxruntime/core/optimizer/nchwc_transformer.cc). Narrower groups run one by one, with reorders
+before and after. Two groups of 8 channels made one of 16 multiply twice as much and take less time
+(benchmarks/merged_groups.py).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-# With more zeros than that what the layout gains is lost again.
+# With more zeros than this, the layout gains nothing.
 _MOST_MERGED = 4
 
 
 def merge_groups_(proto: onnx.ModelProto, step: int) -> int:
-    """Widen the groups of all 2-d convolutions whose weights are constants, in place; returns of how many."""
+    """Merge the groups of all 2-d convolutions with constant weights, in place; returns of how many."""
     weights = {initializer.name: initializer for initializer in proto.graph.initializer}
     readers = [name for node in proto.graph.node for name in node.input]
     merged = 0
@@ -44,9 +44,9 @@ def merge_groups_(proto: onnx.ModelProto, step: int) -> int:
 
 
 def merge_factor(inputs: int, outputs: int, step: int) -> int:
-    """Of how many groups with so many input and output channels one should be made, if their number allows it.
+    """How many groups to merge into one, if their number can be divided by it; 1 to leave them.
 
-    `step` is the width of the layout's blocks, 1 where there is no such layout.
+    `inputs` and `outputs` are the channels of one group, `step` is the step of the latency (`conv_step`).
     """
     for factor in range(1, _MOST_MERGED + 1):
         if (inputs * factor) % step == 0 and (outputs * factor) % step == 0:
@@ -55,11 +55,11 @@ def merge_factor(inputs: int, outputs: int, step: int) -> int:
 
 
 def _widened(weight: np.ndarray, conv_groups: int, factor: int) -> np.ndarray:
-    """(out, in / groups, *kernel) to (out, factor * in / groups, *kernel), the same convolution in fewer groups."""
+    """The same convolution in fewer groups: (out, in / groups, *kernel) to (out, factor * in / groups, *kernel)."""
     outputs, inputs = weight.shape[:2]
     wide = np.zeros((outputs, factor * inputs, *weight.shape[2:]), weight.dtype)
     per_group = outputs // conv_groups
-    for place in range(factor):  # of a group among those that it is merged with
+    for place in range(factor):  # the place of a group in its merged one
         rows = [i for i in range(outputs) if (i // per_group) % factor == place]
         wide[rows, place * inputs : (place + 1) * inputs] = weight[rows]
     return wide

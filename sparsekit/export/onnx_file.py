@@ -1,4 +1,4 @@
-"""Write a PyTorch model as one self-contained ONNX file, with metadata, and read the metadata back."""
+"""Export a model to one self-contained ONNX file with metadata, and read the metadata back."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def export_onnx(
 ) -> Path:
     """Export `model` in eval mode and float32 to the ONNX file `path` and return the path.
 
-    Shapes are those of `example_input` (a tensor, or a tuple for a model with several inputs); with
-    `dynamic_batch` the first dimension of every input that has the batch size of the first input is left
-    open. A BatchNorm after a convolution is folded into it, subnormal weights become 0, and the weights lie
-    in the file itself, as constants. With `merge_groups` narrow groups of a convolution are merged with zeros to the
-    width that ONNX Runtime has fast kernels for on a processor like this one: the same function, in less time although
-    these layers then multiply up to four times as much. For other processors and runtimes the file may be better
-    without. `metadata` is stored in the file (`read_metadata`). The opset is the
-    exporter's own unless `opset` is given.
+    Shapes are those of `example_input`, a tensor, or a tuple for a model with several inputs. With `dynamic_batch` the
+    batch is open: the first dimension of every input that has the first input's batch size. The opset is the exporter's
+    own unless `opset` is given. `metadata` is stored in the file (`read_metadata`).
 
-    A copy on the CPU is exported, so the caller's model keeps its mode, device and precision, and the random
-    state is untouched. The file appears complete or not at all.
+    A BatchNorm after a convolution is folded into it, subnormal weights become 0, and weights lie in the file itself.
+    With `merge_groups` narrow groups of a convolution are merged, filled up with zeros, to the width that ONNX Runtime
+    runs fast on this processor. The file computes the same, though these layers multiply up to four times as much; for
+    another processor or runtime it may be faster without.
+
+    A copy on the CPU is exported: the caller's model keeps its mode, device and precision, and the random state does
+    not move. The file appears complete or not at all.
 
     Raises:
         ModelError: the model cannot be traced, is too large for one file, or has no export in this opset.
@@ -109,7 +109,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def metadata_texts(description: Mapping[str, Any]) -> dict[str, str]:
-    """Plain data as texts, which is all that an ONNX file's metadata can hold."""
+    """Plain data as texts: an ONNX file's metadata holds nothing else."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
 
 
@@ -117,7 +117,7 @@ def _portable_inputs(example_input: Tensor | tuple[Tensor, ...], dynamic_batch: 
     inputs = tuple(_float32_cpu(tensor.detach()) for tensor in as_inputs(example_input))
     if not dynamic_batch or _batch_size(inputs) != 1:
         return inputs
-    # A dimension of size 1 is taken for a constant when the model is traced (it broadcasts), so show two.
+    # Tracing takes a dimension of size 1 for a constant, because it broadcasts: show two.
     return tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in inputs)
 
 
@@ -144,8 +144,7 @@ def _portable_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied for the export: {error}; keep only parameters "
             "and buffers on its modules, no tensors that are part of an autograd graph"
         ) from error
-    # Through train() first: some models cache tensors computed from their weights in eval mode, and drop them
-    # there.
+    # Through train() first: it drops tensors that some models compute from their weights in eval mode and keep.
     return duplicate.to("cpu").float().train().eval().requires_grad_(False)
 
 
@@ -162,10 +161,9 @@ def _trace(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> onnx.ModelProto:
-    # torch.export rather than the deprecated TorchScript tracer: where control flow depends on the data it
-    # fails instead of baking in one branch. Once ONNX Runtime has fused them, the graphs of both run equally
-    # fast (resnet18, mobilenetv3_small_050, test_convnext, test_vit: within 2 %, the difference of a file to
-    # itself).
+    # By torch.export, not the deprecated TorchScript tracer: where control flow depends on data it fails, and does not
+    # bake in one branch. In ONNX Runtime both graphs run equally fast (resnet18, mobilenetv3_small_050, test_convnext,
+    # test_vit: within 2 %, as far as a file is from itself).
     def attempt() -> onnx.ModelProto:
         with quiet(_NOISY_LOGGERS), torch.random.fork_rng(devices=[]), torch.no_grad():
             program = torch.onnx.export(
@@ -187,7 +185,7 @@ def _trace(
         try:
             return attempt()
         except Exception:
-            # The exporter has attention only for queries of three or four dimensions; written out it has all.
+            # The exporter knows fused attention only for queries of three or four dimensions.
             if not _write_attention_out_(model):
                 raise
             return attempt()
@@ -201,7 +199,7 @@ def _trace(
 
 
 def _write_attention_out_(model: nn.Module) -> bool:
-    """Switch timm's attention from the fused operator to its matrix products, in place; whether there was any."""
+    """Switch timm's attention from the fused operator to matrix products, in place; returns whether there was any."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
@@ -209,7 +207,7 @@ def _write_attention_out_(model: nn.Module) -> bool:
 
 
 def _check_opset(proto: onnx.ModelProto, opset: int | None) -> None:
-    # The exporter keeps its own opset when the conversion to the one asked for fails, and only logs it.
+    # If it cannot convert to the opset asked for, the exporter only logs that and keeps its own.
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
         raise ModelError(
@@ -218,7 +216,7 @@ def _check_opset(proto: onnx.ModelProto, opset: int | None) -> None:
 
 
 def _strip_trace_notes(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes on each node and value: they hold source paths of the machine it ran on."""
+    """Remove the exporter's notes on nodes and values: they hold source paths of this machine."""
     graph = proto.graph
     for part in (
         proto,

@@ -1,4 +1,4 @@
-"""The same ONNX graph in fewer bits: int8 by ONNX Runtime's static quantization, and half precision."""
+"""Convert an ONNX file to fewer bits: int8 by ONNX Runtime's static quantization, or half precision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsekit.machine import describe_machine
 
 __all__ = ["convert_to_fp16", "quantize_to_int8"]
 
-# Processors without these add products of 8 bits in 16, which can overflow: there weights get 7 bits.
+# Processors without these add products of 8 bits in sums of 16, which can overflow.
 _WIDE_SUMS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 _NOISY_LOGGERS = ("root",)  # where the tools log what they do
 
@@ -31,9 +31,9 @@ def quantize_to_int8(
 ) -> Path:
     """Write the float32 file `source` as `target` with int8 weights (per output channel) and uint8 activations.
 
-    The activations' ranges are the smallest and largest values seen on `images`, batches (n, ...) like the model's
-    input, of which whole batches of the file's size are used. Weights get 7 bits on processors that would overflow with
-    8. The graph holds QuantizeLinear and DequantizeLinear pairs, which ONNX Runtime fuses. Metadata stays.
+    `images` are batches (n, ...) of model inputs; whole batches of the file's size are used. An activation ranges from
+    the smallest to the largest value seen on them. Weights get 7 bits on processors where 8 could overflow. The graph
+    holds pairs of QuantizeLinear and DequantizeLinear, which ONNX Runtime fuses. Metadata stays.
 
     Raises DataError if the images do not fill one batch, ModelError if the quantizer fails on the graph.
     """
@@ -68,7 +68,7 @@ def quantize_to_int8(
 
 
 def convert_to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Write the float32 file `source` as `target` with half precision inside; inputs and outputs stay float32.
+    """Write the float32 file `source` as `target` in half precision; inputs and outputs stay float32.
 
     Raises ModelError if the graph cannot be converted.
     """
@@ -100,7 +100,7 @@ def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterat
 
 
 class _Reader:
-    """What the quantizer reads its calibration inputs from."""
+    """Hands the calibration inputs to the quantizer."""
 
     def __init__(self, batches: list[dict[str, NDArray[Any]]]) -> None:
         self._rest = iter(batches)

@@ -78,7 +78,6 @@ def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
 
 def size_arguments(call: ast.Call) -> list[ast.expr]:
     """The sizes that a reshape call is given, as arguments or in one tuple; empty if some are unpacked from a name."""
-    """The sizes that a reshape call is given, as arguments or in one tuple; empty if some are unpacked from a name."""
     if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
         return call.args[0].elts
     return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args

@@ -1,7 +1,7 @@
-"""Images with labels: opening, splitting, transforming and batching them.
+"""Open labelled images: the embedded digits, class folders and tars, and timm's datasets.
 
-timm finds the images (folders, tars) and transforms them. Reading is done here, because timm's datasets skip
-an image they cannot read, and a silently different data set is worse than a stop.
+timm finds the images, but they are read here: timm's datasets skip an image that they cannot read, and a data set that
+silently differs is worse than a stop.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ _SYNONYMS = {
 class UnreadableImageError(DataError):
     """One image cannot be read; the message names its file.
 
-    A DataLoader worker hands over an exception as the text of its traceback and builds the exception again
-    from that text; the constructor takes the message out of it, so users see one line whatever the number of
-    workers.
+    A DataLoader's worker hands over only the text of the traceback, and the exception is built again from that. So the
+    constructor takes the message out of a traceback, and users see one line whatever the number of workers.
     """
 
     def __init__(self, message: str) -> None:
@@ -46,10 +45,10 @@ class UnreadableImageError(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset[tuple[Picture, int]]):
-    """Decoded images with their labels, read on demand.
+    """Images with their labels, read on demand.
 
-    read(i) gives the picture of index i, where(i) its name for messages; `indices` (n,) are those that
-    belong to this data set and `labels` (n,) their classes. in_memory: reading costs nothing.
+    indices, labels: (n,), which images of the source these are, and their classes. read, where: give the picture of an
+    index, and its name for messages. in_memory: reading costs nothing.
     """
 
     read: Callable[[int], Picture]
@@ -76,6 +75,7 @@ class Images(Dataset[tuple[Picture, int]]):
 
 
 def open_digits() -> tuple[Images, tuple[str, ...]]:
+    """The 1,797 handwritten digits of scikit-learn (8x8 pixels), and the names of their classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -89,6 +89,7 @@ def open_digits() -> tuple[Images, tuple[str, ...]]:
 
 
 def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
+    """A split below `root`, a folder or tar of class folders, and the names of its classes. Raises DataError."""
     path = _find_split(root, split)
     is_tar = path.is_file()
     try:
@@ -119,6 +120,7 @@ def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
 
 
 def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
+    """A split of a timm dataset downloaded to `root`, and the names of its classes. Raises DataError."""
     if name.lower().startswith(("wds/", "tfds/", "hfids/")):
         raise DataError(
             f"data {name!r} is a stream; give one that can be split and indexed: torch/..., hfds/..."
@@ -168,7 +170,7 @@ def _find_split(root: Path, split: str) -> Path:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where the bytes of one image lie: in a file of its own (size -1) or inside a tar."""
+    """Where the bytes of one image lie: in a file of its own (size -1), or in a tar."""
 
     file: str
     offset: int
@@ -177,15 +179,14 @@ class _Stored:
 
 
 def _place_in_tar(file: str, member: Any, child: Any) -> _Stored:
-    # A tar inside the tar: its members count their offsets from its own start.
+    # The offsets of members of a tar inside the tar count from its own start.
     start = 0 if child is None else child.offset_data
     name = member.name if child is None else f"{child.name}/{member.name}"
     return _Stored(file, start + member.offset_data, member.size, name)
 
 
 def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
-    # Opened anew for each image: worker processes that shared one open tar would move each other's file
-    # position.
+    # Opened anew for each image: workers that shared one open tar would move each other's position in it.
     place = places[index]
     with open(place.file, "rb") as file:
         file.seek(place.offset)

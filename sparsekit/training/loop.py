@@ -1,8 +1,6 @@
-"""The training loop of every phase, and the evaluation.
+"""Train a phase: the loop of epochs and steps, its metrics, and going on after an interruption.
 
-accelerate sees to devices, precision and processes; timm to optimizers, schedules, averaging and mixing.
-
-A step never waits for the device: losses are collected there and read at log points, at most once a second.
+A step never waits for the device: losses are collected there, and read at most once a second.
 """
 
 from __future__ import annotations
@@ -51,16 +49,16 @@ def fit(
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     console: Console | None = None,
 ) -> list[EpochMetrics]:
-    """Train `model` in place on loaders = (training, validation); return the metrics of all epochs of this
-    phase.
+    """Train `model` in place on `loaders`, (training, validation); return the metrics of all epochs of this phase.
 
-    Random states (Python, NumPy, torch, and generators of the training loader) are seeded from (seed, phase,
-    epoch) at the start of each epoch. With `state_path` the complete state is written there after each
-    epoch, before `on_epoch` is called; if the file exists, training goes on after its last epoch and ends
-    with the same weights as an uninterrupted run would (`on_epoch` is called for new epochs only). `teacher`
-    sees the same images in evaluation mode. The model stays on the accelerator's device; what else was
-    prepared with this accelerator is released. Raises InputError (options), FileError (a state file of
-    another run), TrainingError (loss not finite; the state file is then the one of the epoch before).
+    Each epoch begins with all random states (Python, NumPy, torch, the training loader's generators) seeded from (seed,
+    phase, epoch). With `state_path` the complete state is written there after each epoch, before `on_epoch` is called.
+    If that file exists, training goes on after its last epoch, and ends with the weights of an uninterrupted run;
+    `on_epoch` is called for new epochs only. `teacher` sees the same images, in eval mode. The model stays on the
+    accelerator's device; what else was prepared with this accelerator is released.
+
+    Raises InputError (options), DataError (no batch), FileError (a state file of another run) and TrainingError (loss
+    not finite; the state file is then the one of the epoch before).
     """
     _check(options, loaders[0])
     accumulated_before = accelerator.gradient_accumulation_steps
@@ -91,9 +89,9 @@ def fit(
 
 
 def steps_per_epoch(loader: Loader, options: TrainOptions, accelerator: Accelerator | None = None) -> int:
-    """Updates in an epoch; the last may have fewer than `accumulate` batches.
+    """How many updates an epoch has; the last may have fewer than `accumulate` batches.
 
-    With `accelerator`, of a loader that is not prepared yet: its processes share the batches.
+    Give the accelerator of a loader that is not prepared yet: its processes share the batches.
     """
     shared = loader if accelerator is None else prepare_loader(loader, accelerator)
     return math.ceil(len(shared) / options.accumulate)
@@ -104,7 +102,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """(1 - weight) x hard + weight x T^2 x KL(softmax(teacher / T) || softmax(student / T)).
 
-    student, teacher: logits (n, classes); the divergence is averaged over n. Hinton et al. 2015, arXiv
+    student, teacher: logits (n, classes). The divergence is averaged over n. Source: Hinton et al. 2015, arXiv
     1503.02531.
     """
     soft = F.kl_div(
@@ -118,7 +116,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one call of `fit` works with; `forward` is `model` or its wrapper for several processes."""
+    """What one call of `fit` works with; `forward` is the model, or its wrapper in a run of several processes."""
 
     model: nn.Module
     forward: nn.Module
@@ -166,7 +164,7 @@ def _assemble(
     accelerator.step = 0
     accelerator.gradient_accumulation_steps = options.accumulate
     if accelerator.scaler is not None:
-        # A phase must not depend on the loss scale the phase before ended with: a resumed process has none.
+        # The loss scale starts anew in each phase: a resumed process does not have the one of the phase before.
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     return _Parts(
         model=model,
@@ -247,7 +245,7 @@ def _run_epoch(parts: _Parts, display: ProgressDisplay, phase: str, epoch: int) 
     if parts.hook is not None:
         parts.hook.check_processes()
     if parts.accelerator.num_processes > 1:
-        # BatchNorm statistics differ between processes; the first one's are stored, so all use them.
+        # BatchNorm statistics differ between processes: all take those of the first, which are stored.
         for module in (parts.model, *([] if parts.ema is None else [parts.ema.module])):
             for buffer in module.buffers():
                 buffer.copy_(broadcast(buffer))
@@ -277,7 +275,7 @@ def _run_epoch(parts: _Parts, display: ProgressDisplay, phase: str, epoch: int) 
 def _train_epoch(
     parts: _Parts, display: ProgressDisplay, phase: str, epoch: int
 ) -> tuple[float, float | None, float]:
-    """Mean loss, accuracy on the training images (None under mixup), learning rate of the last update."""
+    """The mean loss, the accuracy on the training images (None under mixup), the learning rate of the last update."""
     accelerator, n_batches = parts.accelerator, len(parts.training)
     losses = torch.zeros(n_batches, device=accelerator.device)
     # correct, seen
@@ -330,9 +328,7 @@ def _loss(parts: _Parts, images: torch.Tensor, labels: torch.Tensor) -> tuple[to
 
 
 def _update(parts: _Parts, loss: torch.Tensor, update: int) -> bool:
-    """Gradients of `loss`, and an update unless more batches are to be accumulated first; True if there was
-    one.
-    """
+    """Compute gradients and update, unless more batches are to be accumulated first; returns whether it did."""
     accelerator, options = parts.accelerator, parts.options
     accelerator.backward(loss)
     if not accelerator.sync_gradients:
@@ -340,7 +336,7 @@ def _update(parts: _Parts, loss: torch.Tensor, update: int) -> bool:
     if options.clip_grad is not None:
         accelerator.clip_grad_norm_(parts.forward.parameters(), options.clip_grad)
     parts.stepper.step()
-    # A step skipped for overflow in half precision changed no weight, so there is nothing to shrink.
+    # A step that was skipped, for overflow in half precision, changed no weight: there is nothing to shrink.
     if parts.hook is not None and not parts.stepper.step_was_skipped:
         parts.hook.step(parts.optimizer)
     parts.stepper.zero_grad()

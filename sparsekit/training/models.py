@@ -1,4 +1,4 @@
-"""Models by name, through timm's factories behind plain arguments."""
+"""Build timm models by name, load and save their weights, and tell what images they expect."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sparsekit.files import atomic_path, is_pickle
 class InputConfig:
     """What a model expects of an image.
 
-    input_size: (channels, height, width); mean and std: one number a channel, for pixels in [0, 1];
-    interpolation: a timm name ("bicubic"); crop_pct: share of the resized image that the central crop keeps.
+    input_size: (channels, height, width). mean, std: one number for each channel, for pixels in [0, 1].
+    interpolation: a timm name ("bicubic"). crop_pct: share of the resized image that the central crop keeps.
     """
 
     input_size: tuple[int, int, int]
@@ -44,17 +44,16 @@ def create_model(
     image_size: int | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm model; new weights are drawn from the global random state, so seed before the call.
+    """Build a timm model; new weights are drawn from the global random state, so seed it before the call.
 
-    `image_size` (pixels a side) reaches only architectures whose weights depend on it (vision transformers).
-    `checkpoint` is a safetensors file whose names and shapes must fit; `args` goes to the architecture.
+    `image_size`, in pixels, is used by architectures whose weights depend on it (vision transformers). `checkpoint` is
+    a safetensors file whose names and shapes must fit. `args` are further arguments of the architecture.
 
-    Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError
-    (checkpoint).
+    Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError (checkpoint).
     """
     _check_name(name)
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
-    # Weights from the file replace all others, so a download would be for nothing.
+    # Weights from a file replace all others: there is nothing to download.
     download = pretrained and checkpoint is None
     model = _build(name, download, image_size, keywords)
     if checkpoint is not None:
@@ -65,9 +64,9 @@ def create_model(
 def build_arguments(
     name: str, *, num_classes: int, in_chans: int, image_size: int | None, args: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The keywords with which `timm.create_model` builds what `create_model` built; random state untouched.
+    """The keywords with which `timm.create_model` builds what `create_model` built.
 
-    Says whether the architecture takes an image size, which only trying tells. Raises ModelError.
+    Whether the architecture takes an image size is found by building it. The random state does not move.
     """
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
     if image_size is None:
@@ -90,10 +89,10 @@ def input_config(
     interpolation: str | None = None,
     crop_pct: float | None = None,
 ) -> InputConfig:
-    """Input size, normalisation and resizing of `model`: what is given, else timm's for its weights.
+    """Input size, normalisation and resizing of `model`: what is given, else what timm has for its weights.
 
-    `in_chans` is read off the first convolution when not given. A single channel gets the average mean and
-    std of a three-channel configuration. Raises ModelError when mean or std have another number of channels.
+    `in_chans` is by default that of the first convolution. One channel gets the average of mean and std over three.
+    Raises ModelError if mean or std have another number of channels.
     """
     channels = _first_in_channels(model) if in_chans is None else in_chans
     given = {"interpolation": interpolation, "crop_pct": crop_pct, "img_size": image_size}
@@ -165,7 +164,7 @@ def _build(name: str, pretrained: bool, image_size: int | None, keywords: Mappin
             except TypeError as error:
                 if "img_size" not in str(error):
                     raise
-                # A size-free architecture: build it as if the attempt had not been made.
+                # It takes no image size: build it as if that had not been tried.
                 torch.set_rng_state(random_state)
         return timm.create_model(name, pretrained, **keywords)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Random states, the same in every process and every resumed run."""
+"""Seed random states, the same in every process and every resumed run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsekit.training.options import Loader
 
 
 def seed_everything(seed: int, phase: str, epoch: int) -> None:
-    """Seed Python, NumPy and torch (all devices) from a hash of the three, the same in every process."""
+    """Seed Python, NumPy and torch (all devices) from a hash of the three arguments."""
     value = _stable_seed(seed, phase, epoch)
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -20,6 +20,7 @@ def seed_everything(seed: int, phase: str, epoch: int) -> None:
 
 
 def seed_generators(loader: Loader, key: tuple[object, ...]) -> None:
+    """Seed the generators of a loader and its samplers from a hash of the key."""
     holders = (loader, getattr(loader, "sampler", None), getattr(loader.batch_sampler, "sampler", None))
     generators = [getattr(holder, "generator", None) for holder in holders]
     for generator in (*generators, getattr(loader, "synchronized_generator", None)):
