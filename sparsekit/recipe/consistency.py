@@ -235,7 +235,7 @@ def _target_contradictions(recipe: Sections, target: TargetSpec) -> Iterator[Con
     if chosen and cut.method not in ("auto", "budget"):
         yield Contradiction(
             ("cut.method", "cut.target"),
-            f"cut.method {cut.method} knows neither speeds nor accuracies nor several shares, got a cut.target of "
+            f"cut.method {cut.method} cannot reach a speed, an accuracy or several shares, got a cut.target of "
             f"{' and '.join(given)}; use auto or budget",
         )
     if chosen and sparsify.weigh_by != "size":
