@@ -1,4 +1,4 @@
-"""Keys of a recipe that must fit together."""
+"""Find contradictions: keys of a recipe that do not fit together."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from sparsekit.recipe.specs import (
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Values that are each fine but not together; `keys` are those involved, the one to change first."""
+    """Values that are fine by themselves but not together; of `keys`, the first is the one to change."""
 
     keys: tuple[str, ...]
     text: str
 
 
 class Sections(Protocol):
-    """What is compared: the sections of a recipe."""
+    """The sections of a recipe that are compared."""
 
     model: ModelSpec
     data: DataSpec
@@ -43,6 +43,7 @@ class Sections(Protocol):
 
 
 def contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    """All contradictions in a recipe."""
     yield from _data_contradictions(recipe.data)
     yield from _split_contradictions(recipe.data)
     yield from _training_contradictions(recipe)
@@ -216,7 +217,7 @@ def _threshold_contradictions(cut: CutSpec) -> Iterator[Contradiction]:
     if cut.threshold is not None and cut.relative and cut.threshold >= 1:
         yield Contradiction(
             ("cut.threshold", "cut.relative"),
-            "cut.threshold must be a number < 1, a fraction of the largest score, where cut.relative is "
+            "cut.threshold must be a number < 1, a fraction of the largest importance, where cut.relative is "
             f"true, got {cut.threshold:g}",
         )
 
@@ -246,7 +247,7 @@ def _target_contradictions(recipe: Sections, target: TargetSpec) -> Iterator[Con
     if chosen and cut.method not in ("auto", "budget"):
         yield Contradiction(
             ("cut.method", "cut.target"),
-            f"cut.method {cut.method} knows neither speeds nor accuracies nor several shares, got a cut.target of "
+            f"cut.method {cut.method} cannot reach a speed, an accuracy or several shares, got a cut.target of "
             f"{' and '.join(given)}; use auto or budget",
         )
     if chosen and sparsify.weigh_by != "size":

@@ -1,4 +1,4 @@
-"""A recipe as it was written, before it is checked: plain values, and the line of each."""
+"""Read YAML and overrides into a draft: plain values, not checked yet, and where each was written."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sparsekit.errors import RecipeError
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
 
-# PyYAML follows YAML 1.1: 1e-4 is a text, 010 is eight, 1:30 is ninety, and no, on and off are booleans.
-# These are the tags of the core schema of YAML 1.2.2, section 10.3.2.
+# The core schema of YAML 1.2.2, section 10.3.2. PyYAML follows YAML 1.1, where 1e-4 is a text, 010 is eight, 1:30 is
+# ninety, and no, on and off are booleans.
 _TAG = "tag:yaml.org,2002:"
 _CORE_TAGS: tuple[tuple[str, str, str], ...] = (
     ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
@@ -36,11 +36,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Keeps PyYAML's rules beside the core ones: a text that either takes for something else is quoted."""
+    """Writes texts in quotes if PyYAML's rules or the core ones would take them for something else."""
 
 
 for _name, _pattern, _first in _CORE_TAGS:
-    # The empty text stands for null and has no first character: PyYAML looks it up under "".
+    # The empty text is null; it has no first character, and PyYAML looks it up under "".
     _starts = [*_first, ""] if _name == "null" else [*_first]
     for _class in (_Loader, Dumper):
         _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _starts)
@@ -48,7 +48,7 @@ for _name, _pattern, _first in _CORE_TAGS:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a value was written; `order` sorts places: the file by line, then the overrides as given."""
+    """Where a value was written; `order` sorts the lines of the file, and then the overrides as given."""
 
     label: str
     order: tuple[int, int]
@@ -56,19 +56,21 @@ class Position:
 
 @dataclass(frozen=True)
 class Mistake:
+    """What is wrong with a recipe, and where."""
+
     text: str
     place: Position
 
 
 @dataclass
 class RecipeDraft:
-    """What was written, before it is checked: plain values, and the place of every key by its path."""
+    """A recipe as it was written: plain values, and the place of every key by its path."""
 
     root: Position
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[tuple[str, ...], Position] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # keys whose value is not plain data, told in `mistakes`
+    refused: set[str] = field(default_factory=set)  # keys whose value is not plain data; `mistakes` has them
     overrides: int = 0
 
     def place(self, path: tuple[str, ...]) -> Position:
@@ -79,6 +81,7 @@ class RecipeDraft:
 
 
 def read_draft(path: Path) -> RecipeDraft:
+    """Read a recipe file. Raises RecipeError if it cannot be read or is no YAML mapping."""
     draft = RecipeDraft(Position(str(path), (0, 0)))
     node = _compose(_read_text(path))
     if isinstance(node, _Syntax):
@@ -100,7 +103,7 @@ def read_draft(path: Path) -> RecipeDraft:
 
 
 def apply_override_(draft: RecipeDraft, override: str) -> None:
-    """Write the value of 'path.to.key=value' into the draft, as if the file had said so."""
+    """Write the value of 'path.to.key=value' into the draft, as if it stood in the file."""
     draft.overrides += 1
     place = Position(f"--set {override}", (1, draft.overrides))
     dotted, equals, text = override.partition("=")
@@ -130,7 +133,7 @@ def apply_override_(draft: RecipeDraft, override: str) -> None:
 
 
 def normalise_sections_(values: dict[str, Any], spec: type[BaseModel]) -> None:
-    """A section with all keys commented out is an empty one; false turns off a section that may be null."""
+    """Make null an empty section (its keys are commented out), and false null where a section may be null; in place."""
     for key, info in spec.model_fields.items():
         section = nested_spec(info)
         if section is None or key not in values:
@@ -145,6 +148,7 @@ def normalise_sections_(values: dict[str, Any], spec: type[BaseModel]) -> None:
 
 
 def dotted_key(path: Sequence[str]) -> str:
+    """A key as people write it, such as cut.target."""
     return ".".join(path)
 
 
@@ -196,7 +200,7 @@ def _node_word(node: yaml.Node) -> str:
 
 @dataclass(frozen=True)
 class _Reading:
-    """Turns nodes into plain values, noting in `draft` where each key stands and what is wrong with it."""
+    """Turns nodes into plain values, and notes in `draft` where each key stands and what is wrong with it."""
 
     draft: RecipeDraft
     place_of: Callable[[yaml.Node], Position]

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, in words that a person can use."""
+"""Check a draft, and put its mistakes in words that a person can use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsekit.recipe.draft import Mistake, RecipeDraft, dotted_key
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
 
-# Stands in for required keys that are missing or wrong, so that the rest of the recipe can still be checked.
+# In place of required keys that are missing or wrong, so that the rest of the recipe can be checked.
 _STAND_IN: Mapping[str, Mapping[str, Any]] = {
     "model": {"name": "resnet18"},
     "dense": {"epochs": 1},
@@ -36,14 +36,14 @@ def validate_draft(draft: RecipeDraft) -> tuple[Recipe | None, list[Mistake]]:
     for one in errors:
         if one["type"] != "contradiction":
             path = _key_path(one["loc"])
-            # A list that is too short is "missing" something too, but further in than the key.
+            # Of a list that is too short pydantic says "missing" too, but deeper than at the key.
             broken.setdefault(path, one["type"] if len(path) == len(one["loc"]) else "type")
     told = draft.refused
     mistakes = [
         _mistake(draft, path, kind) for path, kind in broken.items() if not _touches([dotted_key(path)], told)
     ]
     if broken:
-        # pydantic compares keys only once each is right by itself: leave the wrong ones out and try again.
+        # pydantic looks for contradictions only once each key is right by itself: try again without the wrong ones.
         try:
             Recipe.model_validate_json(json.dumps(_without(draft.values, set(broken))))
         except ValidationError as error:
@@ -57,7 +57,7 @@ def validate_draft(draft: RecipeDraft) -> tuple[Recipe | None, list[Mistake]]:
 
 
 def _key_path(location: Sequence[str | int]) -> tuple[str, ...]:
-    """The recipe's key in a pydantic location, which goes on into lists, mappings and members of unions."""
+    """The key of the recipe that a pydantic location lies in; a location goes deeper, into lists and unions."""
     path: list[str] = []
     spec: type[BaseModel] | None = Recipe
     for part in location:

@@ -1,11 +1,4 @@
-"""The recipe: what one run does, as typed, closed and frozen specs, and how a YAML file becomes one.
-
-`load_recipe` reports every mistake at once, each on a line of its own that says what was expected, what was
-found and where. YAML is read by the core rules of YAML 1.2: `1e-4` is a number, `no`, `on` and `off` are
-texts, only `true` and `false` are booleans, and a key that stands twice is a mistake.
-
-Relative paths in a recipe, like those on the command line, start at the directory the command is run from.
-"""
+"""Read a recipe from a YAML file, and write one as YAML."""
 
 from __future__ import annotations
 
@@ -23,8 +16,11 @@ from sparsekit.recipe.recipe import Recipe
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, then apply `overrides`, each 'path.to.key=value' in YAML; the last one wins.
 
-    Raises:
-        RecipeError: the file cannot be read, or holds mistakes; the message has one line for each of them.
+    YAML is read by the core rules of YAML 1.2: `1e-4` is a number, `no`, `on` and `off` are texts, and a key that
+    stands twice is a mistake. Relative paths start at the working directory.
+
+    Raises RecipeError if the file cannot be read or holds mistakes. The message has a line for each mistake: what was
+    expected, what was found, and where.
     """
     draft = read_draft(path)
     for override in overrides:
@@ -38,11 +34,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of the recipe with every default written out; `load_recipe` reads it back as an equal recipe."""
+    """The recipe as YAML, every default written out; `load_recipe` reads it back as an equal recipe."""
     values = recipe.model_dump(mode="json")
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def default_output(path: Path) -> Path:
-    """The run directory of the recipe at `path` where none is named: runs/<file name without suffix>."""
+    """The run directory of a recipe that names none: runs/<file name without suffix>."""
     return Path("runs") / path.stem

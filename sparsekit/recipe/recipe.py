@@ -1,4 +1,4 @@
-"""A recipe: what one run does, completely described."""
+"""The recipe as a whole: its specs together, and the check that they fit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ class Recipe(StrictSpec):
     """
 
     seed: int = Field(
-        default=0, ge=0, le=2**32 - 1, description="seed of weights, splits, order and augmentation"
+        default=0,
+        ge=0,
+        le=2**32 - 1,
+        description="seed of new weights, splits, the order of images and augmentation",
     )
     output: UserPath | None = Field(
         default=None, description="run directory; null is runs/<name of the recipe file>"
     )
-    device: Name = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
-    precision: MixedPrecision = Field(default="no", description="mixed precision")
+    device: Name = Field(
+        default="auto",
+        description="what to train on: cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one",
+    )
+    precision: MixedPrecision = Field(default="no", description="mixed precision in training; no is float32")
     model: ModelSpec = Field(description="the architecture and its weights")
     data: DataSpec = Field(default=DataSpec(), description="the images")
     training: TrainingSpec = Field(default=TrainingSpec(), description="how every phase trains")

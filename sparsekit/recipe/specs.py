@@ -1,4 +1,4 @@
-"""The sections of a recipe, as typed, closed and frozen specs."""
+"""The specs: one typed section of a recipe each, every key with its default, bounds and description."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _DATASET: dict[str, JsonValue] = {
 
 
 class StrictSpec(BaseModel):
-    """Closed (unknown keys are refused), frozen, and strict (the text '3' is not the number 3)."""
+    """What every spec is: closed (unknown keys are refused), frozen, and strict (the text '3' is not the number 3)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -54,8 +54,12 @@ class ModelSpec(StrictSpec):
     """The architecture and where its weights come from."""
 
     name: Name = Field(description="timm model name, such as resnet18")
-    pretrained: bool = Field(default=False, description="start from timm's pretrained weights (a download)")
-    checkpoint: UserPath | None = Field(default=None, description="start from this safetensors file")
+    pretrained: bool = Field(
+        default=False, description="start from timm's pretrained weights, which are downloaded"
+    )
+    checkpoint: UserPath | None = Field(
+        default=None, description="start from the weights in this safetensors file; null for none"
+    )
     args: Arguments = Field(
         default_factory=dict,
         description="further arguments of timm.create_model, such as drop_path_rate",
@@ -67,17 +71,23 @@ class AugmentSpec(StrictSpec):
     """Random changes to training images."""
 
     scale: Pair = Field(
-        default=(0.08, 1.0), description="random crop: smallest and largest share of the image's area"
+        default=(0.08, 1.0),
+        description="random crop: smallest and largest share of the image's area that it keeps",
     )
     ratio: Pair = Field(
-        default=(0.75, 1.3333), description="random crop: smallest and largest width over height"
+        default=(0.75, 1.3333),
+        description="random crop: smallest and largest ratio of its width to its height",
     )
     hflip: Share = Field(default=0.5, description="probability of a left-right flip")
     vflip: Share = Field(default=0.0, description="probability of an upside-down flip")
     color_jitter: float | None = Field(
-        default=0.4, ge=0, description="strength of brightness, contrast and colour jitter"
+        default=0.4,
+        ge=0,
+        description="strength of random changes in brightness, contrast and colour; null for none",
     )
-    auto_augment: Name | None = Field(default=None, description="timm policy, such as rand-m9-mstd0.5-inc1")
+    auto_augment: Name | None = Field(
+        default=None, description="a timm policy, such as rand-m9-mstd0.5-inc1; null for none"
+    )
     random_erase: Share = Field(default=0.0, description="probability of erasing a random rectangle")
 
 
@@ -87,47 +97,66 @@ class DataSpec(StrictSpec):
     name: str = Field(
         default="folder",
         pattern=r"^(digits|folder|[A-Za-z]+/.+)$",
-        description="digits (embedded), folder (a folder or tar of class folders), or a timm dataset name "
-        "such as torch/cifar10 or hfds/owner/name",
+        description="where the images are from: digits (1,797 of them come with the installation), folder (a folder or "
+        "tar of class folders), or a timm dataset such as torch/cifar10 or hfds/owner/name",
         json_schema_extra=_DATASET,
     )
     root: UserPath | None = Field(
-        default=None, description="folder that holds the splits, or the downloaded dataset"
+        default=None,
+        description="the folder that holds the splits, or the downloaded dataset; null for digits",
     )
     train: str = Field(
         default="train",
-        description="training split: a folder or tar under root ('' is root), or a split name",
+        description="training images: a folder or tar under root ('' is root itself), or the name of a split",
     )
-    validation: Name | None = Field(default=None, description="validation split; null takes a share of train")
-    test: Name | None = Field(default=None, description="test split; null takes a share of train")
+    validation: Name | None = Field(
+        default=None, description="images that steer the run, named like train; null takes a share of train"
+    )
+    test: Name | None = Field(
+        default=None,
+        description="images that the report measures on, named like train; null takes a share of train",
+    )
     validation_share: float = Field(
-        default=0.1, gt=0, lt=1, description="share of train where validation is null"
+        default=0.1, gt=0, lt=1, description="share of train to set aside if validation is null"
     )
-    test_share: float = Field(default=0.1, gt=0, lt=1, description="share of train where test is null")
+    test_share: float = Field(
+        default=0.1, gt=0, lt=1, description="share of train to set aside if test is null"
+    )
     train_limit: int | None = Field(
-        default=None, ge=1, description="use only this many training images, drawn by seed"
+        default=None, ge=1, description="use only this many training images, drawn by seed; null uses all"
     )
-    validation_limit: int | None = Field(default=None, ge=1, description="the same for validation images")
-    test_limit: int | None = Field(default=None, ge=1, description="the same for test images")
+    validation_limit: int | None = Field(
+        default=None, ge=1, description="use only this many validation images; null uses all"
+    )
+    test_limit: int | None = Field(
+        default=None, ge=1, description="use only this many test images; null uses all"
+    )
     image_size: int | None = Field(
-        default=None, ge=1, description="height and width in pixels; null is the model's own"
+        default=None, ge=1, description="height and width of an image in pixels; null is the model's own"
     )
     in_chans: Literal[1, 3] = Field(default=3, description="colour channels of the model's input")
     mean: tuple[float, ...] | None = Field(
-        default=None, min_length=1, description="per channel; null is the model's own"
+        default=None,
+        min_length=1,
+        description="mean of the pixels, in [0, 1], one number for each colour channel; null is the model's own",
     )
     std: tuple[Positive, ...] | None = Field(
-        default=None, min_length=1, description="per channel; null is the model's own"
+        default=None,
+        min_length=1,
+        description="standard deviation of the pixels, one number for each colour channel; null is the model's own",
     )
     interpolation: Interpolation | None = Field(
         default=None, description="how images are resized; null is the model's own"
     )
     crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="share of the image the centre crop keeps"
+        default=None,
+        gt=0,
+        le=1,
+        description="share of the image's side that the centre crop keeps in evaluation; null is the model's own",
     )
-    batch_size: int = Field(default=64, ge=1, description="training images in a batch, per process")
+    batch_size: int = Field(default=64, ge=1, description="training images in a batch, for each process")
     eval_batch_size: int | None = Field(
-        default=None, ge=1, description="images in an evaluation batch; null is batch_size"
+        default=None, ge=1, description="images in a batch of evaluation; null is batch_size"
     )
     workers: int = Field(
         default=0, ge=0, description="processes that load images; 0 loads in the main process"
@@ -140,38 +169,63 @@ class DataSpec(StrictSpec):
 class TrainingSpec(StrictSpec):
     """How every phase trains. A phase may override lr, warmup_epochs and schedule."""
 
-    optimizer: Name = Field(default="sgd", description="timm optimizer name, such as sgd or adamw")
-    lr: float = Field(default=0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of optimizers that have one")
+    optimizer: Name = Field(default="sgd", description="a timm optimizer, such as sgd or adamw")
+    lr: float = Field(default=0.1, gt=0, description="highest learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum, for optimizers that have one")
     weight_decay: float = Field(
         default=1e-4, ge=0, description="weight decay; not applied to biases and norms"
     )
     optimizer_args: Arguments = Field(
         default_factory=dict, description="further arguments of the optimizer", json_schema_extra=_ARGUMENTS
     )
-    schedule: Schedule = Field(default="cosine", description="how the learning rate falls after the warm-up")
+    schedule: Schedule = Field(
+        default="cosine",
+        description="how the learning rate falls from lr to min_lr after the warm-up; constant: it stays",
+    )
     warmup_epochs: float = Field(
-        default=0.0, ge=0, description="epochs in which the learning rate rises to lr"
+        default=0.0, ge=0, description="epochs at the start in which the learning rate rises to lr"
     )
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the schedule")
-    clip_grad: float | None = Field(default=None, gt=0, description="largest norm of the gradient")
-    accumulate: int = Field(default=1, ge=1, description="batches whose gradients make one optimizer step")
-    smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
+    clip_grad: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest norm of the gradient, to which it is scaled down; null for no limit",
+    )
+    accumulate: int = Field(
+        default=1, ge=1, description="batches whose gradients are added up for one optimizer step"
+    )
+    smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="label smoothing: share of each label that is spread over all classes",
+    )
     mixup: float = Field(default=0.0, ge=0, description="mixup alpha; 0 is off")
     cutmix: float = Field(default=0.0, ge=0, description="cutmix alpha; 0 is off")
-    ema: float | None = Field(default=None, gt=0, lt=1, description="decay of averaged weights; null is off")
-    channels_last: bool = Field(default=False, description="use the channels-last memory format")
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of the weight average, such as 0.999, with which a phase ends; null is off",
+    )
+    channels_last: bool = Field(
+        default=False, description="use the channels-last memory format, which is faster on GPUs"
+    )
 
 
 class _Phase(StrictSpec):
     """What every training phase may set for itself; null takes the value of `training`."""
 
     epochs: int = Field(ge=0, description="epochs of this phase")
-    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null is training.lr")
+    lr: float | None = Field(default=None, gt=0, description="highest learning rate; null is training.lr")
     warmup_epochs: float | None = Field(
-        default=None, ge=0, description="warm-up; null is training.warmup_epochs"
+        default=None,
+        ge=0,
+        description="epochs in which the learning rate rises; null is training.warmup_epochs",
     )
-    schedule: Schedule | None = Field(default=None, description="schedule; null is training.schedule")
+    schedule: Schedule | None = Field(
+        default=None, description="how the learning rate falls; null is training.schedule"
+    )
 
 
 class DenseSpec(_Phase):
@@ -179,75 +233,81 @@ class DenseSpec(_Phase):
 
     baseline: bool | None = Field(
         default=None,
-        description="train the dense model on, without penalty, for the epochs of sparsify and finetune, so "
-        "that the comparison is fair, and the pruned model has it to learn from (finetune.distill); null does so "
-        "unless dense.epochs is 0",
+        description="train the dense model for the epochs of sparsify and finetune too, without penalty: the "
+        "comparison is fair, and the pruned model can learn from it (finetune.distill); null does so unless "
+        "dense.epochs is 0",
     )
 
 
 class SparsifySpec(_Phase):
-    """Training with the penalty. The shares of the phase that warmup, ramp and debias leave are the hold."""
+    """Training with the penalty: its strength is 0 (warmup), rises (ramp), stays, and is 0 again (debias)."""
 
     penalty: Penalty = Field(
         default="group_lasso",
-        description="group_lasso: channels as whole vectors; l1: single weights; scale_l1: BatchNorm scales; "
-        "sparse_group_lasso: both; group_mcp: channels, without shrinking those far from zero",
+        description="what the penalty takes to zero: group_lasso, whole channels; l1, single weights; scale_l1, "
+        "BatchNorm scales; sparse_group_lasso, whole channels and single weights; group_mcp, whole channels, but it "
+        "does not shrink those that are far from zero",
     )
     strength: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
-        default="auto", description="coefficient of the penalty; auto steers it towards cut.target"
+        default="auto",
+        description="coefficient of the penalty (lambda); auto steers it until cut.target is met",
     )
     importance: LearnedImportance = Field(
         default="taylor",
-        description="what decides which channels strength auto takes: taylor, their effect on the loss, learned from "
-        "the gradients of the warmup and after; magnitude, the size of their filters at the start",
+        description="the importance by which strength auto ranks channels: taylor, their effect on the loss, learned "
+        "from gradients from the warmup on; magnitude, the size of their filters at the start",
     )
     weigh_by: WeighBy = Field(
         default="size",
-        description="what a channel's importance is weighed against: macs, or its latency in ONNX Runtime, measured "
-        "layer by layer at export.batch_size and benchmark.threads; size: nothing",
+        description="the cost that a channel's importance is weighed against: macs; latency, measured in ONNX Runtime "
+        "layer by layer at export.batch_size and benchmark.threads; size, no cost",
     )
     adaptive: float = Field(
         default=2.0,
         ge=0,
-        description="at a constant strength, channels are shrunk faster the lower their score at the start, by "
-        "(mean / score) to this power; 0 shrinks all alike",
+        description="with a strength in numbers, channels shrink faster the lower their importance at the start, by "
+        "(mean / importance) to this power; 0 shrinks all alike",
     )
     revive: bool = Field(
         default=False,
-        description="at a constant strength, channels at zero come back when the loss pulls at them harder than the "
-        "penalty; not behind BatchNorm and ReLU, where zeros have no gradient",
+        description="with a strength in numbers, channels at zero come back if the loss pulls at them harder than the "
+        "penalty; channels behind BatchNorm and ReLU cannot, because zeros have no gradient there",
     )
-    warmup: Share = Field(default=0.05, description="share of the phase with strength 0 at the start")
-    ramp: Share = Field(default=0.1, description="share of the phase in which the strength rises")
+    warmup: Share = Field(default=0.05, description="share of the phase, at its start, with strength 0")
+    ramp: Share = Field(
+        default=0.1, description="share of the phase, after the warmup, in which the strength rises"
+    )
     debias: Share = Field(
-        default=0.55, description="share of the phase with strength 0 and the zeros held, at the end"
+        default=0.55, description="share of the phase, at its end, with strength 0 and the zeros held"
     )
 
 
 class TargetSpec(StrictSpec):
-    """How fast the pruned model is to be, how much of the dense one is to be left, or how much accuracy it may cost.
+    """How fast the pruned model is to be, how much of the dense model may stay, or how much accuracy it may lose.
 
-    Of several the tightest binds.
+    If several are given, all hold.
     """
 
     speedup: float | None = Field(
         default=None,
         gt=1,
-        description="times as fast as the dense model in ONNX Runtime, measured at export.batch_size and "
-        "benchmark.threads on this machine",
+        description="speed-up over the dense model in ONNX Runtime on this machine, measured at export.batch_size and "
+        "benchmark.threads",
     )
     latency_ms: float | None = Field(
-        default=None, gt=0, description="milliseconds in ONNX Runtime, measured in the same way"
+        default=None, gt=0, description="latency in milliseconds, measured like speedup"
     )
-    macs: Kept | None = Field(default=None, description="fraction of the MACs to keep")
-    params: Kept | None = Field(default=None, description="fraction of the parameters to keep")
-    channels: Kept | None = Field(default=None, description="fraction of the removable channels to keep")
+    macs: Kept | None = Field(default=None, description="fraction of the MACs to keep, at most")
+    params: Kept | None = Field(default=None, description="fraction of the params to keep, at most")
+    channels: Kept | None = Field(
+        default=None, description="fraction of the removable channels to keep, at most"
+    )
     max_accuracy_drop: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="how far validation accuracy may fall below the dense model's; the fastest model within that is "
-        "searched for, up to the other targets, in cut.attempts attempts that are each sparsified and fine-tuned",
+        description="how far the validation accuracy, in [0, 1], may fall below the dense model's; the fastest model "
+        "within that is searched for, up to the other targets, by training cut.attempts models",
     )
 
 
@@ -256,47 +316,48 @@ class CutSpec(StrictSpec):
 
     method: MaskMethod = Field(
         default="auto",
-        description="zeros: exactly zero channels; threshold: scores below it; gap: below the largest gap in "
-        "the log-scores; budget: the lowest scores until target is met; auto: zeros, then budget if target "
-        "asks for more",
+        description="which channels go: zeros, those that are exactly zero; threshold, those whose importance is below "
+        "it; gap, those below the largest gap in log importance; budget, the least important until target is met; "
+        "auto, zeros, and then budget if target asks for more",
     )
     threshold: float | None = Field(
-        default=None, gt=0, description="score below which a channel goes (method threshold)"
+        default=None, gt=0, description="importance below which a channel goes; only for method threshold"
     )
     relative: bool = Field(
-        default=True, description="threshold is a fraction of the largest score of its group"
+        default=True, description="threshold is a fraction of the largest importance in the group"
     )
     target: TargetSpec | None = Field(
         default=None,
-        description="speedup or latency_ms to reach, fractions of macs, params or channels to keep, "
-        "max_accuracy_drop to stay within",
+        description="what to reach: speedup or latency_ms, fractions of macs, params or channels to keep, or "
+        "max_accuracy_drop to stay within; null for none",
     )
     attempts: int = Field(
-        default=4, ge=1, description="models to train on the way to a target of max_accuracy_drop"
+        default=4,
+        ge=1,
+        description="how many models may be trained to find the fastest within max_accuracy_drop",
     )
     round_to: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto",
-        description="kept channels are rounded up to a multiple; auto is the SIMD block of this CPU",
+        description="multiple that the number of kept channels is rounded up to; auto suits this processor",
     )
-    min_channels: int = Field(default=8, ge=1, description="channels that every layer keeps at least")
+    min_channels: int = Field(default=8, ge=1, description="how many channels every layer keeps at least")
     ignore: tuple[Name, ...] = Field(
-        default=(), description="name patterns of modules to leave whole, such as layer4.*"
+        default=(), description="modules to leave whole, as names or patterns such as layer4.*"
     )
     recalibrate: int = Field(
         default=0,
         ge=0,
-        description="training images from which BatchNorm statistics are measured anew after the cut, before "
-        "fine-tuning; worth it if channels go that are not zero",
+        description="number of training images to measure BatchNorm statistics on after the cut; 0 leaves them as they "
+        "are; it helps if channels go that are not zero",
     )
     through_layer_norm: bool = Field(
         default=False,
-        description="cut widths that a LayerNorm runs over too; that changes its mean and variance, so it is not "
-        "lossless and needs fine-tuning",
+        description="cut channels that a LayerNorm normalises over too; that changes its mean and variance, so the cut "
+        "is not lossless and needs fine-tuning",
     )
     blocks: bool = Field(
         default=False,
-        description="whole residual blocks may go too, where learned layer scales are all that makes them differ from "
-        "the identity",
+        description="whole residual blocks may go too, where the model has layer scales that can turn them off",
     )
     importance: Importance = Field(
         default="magnitude",
@@ -309,10 +370,14 @@ class CutSpec(StrictSpec):
 
 
 class DistillSpec(StrictSpec):
-    """Learning from the dense model's logits: (1 - weight) CE + weight T^2 KL."""
+    """Learning from the dense model: the loss is (1 - weight) CE + weight T^2 KL at temperature T."""
 
-    weight: Share = Field(default=0.5, description="weight of the dense model's answer against the labels")
-    temperature: float = Field(default=2.0, gt=0, description="temperature of both distributions")
+    weight: Share = Field(
+        default=0.5, description="weight of the dense model's answers against the labels, in [0, 1]"
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="temperature that softens the answers of both models"
+    )
 
 
 class FinetuneSpec(_Phase):
@@ -320,7 +385,7 @@ class FinetuneSpec(_Phase):
 
     distill: DistillSpec | None = Field(
         default=None,
-        description="learn from the dense model too (the baseline, if there is one); null or false for not",
+        description="learn from the dense model too, from the baseline if there is one; null or false: do not",
     )
 
 
@@ -328,26 +393,34 @@ class ExportSpec(StrictSpec):
     """The ONNX files."""
 
     opset: int | None = Field(
-        default=None, ge=17, le=25, description="ONNX opset; null is the exporter's default"
+        default=None,
+        ge=17,
+        le=25,
+        description="version of the ONNX operators; null is the exporter's default",
     )
-    batch_size: int = Field(default=1, ge=1, description="batch of the exported graph, and of the benchmark")
-    dynamic_batch: bool = Field(default=False, description="leave the batch dimension open")
+    batch_size: int = Field(
+        default=1, ge=1, description="batch size of the exported graph, and of the benchmark"
+    )
+    dynamic_batch: bool = Field(default=False, description="leave the batch size of the exported graph open")
     precisions: tuple[Precision, ...] = Field(
-        default=(), description="the pruned model in fewer bits too, timed and tested beside it"
+        default=(),
+        description="export the pruned model in fewer bits too, int8 or fp16, timed and tested beside it",
     )
     calibration: int = Field(
-        default=256, ge=1, description="training images that the ranges of int8 activations are taken from"
+        default=256,
+        ge=1,
+        description="number of training images that the ranges of int8 activations are taken from",
     )
 
 
 class BenchmarkSpec(StrictSpec):
-    """The latency measurement in ONNX Runtime, at the batch of `export`."""
+    """The measurement of latency in ONNX Runtime, at `export.batch_size`."""
 
-    threads: int = Field(default=1, ge=1, description="threads of ONNX Runtime")
-    rounds: int = Field(default=100, ge=10, description="timed runs of each model, interleaved")
-    warmup: int = Field(default=10, ge=1, description="untimed runs of each model before them")
+    threads: int = Field(default=1, ge=1, description="number of threads of ONNX Runtime")
+    rounds: int = Field(default=100, ge=10, description="number of timed runs of each model, interleaved")
+    warmup: int = Field(default=10, ge=1, description="number of untimed runs of each model before them")
     provider: Provider = Field(
-        default="cpu", description="execution provider of ONNX Runtime for this measurement"
+        default="cpu", description="what ONNX Runtime runs on; its package has to be installed"
     )
 
 

@@ -101,7 +101,7 @@ def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str,
             more = sorted(set(other) - set(names[0]))[:5]
             raise DataError(
                 f"data {data}: split {split!r} must have the same classes as {splits[0]!r}; "
-                f"it lacks {lacks or 'none'} and has besides {more or 'none'}."
+                f"it lacks {lacks or 'none'} and has {more or 'none'} in addition."
             )
     return names[0]
 

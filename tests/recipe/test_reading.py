@@ -406,12 +406,12 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.target={macs: 0.5, params: 0.5}", "cut.method=gap"],
-            "cut.method gap knows neither speeds nor accuracies nor several shares, got a cut.target of macs and "
+            "cut.method gap cannot reach a speed, an accuracy or several shares, got a cut.target of macs and "
             "params",
         ),
         (
             ["cut.target={speedup: 2}", "cut.method=threshold", "cut.threshold=0.1"],
-            "cut.method threshold knows neither speeds nor accuracies nor several shares, got a cut.target of speedup",
+            "cut.method threshold cannot reach a speed, an accuracy or several shares, got a cut.target of speedup",
         ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (

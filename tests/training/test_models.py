@@ -94,6 +94,19 @@ def test_pickled_missing_and_damaged_checkpoints(tmp_path: Path) -> None:
         create_model("resnet10t", num_classes=4, checkpoint=damaged)
 
 
+def test_a_header_whose_length_begins_like_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    state = create_model("resnet10t", num_classes=4).state_dict()
+    path = tmp_path / "model.safetensors"
+    for padding in range(256):
+        save_file(state, path, metadata={"note": "x" * padding})
+        with path.open("rb") as file:
+            if file.read(1) == b"\x80":
+                break
+    else:
+        pytest.fail("no header of such a length")
+    create_model("resnet10t", num_classes=4, checkpoint=path)
+
+
 def test_the_conversion_the_message_offers_works(tmp_path: Path) -> None:
     import shlex
     import subprocess
