@@ -121,7 +121,7 @@ def test_channels_last_weights_are_shrunk_alike() -> None:
 PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from test_trainers import EXAMPLE, F, convnet, images
 import sparsekit as sk, sparsekit.errors
 dist.init_process_group("gloo")
@@ -158,7 +158,10 @@ def test_two_processes_get_the_same_zeros_and_a_drift_is_noticed(tmp_path: Path)
     program.write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(program), str(Path(__file__).parents[1])], capture_output=True, text=True, timeout=240
+        [*command, program, Path(__file__).parent, Path(__file__).parents[1]],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the processes disagree on") == 2

@@ -708,7 +708,10 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
         ({"penalty": "lasso"}, "got 'lasso'"),
         ({"strength": "auto", "target": {"macs": 0.5}}, "total_steps must be at least 1"),
         ({"strength": "auto", "total_steps": 10}, "needs a target"),
-        ({"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "importance": "size"}, "got 'size'"),
+        (
+            {"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "importance": "size"},
+            "got 'size'",
+        ),
         (
             {"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "penalty": "group_mcp"},
             "take 'group_lasso', or give a strength",
