@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of latency tables; a temporary one by default")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "speed.md")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "speed.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
