@@ -648,8 +648,8 @@ def page(rows: Sequence[Row], settings: Mapping[str, Any], picture: str) -> str:
         "# CIFAR-10: accuracy at equal measured speed",
         "",
         "Written by `python benchmarks/cifar10.py --data DIR`, whose docstring says what each arm does. Accuracy is "
-        "that on the images named below: before the cut, right after it, and after fine-tuning; means over the seeds, and the spread "
-        "(largest less smallest) of the last. Dense training goes on for as many epochs.",
+        "that on the images named below: before the cut, right after it, and after fine-tuning; means over the seeds, "
+        "and the spread (largest less smallest) of the last. Dense training goes on for as many epochs.",
         "",
         "- settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()),
         f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "

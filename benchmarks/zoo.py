@@ -770,7 +770,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch, in each process")
     parser.add_argument("--resume", action="store_true", help="keep the results there are, run the others")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of zoo.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "zoo.md", help="the page")
+    parser.add_argument(
+        "--docs", type=Path, default=HERE.parent / "docs" / "results" / "zoo.md", help="the page"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
