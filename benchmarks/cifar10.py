@@ -62,18 +62,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.complexity import count_macs
-from sparsekit.data import ImageData, Images, open_data
 from sparsekit.errors import InputError
 from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.fold import keep_carriers
-from sparsekit.groups import ChannelGroups
-from sparsekit.latency import Interval
+from sparsekit.latency.compare import Interval
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks
-from sparsekit.penalised import PenalisedWeights
-from sparsekit.schedules import PhaseShares
-from sparsekit.train import distillation_loss
+from sparsekit.selection.carriers import keep_carriers
+from sparsekit.sparsify.penalised_weights import PenalisedWeights
+from sparsekit.sparsify.schedules import PhaseShares
+from sparsekit.structure.counting import count_macs
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.masks import Masks
+from sparsekit.training.data_sources import Images
+from sparsekit.training.loop import distillation_loss
+from sparsekit.training.splits import ImageData, open_data
 
 HERE = Path(__file__).parent
 Row = Mapping[str, Any]

@@ -23,10 +23,10 @@ from rich.progress import track
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.census import take_census
+from sparsekit.export.graph_summary import take_census
+from sparsekit.export.session import open_session
 from sparsekit.files import write_json, write_text
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.session import open_session
 
 HERE = Path(__file__).parent
 MODELS = (

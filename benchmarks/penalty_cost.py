@@ -42,7 +42,7 @@ from torch.nn import functional as F
 import sparsekit as sk
 from sparsekit.files import write_json, write_text
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.schedules import PhaseShares
+from sparsekit.sparsify.schedules import PhaseShares
 
 MODELS = ("resnet18", "resnet50", "mobilenetv3_large_100")
 # A phase that is penalised from its first step to its last.

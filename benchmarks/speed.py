@@ -43,13 +43,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.complexity import count_macs
 from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.groups import ChannelGroup, ChannelGroups
-from sparsekit.latency_table import LatencyTable
+from sparsekit.latency.search import block_rounding
+from sparsekit.latency.table import LatencyTable
 from sparsekit.machine import describe_machine, library_versions
-from sparsekit.masks import Masks
-from sparsekit.speed_search import block_rounding
+from sparsekit.structure.counting import count_macs
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.masks import Masks
 
 HERE = Path(__file__).parent
 Row = Mapping[str, Any]

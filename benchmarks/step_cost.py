@@ -29,8 +29,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsekit.files import write_json
-from sparsekit.models import create_model
-from sparsekit.train import TrainOptions, fit
+from sparsekit.training.loop import fit
+from sparsekit.training.models import create_model
+from sparsekit.training.options import TrainOptions
 
 LIMIT = 1.05
 Loader = DataLoader[Any]

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.complexity import count_macs
 from sparsekit.files import write_json, write_text
-from sparsekit.fold import keep_carriers
 from sparsekit.machine import describe_machine, library_versions
+from sparsekit.selection.carriers import keep_carriers
+from sparsekit.structure.counting import count_macs
 
 HERE = Path(__file__).parent
 EXAMPLE = torch.zeros(1, 1, 32, 32)

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import sparsekit as sk
 from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.penalised import PenalisedWeights
+from sparsekit.sparsify.penalised_weights import PenalisedWeights
 
 HERE = Path(__file__).parent
 EXAMPLE = torch.zeros(1, 1, 8, 8)

@@ -54,8 +54,8 @@ from sparsekit.machine import describe_machine, library_versions
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sparsekit.groups import ChannelGroups
-    from sparsekit.plan import PrunePlan
+    from sparsekit.structure.groups import ChannelGroups
+    from sparsekit.structure.plan import PrunePlan
 
 HERE = Path(__file__).parent
 NUM_CLASSES = 1000
@@ -209,7 +209,7 @@ def forward(chain: Chain) -> None:
 
 def _macs(model: nn.Module, example: Tensor) -> int:
     """Of a copy without gradients: torch's counter stumbles over a parameter that is itself a module's input."""
-    from sparsekit.complexity import count_macs
+    from sparsekit.structure.counting import count_macs
 
     return count_macs(copy.deepcopy(model).requires_grad_(False), example)
 
@@ -217,7 +217,7 @@ def _macs(model: nn.Module, example: Tensor) -> int:
 def _backward(outputs: Any) -> None:
     import torch
 
-    from sparsekit.modes import flat_tensors
+    from sparsekit.evaluation import flat_tensors
 
     loss = torch.stack([output.mean() for output in flat_tensors(outputs)]).sum()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -260,7 +260,7 @@ def _reason(text: str) -> str:
 
 def cut(chain: Chain) -> None:
     """Half the units of every free group removed, and what that saved."""
-    from sparsekit.complexity import count_params
+    from sparsekit.structure.counting import count_params
 
     chain.plan, chain.pruned = halve(chain.model, chain.groups, seed=0)
     chain.figures["params_removed"] = 1 - count_params(chain.pruned) / count_params(chain.model)
@@ -385,7 +385,7 @@ def _sgd_step(model: nn.Module, example: Tensor) -> tuple[float, set[str]]:
     import torch
     from torch.nn import functional as F
 
-    from sparsekit.modes import flat_tensors
+    from sparsekit.evaluation import flat_tensors
 
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -417,7 +417,7 @@ def load(chain: Chain) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from sparsekit.modes import evaluating, flat_tensors
+    from sparsekit.evaluation import evaluating, flat_tensors
 
     inputs, outputs = chain.folder / "input.safetensors", chain.folder / "logits.safetensors"
     save_file({"input": chain.example}, inputs)
@@ -439,7 +439,7 @@ def export(chain: Chain) -> None:
 
 def parity(chain: Chain) -> None:
     """ONNX Runtime gives the logits of the cut model."""
-    from sparsekit.parity import check_parity
+    from sparsekit.export.parity import check_parity
 
     model = chain.model if chain.pruned is None else chain.pruned
     found = check_parity(model, chain.folder / "model.onnx", chain.example).max_rel
@@ -456,7 +456,7 @@ def peer_prune(chain: Chain) -> None:
     import torch_pruning as tp
     from peers import classifier_layers, free_attention_, told_of_its_width_
 
-    from sparsekit.complexity import count_params
+    from sparsekit.structure.counting import count_params
 
     before = count_params(chain.model)
     attentions = free_attention_(chain.model)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsekit.analysis import find_groups
-    from sparsekit.artifact import load, save
-    from sparsekit.choice import choose_channels
-    from sparsekit.complexity import channel_latencies, channel_macs
-    from sparsekit.continuation import rebind_scheduler, transplant, transplant_ema
-    from sparsekit.export import export_onnx
-    from sparsekit.latency import compare_latency
-    from sparsekit.latency_table import LatencyTable
-    from sparsekit.layer_latency import measure_layers
-    from sparsekit.masks import keep_masks
-    from sparsekit.plan import PrunePlan, make_plan
-    from sparsekit.recalibration import recalibrate_batchnorms
-    from sparsekit.scores import channel_worth
-    from sparsekit.sparsifier import Sparsifier
-    from sparsekit.speed_search import search_speed
-    from sparsekit.surgery import apply_plan, verify_cut
+    from sparsekit.artifact.load import load as load
+    from sparsekit.artifact.save import save as save
+    from sparsekit.coupling.find_groups import find_groups as find_groups
+    from sparsekit.export.onnx_file import export_onnx as export_onnx
+    from sparsekit.latency.compare import compare_latency as compare_latency
+    from sparsekit.latency.layers import measure_layers as measure_layers
+    from sparsekit.latency.search import search_speed as search_speed
+    from sparsekit.latency.table import LatencyTable as LatencyTable
+    from sparsekit.repair.recalibration import recalibrate_batchnorms as recalibrate_batchnorms
+    from sparsekit.selection.costs import channel_latencies as channel_latencies
+    from sparsekit.selection.costs import channel_macs as channel_macs
+    from sparsekit.selection.importance import channel_worth as channel_worth
+    from sparsekit.selection.keep_masks import keep_masks as keep_masks
+    from sparsekit.selection.knapsack import choose_channels as choose_channels
+    from sparsekit.sparsify.sparsifier import Sparsifier as Sparsifier
+    from sparsekit.structure.plan import PrunePlan as PrunePlan
+    from sparsekit.structure.plan import make_plan as make_plan
+    from sparsekit.surgery.cut import apply_plan as apply_plan
+    from sparsekit.surgery.transplant import rebind_scheduler as rebind_scheduler
+    from sparsekit.surgery.transplant import transplant as transplant
+    from sparsekit.surgery.transplant import transplant_ema as transplant_ema
+    from sparsekit.surgery.verify import verify_cut as verify_cut
 
-__version__ = version("sparsekit")
+__version__ = "0.1.0"
 __all__ = [
     "LatencyTable",
     "PrunePlan",
@@ -52,28 +57,28 @@ __all__ = [
 
 # Imported on first use (PEP 562), so that `sparsekit --help` does not wait for torch.
 _HOMES = {
-    "LatencyTable": "latency_table",
-    "PrunePlan": "plan",
-    "Sparsifier": "sparsifier",
-    "apply_plan": "surgery",
-    "channel_latencies": "complexity",
-    "channel_macs": "complexity",
-    "channel_worth": "scores",
-    "choose_channels": "choice",
-    "compare_latency": "latency",
-    "export_onnx": "export",
-    "find_groups": "analysis",
-    "keep_masks": "masks",
-    "load": "artifact",
-    "make_plan": "plan",
-    "measure_layers": "layer_latency",
-    "rebind_scheduler": "continuation",
-    "recalibrate_batchnorms": "recalibration",
-    "save": "artifact",
-    "search_speed": "speed_search",
-    "transplant": "continuation",
-    "transplant_ema": "continuation",
-    "verify_cut": "surgery",
+    "LatencyTable": "latency.table",
+    "PrunePlan": "structure.plan",
+    "Sparsifier": "sparsify.sparsifier",
+    "apply_plan": "surgery.cut",
+    "channel_latencies": "selection.costs",
+    "channel_macs": "selection.costs",
+    "channel_worth": "selection.importance",
+    "choose_channels": "selection.knapsack",
+    "compare_latency": "latency.compare",
+    "export_onnx": "export.onnx_file",
+    "find_groups": "coupling.find_groups",
+    "keep_masks": "selection.keep_masks",
+    "load": "artifact.load",
+    "make_plan": "structure.plan",
+    "measure_layers": "latency.layers",
+    "rebind_scheduler": "surgery.transplant",
+    "recalibrate_batchnorms": "repair.recalibration",
+    "save": "artifact.save",
+    "search_speed": "latency.search",
+    "transplant": "surgery.transplant",
+    "transplant_ema": "surgery.transplant",
+    "verify_cut": "surgery.verify",
 }
 
 

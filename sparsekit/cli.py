@@ -21,9 +21,9 @@ from sparsekit.errors import FileError, InputError, SparsekitError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from sparsekit.latency import LatencyComparison
-    from sparsekit.recipe import Recipe
-    from sparsekit.session import Provider
+    from sparsekit.latency.compare import LatencyComparison
+    from sparsekit.options import Provider
+    from sparsekit.recipe.recipe import Recipe
 
 __all__ = ["main"]
 
@@ -149,12 +149,12 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Run a recipe: train, sparsify, cut, fine-tune, export, measure."""
-    from sparsekit.recipe import default_output, load_recipe
+    from sparsekit.recipe.reading import default_output, load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     directory = output or loaded.output or default_output(recipe)
-    from sparsekit import pipeline
-    from sparsekit.report_page import terminal_table
+    from sparsekit.report.terminal import terminal_table
+    from sparsekit.runs import pipeline
 
     try:
         report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
@@ -171,10 +171,10 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     All mistakes of the recipe are shown at once. Nothing is trained.
     """
-    from sparsekit.recipe import load_recipe
+    from sparsekit.recipe.reading import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from sparsekit.inputs import check_inputs
+    from sparsekit.runs.rehearsal import check_inputs
 
     problems = check_inputs(loaded)
     if problems:
@@ -201,10 +201,10 @@ def inspect(
     """
     recipe = None
     if Path(model).suffix in (".yaml", ".yml"):
-        from sparsekit.recipe import load_recipe
+        from sparsekit.recipe.reading import load_recipe
 
         recipe = load_recipe(Path(model))
-    from sparsekit import commands
+    from sparsekit.runs import commands
 
     name = recipe.model.name if recipe else model
     inspection = commands.inspect_model(
@@ -228,11 +228,11 @@ def plan(
     Channels are chosen by the sizes of their filters, in the dense model of the run or in what the recipe starts from.
     Nothing is trained.
     """
-    from sparsekit.recipe import load_recipe
+    from sparsekit.recipe.reading import load_recipe
 
     run = source if source.is_dir() else None
     recipe = load_recipe(source / "recipe.yaml" if run else source, overrides or ())
-    from sparsekit import commands
+    from sparsekit.runs import commands
 
     planned = commands.plan_cut(recipe, run=run, console=_console(stderr=True))
     if json:
@@ -260,7 +260,7 @@ def bench(
 
     All run interleaved in one process; the speed-up comes with an interval, unless the machine is too busy for one.
     """
-    from sparsekit.latency import compare_latency
+    from sparsekit.latency.compare import compare_latency
 
     sizes: list[int | None] = [*batch] if batch else [None]
     with _console(stderr=True).status("measuring"):
@@ -295,7 +295,7 @@ def export(
     ] = True,
 ) -> None:
     """Write the pruned model as ONNX again."""
-    from sparsekit import commands
+    from sparsekit.runs import commands
 
     written = commands.export_again(
         source,
@@ -312,8 +312,8 @@ def export(
 @_reported
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Write and show the report of a run again."""
-    from sparsekit import commands
-    from sparsekit.report_page import terminal_table
+    from sparsekit.report.terminal import terminal_table
+    from sparsekit.runs import commands
 
     _console().print(terminal_table(commands.report_again(run), run))
 
@@ -335,7 +335,7 @@ def init(
         )
     if path.exists() and not force:
         raise FileError(f"{path} is already there; name another file, or replace it with --force")
-    write_text(path, (files("sparsekit") / "recipe_template.yaml").read_text(encoding="utf-8"))
+    write_text(path, (files("sparsekit.recipe") / "template.yaml").read_text(encoding="utf-8"))
     typer.echo(f"wrote {path}; run it with: sparsekit prune {path}")
 
 

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import sparsekit
 from sparsekit.errors import InputError
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _LIBRARIES = (
-    "sparsekit", "torch", "torchvision", "timm", "torch-pruning", "accelerate", "numpy", "onnx", "onnxscript",
+    "torch", "torchvision", "timm", "torch-pruning", "accelerate", "numpy", "onnx", "onnxscript",
     "onnxruntime", "safetensors", "pydantic",
 )  # fmt: skip
 # The instruction sets that decide which ONNX Runtime and PyTorch kernels run; the names are Linux's.
@@ -66,7 +67,7 @@ def library_versions() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | {"sparsekit": sparsekit.__version__}
 
 
 def usable_cores() -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekit.groups import ChannelGroups
-from sparsekit.plan import PrunePlan
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.plan import PrunePlan
 
 Example = tuple[nn.Module, tuple[Tensor, ...]]
 

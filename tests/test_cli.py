@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 import sparsekit
 from sparsekit.cli import main
 from sparsekit.errors import DataError, FileError, TrainingError
-from sparsekit.latency import Interval, Latency, LatencyComparison
-from sparsekit.recipe import load_recipe
+from sparsekit.latency.compare import Interval, Latency, LatencyComparison
+from sparsekit.recipe.reading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -43,9 +43,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def call(*args: str | Path, **pipeline: Any) -> tuple[int, str, str]:
         stand_in = SimpleNamespace(**pipeline)
-        for name in ("pipeline", "commands", "inputs"):
-            monkeypatch.setitem(sys.modules, f"sparsekit.{name}", stand_in)
-            monkeypatch.setattr(sparsekit, name, stand_in, raising=False)
+        for name in ("pipeline", "commands", "rehearsal"):
+            monkeypatch.setitem(sys.modules, f"sparsekit.runs.{name}", stand_in)
+            monkeypatch.setattr(sparsekit.runs, name, stand_in, raising=False)
         monkeypatch.setattr(sys, "argv", ["sparsekit", *map(str, args)])
         monkeypatch.setenv("COLUMNS", "120")
         with pytest.raises(SystemExit) as caught:
@@ -205,7 +205,7 @@ def test_bench_as_a_process(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sparsekit.pipeline") is None, reason="needs the pipeline")
+@pytest.mark.skipif(importlib.util.find_spec("sparsekit.runs.pipeline") is None, reason="needs the pipeline")
 def test_validate_as_a_process() -> None:
     done = run("validate", QUICKSTART)
     assert done.returncode == 0, done.stderr
@@ -272,7 +272,7 @@ def test_prune_passes_recipe_output_and_resume(
         return "the report"
 
     monkeypatch.setattr(
-        "sparsekit.report_page.terminal_table", lambda report, directory: f"{report} of {directory}"
+        "sparsekit.report.terminal.terminal_table", lambda report, directory: f"{report} of {directory}"
     )
     code, out, _ = call("prune", QUICKSTART, "--set", "seed=7", "--resume", *args, prune=prune)
     assert code == 0
@@ -359,7 +359,7 @@ def test_export_prints_the_file_it_wrote(call: Any) -> None:
 
 
 def test_report_prints_the_table(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsekit.report_page.terminal_table", lambda report, run: f"{report} {run}")
+    monkeypatch.setattr("sparsekit.report.terminal.terminal_table", lambda report, run: f"{report} {run}")
     assert call("report", "runs/x", report_again=lambda run: "table of") == (0, "table of runs/x\n", "")
 
 
@@ -374,7 +374,7 @@ def test_bench_shows_speedup_interval_and_null(call: Any, monkeypatch: pytest.Mo
         trustworthy=True,
         reason="",
     )
-    monkeypatch.setattr("sparsekit.latency.compare_latency", lambda files, **kwargs: comparison)
+    monkeypatch.setattr("sparsekit.latency.compare.compare_latency", lambda files, **kwargs: comparison)
     code, out, _ = call("bench", "[a].onnx", "b.onnx", "--threads", "2", "--rounds", "50")
     assert code == 0
     figures = ("2.000", "1.900 to 2.200", "3.125", "2000", "5000", "2.50", "2.40 to 2.60")
@@ -383,7 +383,7 @@ def test_bench_shows_speedup_interval_and_null(call: Any, monkeypatch: pytest.Mo
     assert "batch 4, threads 2, rounds 50" in out
 
     noisy = replace(comparison, trustworthy=False, reason="the machine is busy")
-    monkeypatch.setattr("sparsekit.latency.compare_latency", lambda files, **kwargs: noisy)
+    monkeypatch.setattr("sparsekit.latency.compare.compare_latency", lambda files, **kwargs: noisy)
     code, out, _ = call("bench", "[a].onnx", "b.onnx")
     assert code == 0
     assert "2.50" not in out

@@ -14,7 +14,7 @@ import torch
 import sparsekit
 
 README = Path(__file__).parents[1] / "README.md"
-MODULES = sorted(f"sparsekit.{module.name}" for module in pkgutil.iter_modules(sparsekit.__path__))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(sparsekit.__path__, "sparsekit."))
 
 
 def _python_blocks(text: str) -> list[str]:
@@ -27,7 +27,7 @@ def test_the_examples_in_docstrings_are_right(name: str) -> None:
 
 
 def test_some_docstrings_have_examples() -> None:
-    found = doctest.DocTestFinder().find(importlib.import_module("sparsekit.schedules"))
+    found = doctest.DocTestFinder().find(importlib.import_module("sparsekit.sparsify.schedules"))
     assert any(test.examples for test in found)
 
 

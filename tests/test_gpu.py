@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.penalties import Penalty
-from sparsekit.schedules import PhaseShares
+from sparsekit.options import Penalty
+from sparsekit.sparsify.schedules import PhaseShares
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

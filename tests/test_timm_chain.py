@@ -17,15 +17,18 @@ from models_by_hand import random_masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekit.analysis import find_groups
-from sparsekit.artifact import load, save
-from sparsekit.complexity import count_params
-from sparsekit.export import export_onnx
-from sparsekit.groups import ChannelGroup, ChannelGroups
-from sparsekit.modes import evaluating, flat_tensors
-from sparsekit.parity import check_parity
-from sparsekit.plan import PrunePlan, compose, make_plan
-from sparsekit.surgery import apply_plan, verify_cut
+from sparsekit.artifact.load import load
+from sparsekit.artifact.save import save
+from sparsekit.coupling.find_groups import find_groups
+from sparsekit.evaluation import evaluating, flat_tensors
+from sparsekit.export.onnx_file import export_onnx
+from sparsekit.export.parity import check_parity
+from sparsekit.structure.compose import compose
+from sparsekit.structure.counting import count_params
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.plan import PrunePlan, make_plan
+from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.verify import verify_cut
 
 NAMES = timm.list_models("test_*")
 CLASSES = 5

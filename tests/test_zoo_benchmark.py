@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparsekit.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -9,7 +9,7 @@ import lightning
 from torch.utils.hooks import RemovableHandle
 
 from sparsekit.errors import InputError
-from sparsekit.sparsifier import Sparsifier
+from sparsekit.sparsify.sparsifier import Sparsifier
 
 MakeSparsifier = Callable[[lightning.LightningModule, int], Sparsifier]
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsekit.checkpoint import load_state, save_state
-from sparsekit.sparsifier import Sparsifier
+from sparsekit.sparsify.sparsifier import Sparsifier
+from sparsekit.training.checkpoint import load_state, save_state
 
 _FILE = "sparsifier.safetensors"
 

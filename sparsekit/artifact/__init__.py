@@ -1,0 +1,1 @@
+"""The portable form of a pruned model: safetensors and JSON, without pickle."""

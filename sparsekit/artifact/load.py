@@ -1,0 +1,183 @@
+"""A model out of an artifact: built dense, then given the recorded shapes, sizes and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.artifact.dense_model import Factory, dense_model, source_name
+from sparsekit.artifact.format import Structure, listed, one_line, read_recorded, read_tensors, version_note
+from sparsekit.errors import FileError, InputError, ModelError, VerificationError
+from sparsekit.evaluation import comparing, flat_tensors
+from sparsekit.surgery.bypass import bypass_
+from sparsekit.surgery.norms import is_standardised, make_plain_
+from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
+
+
+def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
+    """The model an artifact holds, on the CPU, in eval mode, with equal logits. Nothing is unpickled.
+
+    `factory` builds the dense model: needed if that is not timm's, and used instead of timm if it is given. What
+    it returns is copied, never changed. The caller's random state does not move. Raises FileError if the folder
+    is no artifact, is damaged, was written by a newer format, or does not fit the model.
+    """
+    path = Path(path)
+    structure = read_recorded(path)
+    tensors = read_tensors(path, structure)
+    written_with = version_note(structure)
+    try:
+        model = dense_model(path, structure, factory)
+    except ModelError as error:
+        raise FileError(f"the dense model of {path} cannot be built: {error}{written_with}") from error
+    try:
+        bypass_recorded_(model, structure.bypassed)
+        _make_plain_(model, structure.plain)
+        fill_(model, structure, tensors)
+    except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
+        raise FileError(
+            f"{path} does not fit the dense model, {source_name(structure.source)}: {one_line(error)}{written_with}"
+        ) from error
+    return model.eval()
+
+
+def check_round_trip(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Tensor,
+    *,
+    factory: Factory | None = None,
+    tolerance: float = 1e-5,
+) -> float:
+    """Load the artifact and compare logits with the model it was saved from; the largest absolute difference.
+
+    Raises VerificationError if it exceeds `tolerance` times the largest logit.
+    """
+    loaded = load(path, factory=factory).to(inputs.device)
+    with comparing(model):
+        expected, found = flat_tensors(model(inputs)), flat_tensors(loaded(inputs))
+    difference = max(float((one - other).abs().max()) for one, other in zip(expected, found, strict=True))
+    if not difference <= tolerance * max(float(one.abs().max()) for one in expected):
+        raise VerificationError(
+            f"the artifact {path} gives other logits than the model: off by {difference:.3g}"
+        )
+    return difference
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def settable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
+    return {
+        key: value
+        for key, value in attributes.items()
+        if not key.startswith("_") and key != "training" and _plain(value)
+    }
+
+
+def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
+    """Raises InputError for a name that is no module inside of the dense model."""
+    try:
+        bypass_(model, names)
+    except ModelError as error:
+        raise InputError(str(error)) from None
+
+
+def _make_plain_(model: nn.Module, names: list[str]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules or not is_standardised(modules[name]):
+            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
+    make_plain_(model, names)
+
+
+def fill_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
+    stored = model.state_dict().keys()
+    if missing := sorted(stored - tensors.keys()):
+        raise InputError(f"tensors of the dense model are not in the artifact: {listed(missing)}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders = {name: _holder(modules, name) for name in tensors}
+    for name, tensor in tensors.items():
+        _make_room_(holders[name], name.rpartition(".")[2], tensor)
+    places = structure.rewrites
+    for place in places:
+        if place.call < 0 or place.argument < 0 or place.size == 0 or place.size < -1:
+            raise InputError(f"a rewrite of {place.module}.{place.method} has an impossible number")
+    leave_sizes_to_torch_(model, places)
+    _set_attributes_(model, structure.attributes)
+    left_out = tensors.keys() - model.state_dict().keys()
+    model.load_state_dict({name: tensors[name] for name in tensors if name not in left_out}, strict=True)
+    for name in left_out:
+        holders[name][name.rpartition(".")[2]] = tensors[name].clone()
+
+
+def _holder(modules: Mapping[str, nn.Module], name: str) -> dict[str, Any]:
+    """The dictionary of a module's parameters or buffers that has a place for the tensor."""
+    owner_name, _, key = name.rpartition(".")
+    owner = modules.get(owner_name)
+    holders: Iterable[dict[str, Any]] = (owner._parameters, owner._buffers) if owner is not None else ()
+    for held in holders:
+        # Where a dense model has none, a folded constant is the one thing that a cut adds.
+        if held.get(key) is not None or (key == "bias" and key in held):
+            return held
+    raise InputError(f"the dense model has no {name}")
+
+
+def _make_room_(held: dict[str, Any], key: str, tensor: Tensor) -> None:
+    """Give a parameter or buffer the shape and dtype of `tensor`."""
+    old = held[key]
+    if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:
+        return
+    empty = torch.empty_like(tensor, device="cpu")
+    if isinstance(old, nn.Parameter):
+        old.data = empty  # in place: tied parameters stay tied
+    else:
+        held[key] = nn.Parameter(empty) if old is None else empty
+
+
+def _set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, values in attributes.items():
+        if name not in modules:
+            raise InputError(f"the dense model has no module {name!r:.80}")
+        settable = settable_attributes(vars(modules[name]))
+        for key, value in values.items():
+            place = f"{name}.{key}" if name else key
+            if key not in settable:
+                raise InputError(
+                    f"{place} is no plain attribute of the dense model; an artifact sets no others"
+                )
+            modules[name].__dict__[key] = _of_kind(value, settable[key], place)
+
+
+def _of_kind(value: Any, built: Any, place: str) -> Any:
+    """`value`, if it is the kind of thing that was built, with tuples where JSON only has lists."""
+    if built is None:
+        return value
+    if isinstance(built, (tuple, list)) and isinstance(value, list):
+        alike = [*built, *built[-1:] * len(value)]  # what is longer than before goes on as it ended
+        items = [_of_kind(v, b, place) for v, b in zip(value, alike, strict=False)]
+        return tuple(items) if isinstance(built, tuple) else items
+    if isinstance(built, dict) and isinstance(value, dict):
+        return {key: _entry_of_kind(item, built.get(key), f"{place}.{key}") for key, item in value.items()}
+    if isinstance(built, float) and type(value) is int:
+        return float(value)
+    for kind in (bool, int, float, str):
+        if isinstance(built, kind) and type(value) is kind:
+            return value
+    raise InputError(f"{place} must be a {type(built).__name__} as in the dense model, got {value!r:.60}")
+
+
+def _entry_of_kind(value: Any, built: Any, place: str) -> Any:
+    """As `_of_kind`, for dictionaries: they describe, and a text may be missing from a description."""
+    return None if value is None and isinstance(built, (str, list, tuple)) else _of_kind(value, built, place)

@@ -1,0 +1,185 @@
+"""Components of atoms become channel groups: who produces, normalises and reads each channel, by name and position."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from sparsekit.coupling.labels import FIXED
+from sparsekit.coupling.observations import Atoms, Axis, Facts
+from sparsekit.coupling.solve import Coupled
+from sparsekit.structure.groups import ChannelGroup, Member, Role
+from sparsekit.structure.places import Attribute, Place
+
+# An axis, and whether these of its atoms are gates: the parts of a tensor that a member can be.
+Part = tuple[int, bool]
+Runs = dict[Part, Atoms]
+
+
+def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
+    """Groups of components that run through the same tensors in the same way, in the order of the model's layers.
+
+    A component counts if some layer produces it; `parameters` are the names of trained tensors.
+    """
+    marks, sized = _Marks(facts), _sized_by_component(coupled.sizes)
+    alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
+    for number, runs in _by_component(facts, coupled, marks.gates):
+        if any(marks.makes[atoms[0]] for atoms in runs.values()):
+            sizes = tuple(
+                (attribute, len(own)) for attribute, own in sorted(sized.get(number, {}).items(), key=str)
+            )
+            signature = (*((part, len(atoms)) for part, atoms in sorted(runs.items())), *sizes)
+            alike[signature, coupled.reasons.get(number, "")].append((number, runs))
+    component_places: dict[int, list[Place]] = defaultdict(list)
+    for place, atoms in facts.places:
+        for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
+            component_places[number].append(place)
+    formed = [
+        _form(facts, sized, marks, components, str(reason), parameters, component_places)
+        for (_, reason), components in alike.items()
+    ]
+    order = {axis.tensor: place for place, axis in enumerate(facts.axes)}
+    formed.sort(key=lambda group: (order[_root(group).tensor], _root(group).positions[0]))
+    return _with_names(formed)
+
+
+class _Marks:
+    """Marks as boolean arrays over atoms."""
+
+    def __init__(self, facts: Facts) -> None:
+        def flags(*names: str) -> Atoms:
+            flagged = np.zeros(facts.n_atoms, bool)
+            for name in names:
+                flagged[facts.marked(name)] = True  # type: ignore[arg-type]
+            return flagged
+
+        self.gates, self.makes = flags("gates"), flags("produced", "grouped")
+        self.produced, self.grouped = flags("produced"), flags("grouped")
+        self.consumed, self.normalises = flags("consumed"), flags("normalises")
+        self.multiplies, self.responds = flags("multiplies"), flags("responds")
+        self.shifts = flags("shifts")
+
+    def role(self, atom: int) -> Role:
+        if self.grouped[atom]:
+            return "depthwise"
+        if self.produced[atom]:
+            return "producer"
+        if self.consumed[atom]:
+            return "consumer"
+        if self.responds[atom]:
+            return "response"
+        if self.shifts[atom]:
+            return "layer_norm"
+        return "norm" if self.normalises[atom] else "parameter"
+
+
+def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tuple[int, Runs]]:
+    """Each component with its atoms by axis, ascending."""
+    starts = np.array([axis.first for axis in facts.axes])
+    atoms = np.arange(1, facts.n_atoms)
+    axis = np.searchsorted(starts, atoms, side="right") - 1
+    component, gated = coupled.component[atoms], gates[atoms]
+    order = np.lexsort((atoms, gated, axis, component))
+    keys = np.stack([component, axis, gated], 1)[order]
+    breaks = np.flatnonzero((keys[1:] != keys[:-1]).any(1)) + 1
+    number = -1
+    runs: Runs = {}
+    for run in np.split(order, breaks) if len(order) else ():
+        first = run[0]
+        if component[first] != number:
+            if runs:
+                yield number, runs
+            number, runs = int(component[first]), {}
+        runs[int(axis[first]), bool(gated[first])] = atoms[run]
+    if runs:
+        yield number, runs
+
+
+def _form(
+    facts: Facts,
+    sized: Sized,
+    marks: _Marks,
+    components: list[tuple[int, Runs]],
+    reason: str,
+    parameters: set[str],
+    places: Mapping[int, list[Place]],
+) -> ChannelGroup:
+    parts = list(components[0][1])
+    # Channels are numbered by their place in the layer that produces them.
+    root = next(part for part in parts if marks.makes[components[0][1][part][0]])
+    components.sort(key=lambda one: int(one[1][root][0]))
+    members = [
+        _member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts
+    ]
+    numbers = [number for number, _ in components]
+    members += _size_members(sized, numbers)
+    place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
+    members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
+    rewrites = sorted({place for number in numbers for place in places.get(number, ())})
+    return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
+
+
+def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]) -> Member:
+    axis: Axis = facts.axes[part[0]]
+    role = marks.role(int(atoms[0][0]))
+    module = axis.tensor.rpartition(".")[0]
+    readers = facts.norms.get(f"{module}.weight" if module else "weight", set())
+    norm = None
+    if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
+        norm = next(iter(readers)).rpartition(".")[0]
+    multiplies = role == "parameter" and bool(marks.multiplies[atoms[0][0]])
+    penalised = (
+        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not multiplies
+    )
+    return Member(
+        axis.tensor,
+        axis.dim,
+        tuple(int(atom) - axis.first for run in atoms for atom in run),
+        len(atoms[0]),
+        role,
+        penalised=penalised and axis.tensor in parameters,
+        norm=norm,
+    )
+
+
+Sized = Mapping[int, Mapping[Attribute, list[int]]]
+
+
+def _sized_by_component(sizes: Mapping[Attribute, Atoms]) -> Sized:
+    """For each component the attributes whose dimension it has a part in, and where."""
+    sized: dict[int, dict[Attribute, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for attribute, components in sizes.items():
+        for position, number in enumerate(components.tolist()):
+            sized[number][attribute].append(position)
+    return sized
+
+
+def _size_members(sized: Sized, numbers: list[int]) -> list[Member]:
+    members = []
+    for attribute, first in sized.get(numbers[0], {}).items():
+        owned = [sized.get(number, {}).get(attribute, []) for number in numbers]
+        if all(len(positions) == len(first) for positions in owned):
+            path = str(Attribute(attribute.module, attribute.name))
+            positions = tuple(position for own in owned for position in own)
+            members.append(Member(path, attribute.item or 0, positions, len(first), "size"))
+    return members
+
+
+def _root(group: ChannelGroup) -> Member:
+    """The first of the layers that produce the group's channels."""
+    return next(m for m in group.members if m.role in ("producer", "depthwise"))
+
+
+def _with_names(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Named by their first layer; further groups of the same layer get a number."""
+    seen: dict[str, int] = defaultdict(int)
+    named = []
+    for group in groups:
+        name = (_root(group).module or _root(group).tensor).partition(".parametrizations")[0]
+        seen[name] += 1
+        suffix = f"#{seen[name]}" if seen[name] > 1 else ""
+        named.append(replace(group, name=name + suffix))
+    return tuple(named)

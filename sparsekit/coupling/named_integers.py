@@ -1,0 +1,91 @@
+"""Sizes that a model's code reads from attributes: integers that remember where they came from.
+
+`x.reshape(n, self.num_heads, self.head_dim)` needs another `num_heads` once heads are gone. To learn which
+attribute gives which size, the attributes of a copy are replaced by integers that carry their name; torch treats
+them like any other, and what it is called with tells which dimension each of them sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sparsekit.structure.places import Attribute
+
+# Sizes of layers with weights follow from their tensors.
+_SIZED_BY_TENSORS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
+
+
+class PartInt(int):
+    """A named integer divided by a plain one: an equal part of what the attribute sizes."""
+
+    whole: NamedInt
+
+
+class MultipleInt(int):
+    """A named integer times a plain one: `attribute` sizes the inner part of a dimension, or the outer one."""
+
+    attribute: Attribute
+    times: int
+    inner: bool
+
+
+class NamedInt(int):
+    """An integer that knows the attribute it was read from.
+
+    So do its quotients and products with plain integers; other arithmetic gives plain integers.
+    """
+
+    attribute: Attribute
+
+    def __floordiv__(self, divisor: Any) -> Any:
+        if not isinstance(divisor, int):
+            return int(self).__floordiv__(divisor)
+        part = PartInt(int(self) // int(divisor))
+        part.whole = self
+        return part
+
+    def __mul__(self, factor: Any) -> Any:
+        return self._times(factor, inner=False)
+
+    def __rmul__(self, factor: Any) -> Any:
+        return self._times(factor, inner=True)
+
+    def _times(self, factor: Any, *, inner: bool) -> Any:
+        if type(factor) is not int:
+            return int(self) * int(factor) if isinstance(factor, int) else NotImplemented
+        product = MultipleInt(int(self) * factor)
+        product.attribute, product.times, product.inner = self.attribute, factor, inner
+        return product
+
+    @staticmethod
+    def of(value: int, attribute: Attribute) -> NamedInt:
+        number = NamedInt(value)
+        number.attribute = attribute
+        return number
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedInt:
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+def name_integers_(model: nn.Module) -> None:
+    """Replace integer attributes (and those in tuples and lists) of every module by ones that know their name."""
+    for module_name, module in model.named_modules():
+        if isinstance(module, _SIZED_BY_TENSORS):
+            continue
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") or name == "training":
+                continue
+            if _is_size(value):
+                module.__dict__[name] = NamedInt.of(value, Attribute(module_name, name))
+            elif type(value) in (tuple, list) and value and all(_is_size(entry) for entry in value):
+                entries = (NamedInt.of(v, Attribute(module_name, name, i)) for i, v in enumerate(value))
+                module.__dict__[name] = type(value)(entries)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0

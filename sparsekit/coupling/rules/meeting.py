@@ -1,0 +1,92 @@
+"""What all rules share: labels that meet, go together, or have to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sparsekit.coupling.labels import aligned, merged_by_span, span
+from sparsekit.coupling.observations import Atoms, joined
+from sparsekit.coupling.tracer import Call, Known, Tracer
+
+COMPUTED = "the weight of a layer it runs through is computed from other tensors (a parametrisation)"
+MIXES = "{} mixes channels, so removing one changes all others"
+
+
+def unknown(tracer: Tracer, call: Call) -> None:
+    weights = bool(call.tensors) and all(tracer.known(tensor).weight for tensor in call.tensors)
+    for tensor in call.tensors:  # before the outputs, of which one may be the same tensor
+        tracer.read(tensor)
+        for labels in tracer.known(tensor).labels:
+            tracer.facts.fix(
+                labels, f"it passes through {call.name}, which mixes channels in a way of its own"
+            )
+    for output in call.outputs:
+        tracer.learn(output, Known(weight=weights))
+
+
+def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
+    """Of a product: what has been squashed only scales the rest, which alone decides whether the result is zero."""
+    gates = [k for k in known if k.squashed and k.feeds is not None]
+    others = [k for k in known if not (k.squashed and k.feeds is not None)]
+    if gates and any(not k.weight for k in others):
+        for k in gates:
+            if k.feeds is not None:
+                tracer.facts.mark("gates", k.feeds)
+        return joined(k.feeds for k in others), any(k.squashed for k in others)
+    return joined(k.feeds for k in known), any(k.squashed for k in known)
+
+
+def combine(
+    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], *, scales: bool = False
+) -> tuple[Tensor, ...]:
+    """Labels of what comes of operands that meet element by element, broadcast to `shape`.
+
+    Labels over the same dimensions are coupled. Labels over some of another's dimensions are covered by it. Along a
+    dimension where another operand has a size of its own, without labels, everything goes together; labels along
+    nothing else are fixed. `scales`: it is a product, in which a weight is a factor.
+    """
+    n = len(shape)
+    operands = [t for t in tensors if t.dim() <= n]
+    # An expanded dimension (stride 0) has whatever size it is asked for.
+    present = [{d + n - t.dim() for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d)} for t in operands]
+    known = [tracer.known(t) for t in operands]
+    arrays = [tuple(aligned(labels, n) for labels in k.labels) for k in known]
+    labelled = [{d for labels in group for d in span(labels)} for group in arrays]
+    free: list[Tensor] = []
+    for i, group in enumerate(arrays):
+        if scales and known[i].weight:
+            for labels in group:
+                tracer.facts.mark("multiplies", labels)
+        for labels in group:
+            dims = set(span(labels))
+            others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]
+            sized = sorted(dims & set().union(*others))
+            if dims and len(sized) == len(dims):
+                tracer.facts.fix(labels, "it meets a tensor whose size is fixed")
+            else:
+                free.append(together(tracer, labels, sized))
+    merged = merged_by_span(free, tracer.facts.couple)
+    return uncovered(tracer, merged)
+
+
+def uncovered(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Without arrays over some of another's dimensions: what is left of the finer decides about the coarser."""
+    kept = []
+    for labels in merged:
+        finer = [other for other in merged if set(span(labels)) < set(span(other))]
+        for other in finer:
+            tracer.facts.cover(labels, other)
+        if not finer:
+            kept.append(labels)
+    return tuple(kept)
+
+
+def together(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor:
+    """Everything along `dims` goes together; the first of it stands for all."""
+    first = labels
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    tracer.facts.couple(first, labels)
+    return first

@@ -1,0 +1,174 @@
+"""Values that are moved, joined, padded or pooled: labels move as they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsekit.coupling.labels import FIXED, compressed, merged_by_span, moved, span
+from sparsekit.coupling.observations import Atoms, joined, to_atoms
+from sparsekit.coupling.rules.meeting import MIXES, together, unknown
+from sparsekit.coupling.tracer import Call, Known, Tracer
+
+
+def moving(tracer: Tracer, call: Call) -> None:
+    tensor = call.tensors[0]
+    known = tracer.known(tensor)
+    operator = _AS_RESHAPE.get(call.name, call.operator)
+
+    def run(labels: Tensor) -> Any:
+        return operator(labels, *call.args[1:], **call.kwargs)
+
+    results = [moved(labels, tensor.shape, run) for labels in known.labels]
+    for i, output in enumerate(call.outputs):
+        labels = merged_by_span([result[i] for result in results], tracer.facts.couple)
+        if call.name not in _KEEP_DIMENSIONS:
+            for one in labels:
+                tracer.facts.grid(one)
+        if output.numel() == tensor.numel():
+            tracer.learn(output, replace(known, labels=labels))
+        else:
+            tracer.read(tensor)
+            feeds = _held(known.feeds, labels)
+            tracer.learn(output, Known(labels, known.weight, feeds, known.squashed))
+
+
+def _held(feeds: Atoms | None, labels: Sequence[Tensor]) -> Atoms | None:
+    """Of what feeds a tensor, that which a part of it still holds."""
+    atoms = joined(to_atoms(one) for one in labels)
+    return feeds if feeds is None or atoms is None else np.intersect1d(feeds, atoms)
+
+
+# What these leave of labels over several dimensions is what was there before.
+_KEEP_DIMENSIONS = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
+_AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
+
+
+def striding(tracer: Tracer, call: Call) -> None:
+    """Torch itself restrides what it pooled to one place, in place: nothing moves where there is one dimension."""
+    out = call.outputs[0]
+    long = [dim for dim, size in enumerate(out.shape) if size > 1]
+    whole = out.untyped_storage().nbytes() == out.numel() * out.element_size()
+    if not (call.name == "as_strided_" and out is call.args[0] and whole and len(long) == 1):
+        unknown(tracer, call)
+
+
+def padding(tracer: Tracer, call: Call) -> None:
+    """Padding leaves labels alone, except along a padded dimension: what is added there has a size of its own."""
+    tensor, pads = call.args[0], call.args[1]
+    known = tracer.known(tensor)
+    padded = {tensor.dim() - 1 - i // 2 for i, amount in enumerate(pads) if amount}
+    labels = []
+    for one in known.labels:
+        if padded & set(span(one)):
+            tracer.facts.fix(one, "it is padded to a fixed size")
+        else:
+            labels.append(one)
+    tracer.read(tensor)
+    tracer.learn(call.outputs[0], Known(tuple(labels), known.weight, known.feeds, known.squashed))
+
+
+def concatenating(tracer: Tracer, call: Call) -> None:
+    tensors = [t for t in call.args[0] if t.numel()] if call.args else list(call.tensors)
+    dim = call.arg(1, "dim", 0)
+    n = call.outputs[0].dim()
+    stacks = call.name == "stack"
+    dim = dim % n
+    known = [tracer.known(t) for t in tensors]
+    for t in tensors:
+        tracer.read(t)
+    groups = [[labels.unsqueeze(dim) if stacks else labels for labels in k.labels] for k in known]
+    shapes = [list(t.unsqueeze(dim).shape if stacks else t.shape) for t in tensors]
+    labels = concatenated(tracer, groups, shapes, dim)
+    tracer.learn(call.outputs[0], Known(labels, all(k.weight for k in known), joined(k.feeds for k in known)))
+
+
+def concatenated(
+    tracer: Tracer, groups: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[int]], dim: int
+) -> tuple[Tensor, ...]:
+    """Labels of parts one behind another along `dim`; other dimensions of the parts go together."""
+    others: dict[tuple[int, ...], None] = {}
+    for group in groups:
+        others.update((tuple(d for d in span(labels) if d != dim), None) for labels in group)
+    results = []
+    for rest in others:
+        found = [
+            {tuple(d for d in span(labels) if d != dim): labels for labels in group}.get(rest)
+            for group in groups
+        ]
+        varies = any(one is not None and one.shape[dim] > 1 for one in found) or not rest
+        if not varies:
+            present = [one for one in found if one is not None]
+            for other in present[1:]:
+                tracer.facts.couple(present[0], other)
+            if len(present) < len(found):
+                tracer.facts.fix(present[0], "it is joined with a tensor whose size is fixed")
+            results.append(present[0])
+            continue
+        parts = []
+        for one, shape in zip(found, shapes, strict=True):
+            target = [size if d in rest or d == dim else 1 for d, size in enumerate(shape)]
+            parts.append((torch.full((1,) * len(shape), float(FIXED)) if one is None else one).expand(target))
+        results.append(compressed(torch.cat(parts, dim)))
+    merged = merged_by_span(results, tracer.facts.couple)
+    for one in merged:
+        tracer.facts.grid(one)
+    return merged
+
+
+def unfolding(tracer: Tracer, call: Call) -> None:
+    """im2col: (n, c, h, w) -> (n, c x kernel, places); every channel owns a run of kernel-many positions."""
+    tensor, out = call.args[0], call.outputs[0]
+    known = tracer.known(tensor)
+    channel, repeat = tensor.dim() - 3, out.shape[-2] // tensor.shape[-3]
+    labels = []
+    for one in known.labels:
+        if set(span(one)) & {tensor.dim() - 1, tensor.dim() - 2}:
+            tracer.facts.fix(one, MIXES.format(call.name))
+            continue
+        flat = one.flatten(-2)
+        labels.append(flat.repeat_interleave(repeat, channel) if one.shape[channel] > 1 else flat)
+    tracer.read(tensor)
+    tracer.learn(out, Known(tuple(labels), known.weight, known.feeds, known.squashed))
+
+
+def folding(tracer: Tracer, call: Call) -> None:
+    """col2im: (n, c x kernel, places) -> (n, c, h, w); positions of one channel are added up."""
+    tensor, out = call.args[0], call.outputs[0]
+    known = tracer.known(tensor)
+    channel = tensor.dim() - 2
+    labels = []
+    for one in known.labels:
+        if one.shape[-1] > 1:
+            tracer.facts.fix(one, MIXES.format(call.name))
+            continue
+        if one.shape[channel] > 1:
+            parts = one.reshape(*one.shape[:channel], out.shape[-3], -1, one.shape[-1])
+            tracer.facts.couple(parts.narrow(channel + 1, 0, 1), parts)
+            one = parts.select(channel + 1, 0)
+        labels.append(one.unsqueeze(-1))
+    tracer.read(tensor)
+    tracer.learn(out, Known(tuple(labels), known.weight, known.feeds, known.squashed))
+
+
+def per_map(tracer: Tracer, call: Call) -> None:
+    """Pooling and resizing: each map by itself; its last dimensions change."""
+    tensor = call.tensors[0]
+    known = tracer.known(tensor)
+    changed = [d for d in range(tensor.dim()) if call.outputs[0].shape[d] != tensor.shape[d]]
+    spatial = set(range(min(changed, default=tensor.dim() - 2), tensor.dim()))
+    labels = []
+    for one in known.labels:
+        inside = sorted(spatial & set(span(one)))
+        if inside and len(inside) == len(span(one)):
+            tracer.facts.fix(one, MIXES.format(call.name))
+        else:
+            labels.append(together(tracer, one, inside))
+    tracer.read(tensor)
+    for output in call.outputs:
+        tracer.learn(output, Known(tuple(labels), known.weight, known.feeds, known.squashed))

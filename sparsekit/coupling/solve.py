@@ -1,0 +1,158 @@
+"""Decide on the facts of a traced pass: which atoms can only go together, and which must stay.
+
+Starting from what was seen to go together, three requirements are enforced until nothing changes: of a tensor only
+whole slices can go; a coarse label goes when all it covers goes; and an attribute has one value wherever it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from sparsekit.coupling.labels import FIXED
+from sparsekit.coupling.observations import Atoms, Facts, unique_pairs
+from sparsekit.structure.places import Attribute
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """The decision: `component` (n_atoms,) numbers what can only go together; `reasons` says why some must stay.
+
+    `sizes`: for each attribute that shrinks, the component of each index of the dimension it sizes.
+    """
+
+    component: Atoms
+    reasons: dict[int, str]
+    sizes: dict[Attribute, Atoms]
+
+
+def decide(facts: Facts) -> Coupled:
+    """Components, reasons and sizes that satisfy every requirement."""
+    edges = [np.zeros((0, 2), np.int64), *facts.edges]
+    fixed = list(facts.fixed)
+    while True:
+        component = _components(facts.n_atoms, edges)
+        more = [*_whole_slices(facts, component), *_covered(facts, component), *_one_value(facts, component)]
+        more = [pair for pair in more if len(pair)]
+        if not more:
+            break
+        edges += more
+    for atoms in edges:
+        touching = atoms[(atoms == FIXED).any(1)]
+        if touching.size:
+            fixed.append((np.unique(touching[touching != FIXED]), "it meets a tensor whose size is fixed"))
+    fixed += _left_over(facts, component)
+    fixed += _unsizable(facts, component)
+    reasons: dict[int, str] = {}
+    for atoms, reason in fixed:
+        for number in np.unique(component[atoms[atoms != FIXED]]).tolist():
+            reasons.setdefault(number, reason)
+    return Coupled(component, reasons, _sizes(facts, component))
+
+
+def _components(n_atoms: int, edges: list[Atoms]) -> Atoms:
+    pairs = np.concatenate(edges)
+    pairs = pairs[(pairs != FIXED).all(1)]  # through FIXED everything would hang together
+    graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), (n_atoms, n_atoms))
+    labels: Atoms = connected_components(graph, directed=False)[1].astype(np.int64)
+    return labels
+
+
+def _whole_slices(facts: Facts, component: Atoms) -> Iterator[Atoms]:
+    """Where labels vary along several dimensions, every component has to fill whole slices along one of them.
+
+    If it does not, slices are made whole along the dimension that leaves the most to choose from.
+    """
+    for key, atoms in list(facts.grids.items()):
+        found = component[atoms]
+        sliced = [np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1) for axis in range(found.ndim)]
+        if any(bool((rows == rows[:, :1]).all()) for rows in sliced):
+            if (found == found.flat[0]).all():
+                del facts.grids[key]  # one component only gets larger
+            continue
+        axis = max(range(found.ndim), key=lambda axis: _count(sliced[axis]))
+        rows = np.moveaxis(atoms, axis, 0).reshape(atoms.shape[axis], -1)
+        yield unique_pairs(np.broadcast_to(rows[:, :1], rows.shape), rows)
+
+
+def _count(rows: Atoms) -> int:
+    """How many components remain when everything in a row goes together."""
+    n = int(rows.max()) + 1
+    pairs = np.stack([np.broadcast_to(rows[:, :1], rows.shape).ravel(), rows.ravel()], 1)
+    values, pairs = np.unique(pairs, return_inverse=True)
+    pairs = pairs.reshape(-1, 2)
+    n = len(values)
+    graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), (n, n))
+    return int(connected_components(graph, directed=False)[0])
+
+
+def _covered(facts: Facts, component: Atoms) -> Iterator[Atoms]:
+    for coarse, fine in facts.covers:
+        rows = component[fine]
+        together = (rows == rows[:, :1]).all(1) & (component[coarse] != rows[:, 0])
+        if together.any():
+            yield unique_pairs(coarse[together], fine[together, 0])
+
+
+def _left_over(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
+    """Coarse labels that several components share: they stay, whichever of those go."""
+    shared = []
+    for coarse, fine in facts.covers:
+        rows = component[fine]
+        several = (rows != rows[:, :1]).any(1)
+        if several.any():
+            shared.append((coarse[several], "it is shared by channels that can go on their own"))
+    return shared
+
+
+def _uses(
+    facts: Facts, component: Atoms, *, silent: bool = False
+) -> Iterator[tuple[Attribute, list[Atoms | None]]]:
+    """For each attribute, the atoms (one a slice) of each dimension it sizes; None for one that cannot shrink.
+
+    `silent` adds attributes that the pass did not read.
+    """
+    by_attribute: dict[Attribute, list[Atoms | None]] = {}
+    read = {use.attribute for use in facts.sizes if not use.silent}
+    for use in facts.sizes:
+        if use.silent and (not silent or use.attribute in read):
+            continue
+        slices = use.slices
+        if slices is not None:
+            found = component[slices]
+            whole = (found == found[:, :1]).all() and len(np.unique(found[:, 0])) > 1
+            slices = slices[:, 0] if whole else None
+        by_attribute.setdefault(use.attribute, []).append(slices)
+    yield from by_attribute.items()
+
+
+def _one_value(facts: Facts, component: Atoms) -> Iterator[Atoms]:
+    """Dimensions of one size attribute shrink together, index by index."""
+    for _, uses in _uses(facts, component):
+        shrinking = [use for use in uses if use is not None]
+        for other in shrinking[1:]:
+            first = shrinking[0]
+            if len(other) == len(first) and not np.array_equal(component[first], component[other]):
+                yield unique_pairs(first, other)
+
+
+def _unsizable(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
+    stuck = []
+    for attribute, uses in _uses(facts, component):
+        shrinking = [use for use in uses if use is not None]
+        if shrinking and len(shrinking) < len(uses):
+            reason = f"{attribute} also sizes something that has to stay"
+            stuck.append((np.concatenate(shrinking), reason))
+    return stuck
+
+
+def _sizes(facts: Facts, component: Atoms) -> dict[Attribute, Atoms]:
+    sizes = {}
+    for attribute, uses in _uses(facts, component, silent=True):
+        if uses and all(use is not None for use in uses) and uses[0] is not None:
+            sizes[attribute] = component[uses[0]]
+    return sizes

@@ -1,0 +1,100 @@
+"""One forward pass, watched: labels follow the values from operator to operator, and the facts are written down.
+
+`TorchDispatchMode` sees every operator that is executed, a few dozen kinds whatever the model's code looks like;
+`operators` says for each what becomes of labels. `calls` sees the code's own calls beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from sparsekit.coupling.rules.table import apply_rule
+from sparsekit.coupling.size_uses import Calls, watch_declared_sizes_
+from sparsekit.coupling.tracer import Call, Tracer
+from sparsekit.errors import ModelError
+from sparsekit.evaluation import flat_tensors
+from sparsekit.surgery.norms import is_standardised
+
+# Modules that are told of as a whole: what their operators do to channels one by one says less than what they do.
+_ROOT_MEAN_SQUARE = "root_mean_square_norm"
+_WHOLE_MODULES = {
+    "GlobalResponseNorm": "global_response_norm",
+    **dict.fromkeys(("RMSNorm", "RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32"), _ROOT_MEAN_SQUARE),
+}
+_STANDARDISED = "standardised_convolution"
+
+
+def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
+    """Apply a rule to some modules' calls instead of their operators; in place, the model is a copy."""
+
+    def wrap(module: nn.Module, name: str) -> Any:
+        forward = module.forward
+
+        def told(tensor: Tensor) -> Any:
+            with _disable_current_modes():
+                result = forward(tensor)
+            call = Call(name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,))
+            apply_rule(tracer, call)
+            return result
+
+        return told
+
+    for module in model.modules():
+        name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
+        if name == _ROOT_MEAN_SQUARE and not _can_make_up(module):
+            name = None
+        if name is not None:
+            vars(module)["forward"] = wrap(module, name)
+
+
+def _can_make_up(module: Any) -> bool:
+    """Whether a root mean square norm has the scale and the epsilon that a cut has to change, for one dimension."""
+    scale, shape = getattr(module, "weight", None), getattr(module, "normalized_shape", ())
+    return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
+
+
+def watch(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
+    """Run `model` (a copy, of which attributes are replaced) once and return what was seen.
+
+    Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
+    """
+    tracer = Tracer(model, through_layer_norm=through_layer_norm)
+    watch_declared_sizes_(model, tracer)
+    _watch_whole_modules_(model, tracer)
+    with torch.no_grad(), Calls(tracer, apply_rule), _Operators(tracer):
+        outputs = model(*inputs)
+    results = flat_tensors(outputs)
+    if not results:
+        raise ModelError(
+            f"{type(model).__name__} returns no tensor but {type(outputs).__name__}; return a tensor, or a tuple, list "
+            "or dictionary of tensors"
+        )
+    for tensor in results:
+        tracer.read(tensor)
+        for labels in tracer.known(tensor).labels:
+            tracer.facts.fix(labels, "it reaches the model's output")
+    return tracer
+
+
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Applies a rule to every operator that is executed."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = tuple(flat_tensors((args, kwargs)))
+        for tensor in tensors:  # numbered before an operator in place could make them unrecognisable
+            self._tracer.known(tensor)
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        call = Call(name, func, args, kwargs, tensors, tuple(flat_tensors(result)))
+        apply_rule(self._tracer, call)
+        return result

@@ -1,0 +1,109 @@
+"""What is known of each tensor while a model runs: labels, whether it is a weight, whose output it is.
+
+The rules of `operators` say how this passes from the inputs of an operator to its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+
+from sparsekit.coupling.labels import along, span
+from sparsekit.coupling.observations import Atoms, Facts
+from sparsekit.coupling.place_finder import PlaceFinder
+
+_MOST_LABELS = 2**21
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of one tensor.
+
+    labels: arrays over different sets of its dimensions. weight: made of parameters and buffers alone.
+    feeds: atoms it is zero without, if it came straight from their layer. squashed: it went through a sigmoid or
+    softmax since. origin: the weight of the layer whose output it is, reshaped at most.
+    """
+
+    labels: tuple[Tensor, ...] = ()
+    weight: bool = False
+    feeds: Atoms | None = None
+    squashed: bool = False
+    origin: str | None = None
+
+    @property
+    def labelled(self) -> set[int]:
+        """Dimensions along which something can go."""
+        return {dim for labels in self.labels for dim in span(labels)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One executed operator: its bare name, what it was called with, the tensors among that, and what it returned."""
+
+    name: str
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def arg(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+
+class Tracer:
+    """Knows, while the model runs, what is known of every live tensor."""
+
+    def __init__(self, model: nn.Module, *, through_layer_norm: bool = False) -> None:
+        self.facts = Facts()
+        self.through_layer_norm = through_layer_norm
+        self.places = PlaceFinder(model)
+        self._known: Any = WeakTensorKeyDictionary()
+        self._names: Any = WeakIdKeyDictionary()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._names[tensor] = name
+
+    def known(self, tensor: Tensor) -> Known:
+        """What is known of a tensor; a parameter's dimensions are numbered when it is first met."""
+        if tensor in self._known:
+            found: Known = self._known[tensor]
+            return found
+        if tensor not in self._names:
+            return Known()
+        name = self._names[tensor]
+        labels = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                first = self.facts.add_axis(name, dim, size).first
+                atoms = torch.arange(first, first + size, dtype=torch.float32)
+                labels.append(along(atoms, dim, tensor.dim()))
+        known = Known(tuple(labels), weight=True)
+        self._known[tensor] = known
+        return known
+
+    def name_of(self, tensor: Tensor | None) -> str | None:
+        """The parameter's or buffer's name, if it is one."""
+        return None if tensor is None else self._names.get(tensor)
+
+    def learn(self, tensor: Tensor, known: Known) -> None:
+        """Note what is known of an output. Labels spread over very many places are given up: their atoms are fixed."""
+        for labels in known.labels:
+            if labels.numel() > _MOST_LABELS:
+                self.facts.fix(labels, "it is spread over too many places to follow")
+                known = replace(known, labels=tuple(one for one in known.labels if one is not labels))
+        self._known[tensor] = known
+
+    def read(self, tensor: Tensor, norm: str = "") -> None:
+        """Note that something reads a layer's output: a normalisation (its weight), or anything else ("")."""
+        origin = self.known(tensor).origin
+        if origin is not None:
+            self.facts.norms.setdefault(origin, set()).add(norm)
+
+
+Rules = Callable[[Tracer, Call], None]

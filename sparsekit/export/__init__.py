@@ -1,0 +1,1 @@
+"""ONNX files: written, compared with torch, summarised, put into fewer bits."""

@@ -1,0 +1,73 @@
+"""What ONNX Runtime makes of a graph: which convolutions run in its blocked layout, and what stayed unfused."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from sparsekit.export.session import open_session
+
+__all__ = ["GraphCensus", "take_census"]
+
+_BLOCKED = "com.microsoft.nchwc"
+_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
+_REORDERS = ("ReorderInput", "ReorderOutput")
+_NORMS = ("BatchNormalization",)
+_ACTIVATIONS = (
+    *(
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "Clip",
+        "Sigmoid",
+        "HardSigmoid",
+        "HardSwish",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Mish",
+    ),
+    *("Gelu", "FastGelu", "QuickGelu", "BiasGelu", "Softplus", "Softsign", "Tanh", "Erf"),
+)
+
+
+@dataclass(frozen=True)
+class GraphCensus:
+    """Operators of a graph as ONNX Runtime runs it on the CPU.
+
+    `blocked` and `plain` are convolutions inside and outside its blocked layout (NCHWc), `reorders` bring maps into
+    that layout and back, `activations` and `norms` were not fused into what comes before them.
+    """
+
+    operators: int
+    blocked: int
+    plain: int
+    reorders: int
+    activations: int
+    norms: int
+
+
+def take_census(path: str | os.PathLike[str]) -> GraphCensus:
+    """Optimise the ONNX file as a session does, and count. Raises FileError if it cannot be loaded."""
+    with TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        open_session(path, optimised=optimised)
+        nodes = onnx.load(optimised, load_external_data=False).graph.node
+    counts = Counter((node.domain == _BLOCKED, node.op_type) for node in nodes)
+
+    def number(kinds: tuple[str, ...], *layouts: bool) -> int:
+        return sum(counts[layout, kind] for layout in layouts for kind in kinds)
+
+    return GraphCensus(
+        operators=len(nodes),
+        blocked=number(_CONVOLUTIONS, True),
+        plain=number(_CONVOLUTIONS, False),
+        reorders=number(_REORDERS, True, False),
+        activations=number(_ACTIVATIONS, True, False),
+        norms=number(_NORMS, True, False),
+    )

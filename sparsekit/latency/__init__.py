@@ -1,0 +1,1 @@
+"""Milliseconds: of files, of layers, of operators; and the search for a speed."""

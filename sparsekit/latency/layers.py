@@ -1,0 +1,230 @@
+"""What layers cost in ONNX Runtime, at the widths they can have: measured, where multiply-accumulates mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+
+from sparsekit.errors import InputError
+from sparsekit.export.group_merging import merge_factor
+from sparsekit.export.onnx_file import export_onnx
+from sparsekit.latency.compare import compare_latency
+from sparsekit.latency.operators import Operator
+from sparsekit.latency.table import LatencyTable
+from sparsekit.machine import conv_block
+from sparsekit.structure.counting import watch_layers
+from sparsekit.structure.groups import ChannelGroups, LayerCost
+from sparsekit.structure.latency_curve import LatencyCurve
+
+__all__ = ["measure_layers"]
+
+# At these shares of a layer's width it is timed, rounded to whole blocks; in between time is nearly a straight line.
+_SHARES = (0.125, 0.375, 0.625, 1.0)
+_ROUNDS = 30
+
+
+def measure_layers(
+    model: nn.Module,
+    groups: ChannelGroups,
+    *example_inputs: Tensor,
+    threads: int = 1,
+    table: LatencyTable | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ChannelGroups:
+    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the example's shapes.
+
+    Each convolution and linear layer is timed as ONNX Runtime's kernel for it, at the widths that its groups can leave:
+    whole blocks, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
+    measured again. The whole model, exported, is timed as well: what its layers do not explain is shared out among them
+    by the size of their outputs. A layer that runs twice counts twice. A layer of another kind (a transposed
+    convolution) is given time by its multiply-accumulates.
+
+    With it `target={"latency": 0.5}`, `choose_channels` and `channel_latencies` can be had; `LayerCost.ms` are the
+    dense model's. Raises InputError if `groups` are of another model, or `table` is of another number of threads.
+    """
+    names = {layer.weight: layer.weight.rpartition(".")[0] for layer in groups.layers}
+    modules = dict(model.named_modules())
+    missing = [name for name in names.values() if name not in modules]
+    if missing:
+        raise InputError(f"the model has no layer {missing[0]}, which its channel groups name")
+    table = LatencyTable(threads=threads) if table is None else table
+    if table.threads != threads:
+        raise InputError(f"the latency table is of {table.threads} threads, and {threads} were asked for")
+    calls = _calls(model, *example_inputs)
+    blocks = {"conv": table.conv_block(), "product": table.product_block()}
+    plans = [_Sweep.of(layer, groups, calls[names[layer.weight]], blocks) for layer in groups.layers]
+    table.ms([operator for plan in plans for operator in plan.operators], progress=progress)
+    own = [plan.curve(table) for plan in plans]
+    return replace(
+        groups, layers=_shared_out(groups.layers, own, calls, _whole_ms(model, threads, *example_inputs))
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One run of a layer in the model: shapes as they were."""
+
+    layer: nn.Module
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def _calls(model: nn.Module, *example_inputs: Tensor) -> dict[str, list[_Call]]:
+    calls: dict[str, list[_Call]] = {}
+
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.setdefault(name, []).append(_Call(layer, tuple(inputs[0].shape), tuple(output.shape)))
+
+    watch_layers(model, record, *example_inputs)
+    return calls
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The sizes at which one layer is to be timed, and the operators that are: for each pair of sizes, one a call."""
+
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    blocks: tuple[int, int]
+    at: tuple[tuple[Operator, ...], ...]
+
+    @staticmethod
+    def of(layer: LayerCost, groups: ChannelGroups, calls: Sequence[_Call], blocks: dict[str, int]) -> _Sweep:
+        module = calls[0].layer
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
+        shrinking = {m.dim for g in groups.free for m in g.members if m.tensor == layer.weight}
+        block, in_places = blocks["product" if isinstance(module, nn.Linear) else "conv"], False
+        multiples = own_blocks = (block, block)
+        conv_groups, merged = getattr(module, "groups", 1), 1
+        if conv_groups > 1 and layer.shape[0] != conv_groups:
+            # Whole groups go or, where the inputs shrink as well, the same places of every group.
+            in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
+            merged = (
+                1 if in_places or not _mergeable(calls) else merge_factor(layer.shape[1], width, conv_block())
+            )
+            multiples = (conv_groups if in_places else width * merged, 1)
+            own_blocks = (width * merged if merged > 1 else 1, 1)
+        first, second = (
+            _sizes(layer.shape[dim], multiple) if dim in shrinking else (layer.shape[dim],)
+            for dim, multiple in enumerate(multiples)
+        )
+        if merged > 1 and len(first) > 1:
+            # All of the groups may be a number that cannot be merged, and then take longer than one group less.
+            first = tuple(sorted({*first, layer.shape[0] // multiples[0] * multiples[0]}))
+        operators = tuple(
+            tuple(_operator(call, out, into, in_places, _mergeable(calls)) for call in calls)
+            for out, into in product(first, second)
+        )
+        return _Sweep((first, second), own_blocks, operators)
+
+    @property
+    def operators(self) -> list[Operator]:
+        return [operator for at_sizes in self.at for operator in at_sizes]
+
+    def curve(self, table: LatencyTable) -> LatencyCurve | None:
+        """None for a layer that is not timed."""
+        if not self.at:
+            return None
+        times = iter([sum(table.ms(at_sizes)) for at_sizes in self.at])
+        rows = tuple(tuple(next(times) for _ in self.sizes[1]) for _ in self.sizes[0])
+        return LatencyCurve(self.sizes, rows, self.blocks)
+
+
+def _sizes(n: int, step: int) -> tuple[int, ...]:
+    """Multiples of `step` near some shares of n, and n."""
+    near = {min(max(round(share * n / step), 1) * step, n) for share in _SHARES}
+    return tuple(sorted(near | {n}))
+
+
+def _mergeable(calls: Sequence[_Call]) -> bool:
+    """Whether the exported file merges groups of this layer: 2-d, and its weight read once."""
+    return len(calls) == 1 and isinstance(calls[0].layer, nn.Conv2d)
+
+
+def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool) -> Operator:
+    """What the call would be with `out` and `into` for the first two sizes of the weight.
+
+    A grouped convolution keeps its groups if it loses places in each (`in_places`), else groups go.
+    """
+    module, shape = call.layer, call.input_shape
+    if isinstance(module, nn.Linear):
+        return Operator((prod(shape[:-1]), into), (into, out))
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    kernel, strides, dilations = (
+        tuple(int(n) for n in getattr(module, name)) for name in ("kernel_size", "stride", "dilation")
+    )
+    conv_groups = module.groups
+    if conv_groups > 1 and not in_places:
+        conv_groups = max(conv_groups * out // module.out_channels, 1)
+    # Whatever pads, the module or code around it: the output has the size that it has.
+    missing = [
+        max((after - 1) * s + (k - 1) * d + 1 - before, 0)
+        for before, after, k, s, d in zip(
+            shape[2:], call.output_shape[2:], kernel, strides, dilations, strict=True
+        )
+    ]
+    pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
+    factor = merge_factor(into, out // conv_groups, conv_block()) if mergeable else 1
+    if conv_groups % factor:
+        factor = 1
+    return Operator(
+        (shape[0], into * conv_groups, *shape[2:]),
+        (out, into * factor, *kernel),
+        strides,
+        pads,
+        dilations,
+        conv_groups // factor,
+    )
+
+
+def _whole_ms(model: nn.Module, threads: int, *example_inputs: Tensor) -> float:
+    inputs = tuple(example_inputs)
+    with TemporaryDirectory() as folder:
+        file = export_onnx(
+            model,
+            Path(folder) / "model.onnx",
+            inputs,
+            input_names=[f"input{i}" for i in range(len(inputs))],
+            output_names=(),
+        )
+        return compare_latency([file], threads=threads, rounds=_ROUNDS).latencies[0].median_ms
+
+
+def _shared_out(
+    layers: Sequence[LayerCost],
+    curves: Sequence[LatencyCurve | None],
+    calls: dict[str, list[_Call]],
+    whole_ms: float,
+) -> tuple[LayerCost, ...]:
+    """The layers with curves whose sum is the whole model's time."""
+    timed_macs = sum(layer.macs for layer, curve in zip(layers, curves, strict=True) if curve is not None)
+    timed_ms = sum(curve.dense_ms for curve in curves if curve is not None)
+    per_mac = timed_ms / timed_macs if timed_macs else whole_ms / max(sum(layer.macs for layer in layers), 1)
+    estimated = [
+        curve or LatencyCurve(((layer.shape[0],), (layer.shape[1],)), ((per_mac * layer.macs,),), outputs=1)
+        for layer, curve in zip(layers, curves, strict=True)
+    ]
+    explained = sum(curve.dense_ms for curve in estimated)
+    # Kernels that are faster in the model than alone (nothing in the way of their weights) leave nothing beside them.
+    factor = min(whole_ms / explained, 1.0) if explained else 1.0
+    elements = [
+        sum(prod(call.output_shape) for call in calls[layer.weight.rpartition(".")[0]]) for layer in layers
+    ]
+    beside = max(whole_ms - explained, 0.0) / max(sum(elements), 1)
+    return tuple(
+        replace(
+            layer,
+            curve=replace(
+                curve,
+                ms=tuple(tuple(factor * ms for ms in row) for row in curve.ms),
+                beside_ms=beside * n,
+            ),
+        )
+        for layer, curve, n in zip(layers, estimated, elements, strict=True)
+    )

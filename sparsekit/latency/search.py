@@ -1,0 +1,235 @@
+"""Masks for a speed: chosen by what layers are predicted to cost, cut, exported, measured, and corrected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor, nn
+
+from sparsekit.errors import InputError
+from sparsekit.export.onnx_file import export_onnx
+from sparsekit.latency.compare import LatencyComparison, compare_latency
+from sparsekit.options import Quantity
+from sparsekit.selection.costs import kept_share
+from sparsekit.selection.knapsack import Choice
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.masks import Masks
+from sparsekit.structure.plan import make_plan
+from sparsekit.surgery.cut import apply_plan
+
+__all__ = ["SpeedSearch", "SpeedTrial", "block_rounding", "search_speed", "time_masks"]
+
+# A measured speed-up this near to the one asked for is what was asked for; nearer than that is good enough to stop at.
+SPEED_TOLERANCE = 0.03
+_NEAR = 0.01
+_MAX_TRIALS = 8
+_ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class SpeedTrial:
+    """One set of masks: the speed-up that was predicted for it, and what ONNX Runtime measured."""
+
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    dense_ms: float
+    pruned_ms: float
+    trustworthy: bool
+
+    @staticmethod
+    def of(predicted: float, compared: LatencyComparison) -> SpeedTrial:
+        """From a comparison of the dense model's file and the cut one's."""
+        dense, pruned = compared.latencies
+        (speed,) = compared.speedups
+        return SpeedTrial(
+            predicted,
+            speed.value,
+            speed.low,
+            speed.high,
+            dense.median_ms,
+            pruned.median_ms,
+            compared.trustworthy,
+        )
+
+
+@dataclass(frozen=True)
+class SpeedSearch:
+    """What `search_speed` found: keep-masks, the trial that measured them, and all trials in order.
+
+    `asked` is the speed-up that was asked for. `remark` is empty if the measured one is within 3 % of that, else it
+    says why not.
+    """
+
+    masks: Masks
+    asked: float
+    found: SpeedTrial
+    trials: tuple[SpeedTrial, ...]
+    remark: str = ""
+
+
+def block_rounding(groups: ChannelGroups, min_channels: int = 1) -> dict[str, tuple[int, int]]:
+    """For each free group in multiples of how many channels it is cut, by the blocks of its layers, and the least.
+
+    Raises InputError if the layers were not measured.
+    """
+    blocks: dict[tuple[str, int], int] = {}
+    for layer in groups.layers:
+        if layer.curve is None:
+            raise InputError(
+                "the layers were not measured; take the groups that sparsekit.measure_layers returns"
+            )
+        blocks.update({(layer.weight, dim): block for dim, block in enumerate(layer.curve.blocks)})
+    return {
+        group.name: group.rounding(
+            math.lcm(*(blocks.get((member.tensor, member.dim), 1) for member in group.members)), min_channels
+        )
+        for group in groups.free
+    }
+
+
+def search_speed(
+    model: nn.Module,
+    groups: ChannelGroups,
+    worth: Masks,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    limits: Mapping[Quantity, float] | None = None,
+    rounding: Mapping[str, tuple[int, int]] | None = None,
+    threads: int = 1,
+    progress: Callable[[SpeedTrial], None] | None = None,
+) -> SpeedSearch:
+    """The keep-masks that keep the most worth of those that run `speedup` times as fast as `model`, or in `latency_ms`.
+
+    `groups` come from `measure_layers`; `worth` and `rounding` are those of `choose_channels` (by default the blocks
+    that were measured), `limits` further shares to keep at most of "macs", "params" or "channels". `choose_channels`
+    predicts; a copy is cut and exported, and timed in ONNX Runtime, interleaved with the dense model, at the batch of
+    `example_input`; the prediction is corrected by what was measured, up to eight times, until that is within 1 % of
+    what was asked for. The model is not changed.
+
+    Raises InputError for a speed out of reach, with the one that was measured at the fewest channels.
+    """
+    if (speedup is None) == (latency_ms is None):
+        raise InputError("search_speed needs one of speedup and latency_ms")
+    if not 0 < (asked_value := speedup or latency_ms or 0.0) < math.inf:
+        raise InputError(f"a speed-up or a latency must be a finite number > 0, got {asked_value}")
+    choice = Choice(groups, worth, rounding or block_rounding(groups))
+    with TemporaryDirectory() as folder:
+        stopwatch = _Stopwatch(model, groups, example_input, threads, Path(folder))
+        return _Search(choice, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)
+
+
+def time_masks(
+    model: nn.Module,
+    groups: ChannelGroups,
+    masks: Masks,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    threads: int = 1,
+) -> SpeedTrial:
+    """How fast the model cut by `masks` is: what measured `groups` predict, and what ONNX Runtime measures."""
+    with TemporaryDirectory() as folder:
+        return _Stopwatch(model, groups, example_input, threads, Path(folder)).of(masks)
+
+
+class _Stopwatch:
+    """Times copies of a model, cut by masks, against the model itself; files go to `folder`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        example_input: Tensor | tuple[Tensor, ...],
+        threads: int,
+        folder: Path,
+    ) -> None:
+        self._model, self._groups, self._threads = model, groups, threads
+        self._inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+        self._folder = folder
+        self._dense = self._export(model, "dense.onnx")
+
+    def of(self, masks: Masks) -> SpeedTrial:
+        pruned = apply_plan(self._model, make_plan(self._groups, masks))
+        files = [self._dense, self._export(pruned, "pruned.onnx")]
+        compared = compare_latency(files, threads=self._threads, rounds=_ROUNDS)
+        return SpeedTrial.of(1 / kept_share(self._groups, masks).latency, compared)
+
+    def _export(self, model: nn.Module, name: str) -> Path:
+        names = [f"input{i}" for i in range(len(self._inputs))]
+        return export_onnx(model, self._folder / name, self._inputs, input_names=names, output_names=())
+
+
+class _Search:
+    """The state of a search: what was tried, in order."""
+
+    def __init__(
+        self,
+        choice: Choice,
+        groups: ChannelGroups,
+        limits: dict[Quantity, float],
+        stopwatch: _Stopwatch,
+        progress: Callable[[SpeedTrial], None] | None,
+    ) -> None:
+        self._choice, self._groups, self._limits = choice, groups, limits
+        self._stopwatch, self._progress = stopwatch, progress
+        self._trials: list[tuple[Masks, SpeedTrial]] = []
+
+    def run(self, speedup: float | None, latency_ms: float | None) -> SpeedSearch:
+        dense_ms = sum(layer.ms or 0.0 for layer in self._groups.layers)
+        asked = speedup or dense_ms / (latency_ms or 1.0)
+        least = self._choice.least("latency")
+        share, slow, fast = 1 / asked, 1.0, 0.0  # between what was too slow, and what was fast enough
+        for _ in range(_MAX_TRIALS):
+            share = min(max(share, least), 1.0)
+            trial = self._measure(self._choice.under(self._limits | {"latency": share}))
+            if latency_ms is not None:
+                asked = trial.dense_ms / latency_ms
+            too_slow = trial.measured < asked
+            if share <= least and trial.measured < asked * (1 - SPEED_TOLERANCE) and trial.trustworthy:
+                raise InputError(
+                    f"a speed-up of {asked:.3g} is out of reach: with the fewest channels allowed the model runs "
+                    f"{trial.measured:.3g} times as fast; ask for less, or lower min_channels or round_to"
+                )
+            slow, fast = (min(slow, share), fast) if too_slow else (slow, max(fast, share))
+            if abs(trial.measured / asked - 1) <= _NEAR or slow <= max(fast * 1.002, least):
+                break
+            share *= trial.measured / asked
+            if fast and not fast < share < slow:
+                share = math.sqrt(slow * fast)
+        return self._outcome(asked)
+
+    def _measure(self, masks: Masks) -> SpeedTrial:
+        """The trial of these masks, measured unless they were before."""
+        for known, trial in self._trials:
+            if all(bool((known[name] == mask).all()) for name, mask in masks.items()):
+                return trial
+        trial = self._stopwatch.of(masks)
+        self._trials.append((masks, trial))
+        if self._progress is not None:
+            self._progress(trial)
+        return trial
+
+    def _outcome(self, asked: float) -> SpeedSearch:
+        masks, found = min(self._trials, key=lambda t: abs(math.log(t[1].measured / asked)))
+        remark = ""
+        if abs(found.measured / asked - 1) > SPEED_TOLERANCE:
+            remark = (
+                f"asked for a speed-up of {asked:.3g}, and the nearest of {len(self._trials)} measured is "
+                f"{found.measured:.3g}: "
+            )
+            if asked <= 1:
+                remark += "the model is as fast already"
+            elif self._limits and found.measured > asked:
+                remark += f"the target of {' and '.join(self._limits)} is the tighter one"
+            elif all(trial.trustworthy for _, trial in self._trials):
+                remark += "whole blocks of channels leave nothing nearer"
+            else:
+                remark += "the machine was too busy to measure well"
+        return SpeedSearch(masks, asked, found, tuple(trial for _, trial in self._trials), remark)

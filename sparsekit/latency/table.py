@@ -1,0 +1,124 @@
+"""Times of operators on this machine, kept on disk: what was measured once need not be measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+from platformdirs import user_cache_path
+
+from sparsekit.files import write_json
+from sparsekit.latency.operators import Operator, time_operators
+from sparsekit.machine import describe_machine
+
+__all__ = ["LatencyTable", "block_width"]
+
+_FORMAT = 1
+# Channels between two steps of a staircase gain nothing; without one they gain in proportion, some of them over half.
+_FLAT = 0.35
+_BLOCKS = (32, 16, 8, 4)
+# Channel counts that tell blocks of 4, 8, 16 and 32 apart, for a convolution and for a matrix product.
+_CONV_WIDTHS = (64, 63, 60, 56, 52, 48, 44, 40, 36, 32)
+_PRODUCT_WIDTHS = (256, 254, 252, 248, 244, 240, 236, 232, 228, 224, 192)
+
+
+class LatencyTable:
+    """Milliseconds by operator, measured when asked for and not known yet.
+
+    They are kept in a file of the folder `cache` whose name is a fingerprint of what they depend on: processor, vector
+    instructions, cores, ONNX Runtime's version, threads. A table of another machine is thus another file. `cache` is
+    $SPARSEKIT_CACHE, or `sparsekit` in the user's cache folder; where it cannot be written, or a file in it is damaged,
+    a warning says so, and what is needed is measured.
+    """
+
+    def __init__(self, *, threads: int = 1, cache: Path | None = None) -> None:
+        machine = describe_machine()
+        self.machine = {key: machine[key] for key in ("cpu", "physical_cores", "logical_cores", "simd")} | {
+            "onnxruntime": onnxruntime.__version__,
+            "threads": threads,
+        }
+        self.threads = threads
+        text = json.dumps(self.machine, sort_keys=True)
+        self.path = (
+            cache or _cache_folder()
+        ) / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self._ms = self._read()
+
+    def ms(
+        self, operators: Sequence[Operator], *, progress: Callable[[int, int], None] | None = None
+    ) -> list[float]:
+        """Milliseconds of each; those not known yet are measured together, and written to the file."""
+        missing = list({o.key: o for o in operators if o.key not in self._ms}.values())
+        if missing:
+            measured = time_operators(missing, threads=self.threads, progress=progress)
+            self._ms |= {operator.key: ms for operator, ms in zip(missing, measured, strict=True)}
+            self._write()
+        return [self._ms[operator.key] for operator in operators]
+
+    def conv_block(self) -> int:
+        """In blocks of how many channels convolutions run: 16 where ONNX Runtime has AVX-512, 1 if in none."""
+        probes = [Operator((1, c, 28, 28), (c, c, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for c in _CONV_WIDTHS]
+        return block_width(dict(zip(_CONV_WIDTHS, self.ms(probes), strict=True)))
+
+    def product_block(self) -> int:
+        """The same for products with matrices."""
+        probes = [Operator((196, c), (c, c)) for c in _PRODUCT_WIDTHS]
+        return block_width(dict(zip(_PRODUCT_WIDTHS, self.ms(probes), strict=True)))
+
+    def _read(self) -> dict[str, float]:
+        """What the file holds; nothing, with a warning, if that cannot be used."""
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if (found["format"], found["machine"]) != (_FORMAT, self.machine):
+                raise ValueError("it is of another machine, version or format")
+            return {str(key): float(ms) for key, ms in found["ms"].items() if 0 < float(ms) < float("inf")}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"the latency table {self.path} is left out ({type(error).__name__}: {error}): measuring anew",
+                stacklevel=3,
+            )
+            return {}
+
+    def _write(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._ms = self._read() | self._ms  # another process may have measured as well
+        content: dict[str, Any] = {"format": _FORMAT, "machine": self.machine, "ms": self._ms}
+        try:
+            write_json(self.path, content)
+        except OSError as error:
+            warnings.warn(
+                f"the latency table cannot be kept in {self.path.parent} ({error}): the next run measures again; "
+                "set SPARSEKIT_CACHE to a folder that can be written",
+                stacklevel=3,
+            )
+
+
+def block_width(ms: Mapping[int, float]) -> int:
+    """In blocks of how many channels the time is a staircase, from times at some channel counts; 1 if it is none.
+
+    The largest block for which every count between two multiples gains less than a third of what the lower multiple
+    gains.
+    """
+    for block in _BLOCKS:
+        gains = []
+        for count, time in ms.items():
+            above, below = -(-count // block) * block, count // block * block
+            if above != below and above in ms and below in ms and ms[above] > ms[below]:
+                gains.append((ms[above] - time) / (ms[above] - ms[below]))
+        if gains and max(gains) < _FLAT:
+            return block
+    return 1
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get("SPARSEKIT_CACHE")
+    return Path(named).expanduser() if named else user_cache_path("sparsekit")

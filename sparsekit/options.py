@@ -1,0 +1,12 @@
+"""Every choice that stands as a word in a recipe or an argument, once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
+Importance = Literal["magnitude", "taylor"]
+Method = Literal["auto", "zeros", "threshold", "gap", "budget"]
+Quantity = Literal["macs", "params", "channels", "latency"]
+Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
+Precision = Literal["int8", "fp16"]

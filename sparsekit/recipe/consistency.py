@@ -1,0 +1,254 @@
+"""Keys of a recipe that must fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparsekit.recipe.specs import (
+    BenchmarkSpec,
+    CutSpec,
+    DataSpec,
+    DenseSpec,
+    ExportSpec,
+    FinetuneSpec,
+    ModelSpec,
+    SparsifySpec,
+    TargetSpec,
+    TrainingSpec,
+)
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Values that are each fine but not together; `keys` are those involved, the one to change first."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+class Sections(Protocol):
+    """What is compared: the sections of a recipe."""
+
+    model: ModelSpec
+    data: DataSpec
+    training: TrainingSpec
+    dense: DenseSpec
+    sparsify: SparsifySpec
+    cut: CutSpec
+    finetune: FinetuneSpec
+    export: ExportSpec
+    benchmark: BenchmarkSpec
+
+
+def contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    yield from _data_contradictions(recipe.data)
+    yield from _split_contradictions(recipe.data)
+    yield from _training_contradictions(recipe)
+    yield from _cut_contradictions(recipe)
+    yield from _export_contradictions(recipe)
+
+
+def _data_contradictions(data: DataSpec) -> Iterator[Contradiction]:
+    if data.root is None and data.name != "digits":
+        yield Contradiction(
+            ("data.root", "data.name"),
+            f"data.root is required where data.name is {data.name}: the folder to read",
+        )
+    if data.root is not None and data.name == "digits":
+        yield Contradiction(
+            ("data.root", "data.name"),
+            f"data.root must be left out where data.name is digits (they are embedded), got '{data.root}'; "
+            "to read a folder set data.name to folder",
+        )
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != data.in_chans:
+            yield Contradiction(
+                (f"data.{key}", "data.in_chans"),
+                f"data.{key} must have one number for each of the {data.in_chans} input channels, "
+                f"got {len(values)}",
+            )
+    if data.augment is None:
+        return
+    for key, (low, high) in (("scale", data.augment.scale), ("ratio", data.augment.ratio)):
+        if low > high or (key == "scale" and high > 1):
+            limit = "low <= high <= 1" if key == "scale" else "low <= high"
+            yield Contradiction(
+                (f"data.augment.{key}",),
+                f"data.augment.{key} must be [low, high] with {limit}, got [{low}, {high}]",
+            )
+
+
+def _split_contradictions(data: DataSpec) -> Iterator[Contradiction]:
+    if data.name == "digits":
+        for key, split in (("validation", data.validation), ("test", data.test)):
+            if split is not None:
+                yield Contradiction(
+                    (f"data.{key}", "data.name"),
+                    f"data.{key} must be null where data.name is digits, which are one set, got '{split}'; "
+                    f"data.{key}_share says how much of it to take",
+                )
+    splits = (("train", data.train), ("validation", data.validation), ("test", data.test))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        (name, split), (other, other_split) = splits[first], splits[second]
+        if split is not None and split == other_split:
+            yield Contradiction(
+                (f"data.{other}", f"data.{name}"),
+                f"data.{other} must not be the same split as data.{name}, got '{split}' for both; "
+                f"null takes a share of train",
+            )
+    taken = (data.validation_share if data.validation is None else 0) + (
+        data.test_share if data.test is None else 0
+    )
+    if taken >= 1:
+        yield Contradiction(
+            ("data.validation_share", "data.test_share", "data.validation", "data.test"),
+            "data.validation_share and data.test_share must leave images to train on (sum < 1), "
+            f"got {data.validation_share} and {data.test_share}",
+        )
+
+
+def _training_contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    training, model = recipe.training, recipe.model
+    if model.pretrained and model.checkpoint is not None:
+        yield Contradiction(
+            ("model.checkpoint", "model.pretrained"),
+            "model.pretrained and model.checkpoint exclude each other: the weights come from one place",
+        )
+    if recipe.dense.epochs == 0 and not model.pretrained and model.checkpoint is None:
+        yield Contradiction(
+            ("dense.epochs", "model.pretrained", "model.checkpoint"),
+            "dense.epochs 0 needs trained weights: set model.pretrained or model.checkpoint, "
+            "or train for some epochs",
+        )
+    if (training.mixup or training.cutmix) and recipe.data.batch_size % 2:
+        yield Contradiction(
+            ("data.batch_size", "training.mixup", "training.cutmix"),
+            f"data.batch_size must be even for mixup and cutmix, got {recipe.data.batch_size}",
+        )
+    for name, phase in (
+        ("dense", recipe.dense),
+        ("sparsify", recipe.sparsify),
+        ("finetune", recipe.finetune),
+    ):
+        warmup = training.warmup_epochs if phase.warmup_epochs is None else phase.warmup_epochs
+        if 0 < phase.epochs < warmup:
+            source = " from training.warmup_epochs" if phase.warmup_epochs is None else ""
+            yield Contradiction(
+                (f"{name}.warmup_epochs", f"{name}.epochs", "training.warmup_epochs"),
+                f"{name}.warmup_epochs must be at most {name}.epochs, {phase.epochs}, or lr is never "
+                f"reached, got {warmup:g}{source}",
+            )
+        lr = training.lr if phase.lr is None else phase.lr
+        if phase.epochs and training.min_lr > lr:
+            yield Contradiction(
+                ("training.min_lr", f"{name}.lr", "training.lr", f"{name}.epochs"),
+                f"training.min_lr must be at most the lr of {name}, {lr:g}, got {training.min_lr:g}",
+            )
+
+
+def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    sparsify, cut = recipe.sparsify, recipe.cut
+    shares = sparsify.warmup + sparsify.ramp + sparsify.debias
+    if shares > 1 + 1e-9:
+        yield Contradiction(
+            ("sparsify.warmup", "sparsify.ramp", "sparsify.debias"),
+            "sparsify.warmup, ramp and debias are shares of the phase and must sum to at most 1, "
+            f"got {shares:g}",
+        )
+    if sparsify.strength == "auto" and sparsify.epochs > 0 and cut.target is None:
+        yield Contradiction(
+            ("cut.target", "sparsify.strength", "sparsify.epochs"),
+            "cut.target is required where sparsify.strength is auto, for example {speedup: 2}; "
+            "or give sparsify.strength a number",
+        )
+    if sparsify.strength == "auto" and sparsify.penalty == "group_mcp":
+        yield Contradiction(
+            ("sparsify.penalty", "sparsify.strength"),
+            "sparsify.penalty group_mcp spares what is far from zero, so strength auto cannot take it there; auto "
+            "shrinks no channel that is to stay, so take group_lasso, or give sparsify.strength a number",
+        )
+    if sparsify.strength == "auto" and sparsify.revive:
+        yield Contradiction(
+            ("sparsify.revive", "sparsify.strength"),
+            "sparsify.revive is for a strength in numbers: auto chooses anew, until it has met its target, which "
+            "channels go; leave revive out, or give sparsify.strength a number",
+        )
+    if cut.method == "budget" and cut.target is None:
+        yield Contradiction(
+            ("cut.method", "cut.target"), "cut.method budget needs cut.target, for example {macs: 0.5}"
+        )
+    if sparsify.epochs == 0 and (cut.method == "zeros" or (cut.method == "auto" and cut.target is None)):
+        yield Contradiction(
+            ("cut.method", "sparsify.epochs", "cut.target"),
+            f"cut.method {cut.method} finds nothing to cut when sparsify.epochs is 0: no channel "
+            "becomes zero; use threshold, gap or budget",
+        )
+    yield from _threshold_contradictions(cut)
+    if cut.target is not None:
+        yield from _target_contradictions(recipe, cut.target)
+
+
+def _target_contradictions(recipe: Sections, target: TargetSpec) -> Iterator[Contradiction]:
+    sparsify, cut = recipe.sparsify, recipe.cut
+    given = [key for key, value in target if value is not None]
+    fast = bool({"speedup", "latency_ms"} & set(given)) or given == ["max_accuracy_drop"]
+    if not given:
+        yield Contradiction(
+            ("cut.target", *(f"cut.target.{key}" for key in TargetSpec.model_fields)),
+            f"cut.target must have one of {', '.join(TargetSpec.model_fields)}, got none",
+        )
+    if target.speedup is not None and target.latency_ms is not None:
+        yield Contradiction(
+            ("cut.target.speedup", "cut.target.latency_ms", "cut.target"),
+            "cut.target must have one of speedup and latency_ms, got both; "
+            "to replace one write cut.target={latency_ms: 5}",
+        )
+    if fast and recipe.benchmark.provider != "cpu":
+        yield Contradiction(
+            ("cut.target", "benchmark.provider"),
+            "cut.target is a speed on the CPU, where layers can be timed one by one, got benchmark.provider "
+            f"{recipe.benchmark.provider}; ask for macs or params, or leave provider out",
+        )
+    chosen = len(given) > 1 or fast
+    if chosen and cut.method not in ("auto", "budget"):
+        yield Contradiction(
+            ("cut.method", "cut.target"),
+            f"cut.method {cut.method} knows neither speeds nor accuracies nor several shares, got a cut.target of "
+            f"{' and '.join(given)}; use auto or budget",
+        )
+    if chosen and sparsify.weigh_by != "size":
+        yield Contradiction(
+            ("sparsify.weigh_by", "cut.target"),
+            f"sparsify.weigh_by is read only where cut.target is one share, got {sparsify.weigh_by} for "
+            f"{' and '.join(given)}: there what channels cost is part of the choice; leave it out",
+        )
+
+
+def _export_contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    if "int8" in recipe.export.precisions and recipe.export.calibration < recipe.export.batch_size:
+        yield Contradiction(
+            ("export.calibration", "export.batch_size"),
+            f"export.calibration must be at least export.batch_size, {recipe.export.batch_size}, got "
+            f"{recipe.export.calibration}",
+        )
+
+
+def _threshold_contradictions(cut: CutSpec) -> Iterator[Contradiction]:
+    keys = ("cut.threshold", "cut.method")
+    if cut.method == "threshold" and cut.threshold is None:
+        yield Contradiction(
+            ("cut.method", "cut.threshold"), "cut.method threshold needs cut.threshold, a number > 0"
+        )
+    if cut.method != "threshold" and cut.threshold is not None:
+        yield Contradiction(
+            keys,
+            f"cut.threshold is read only where cut.method is threshold, got method {cut.method}; remove one",
+        )
+    if cut.threshold is not None and cut.relative and cut.threshold >= 1:
+        yield Contradiction(
+            ("cut.threshold", "cut.relative"),
+            "cut.threshold must be a number < 1, a fraction of the largest score, where cut.relative is "
+            f"true, got {cut.threshold:g}",
+        )

@@ -1,0 +1,250 @@
+"""A recipe as it was written, before it is checked: plain values, and the line of each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from sparsekit.errors import RecipeError
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.recipe.specs import section_of
+
+# PyYAML follows YAML 1.1: 1e-4 is a text, 010 is eight, 1:30 is ninety, and no, on and off are booleans.
+# These are the tags of the core schema of YAML 1.2.2, section 10.3.2.
+_TAG = "tag:yaml.org,2002:"
+_CORE_TAGS: tuple[tuple[str, str, str], ...] = (
+    ("null", r"^(?:~|null|Null|NULL|)$", "~nN"),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+.0123456789",
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way to replace its rules)
+
+
+class Dumper(yaml.SafeDumper):
+    """Keeps PyYAML's rules beside the core ones: a text that either takes for something else is quoted."""
+
+
+for _name, _pattern, _first in _CORE_TAGS:
+    # The empty text stands for null and has no first character: PyYAML looks it up under "".
+    _starts = [*_first, ""] if _name == "null" else [*_first]
+    for _class in (_Loader, Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _starts)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value was written; `order` sorts places: the file by line, then the overrides as given."""
+
+    label: str
+    order: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    text: str
+    place: _Place
+
+
+@dataclass
+class Draft:
+    """What was written, before it is checked: plain values, and the place of every key by its path."""
+
+    root: _Place
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[tuple[str, ...], _Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # keys whose value is not plain data, told in `problems`
+    overrides: int = 0
+
+    def place(self, path: tuple[str, ...]) -> _Place:
+        """The place of the key at `path`, or of the nearest section around it that was written."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, self.root)
+
+
+def read_draft(path: Path) -> Draft:
+    draft = Draft(_Place(str(path), (0, 0)))
+    node = _compose(_read_text(path))
+    if isinstance(node, _Syntax):
+        raise RecipeError(f"{node.text} ({path}{f', line {node.line}' if node.line else ''})")
+    if node is None:
+        raise RecipeError(f"{path} is empty; `sparsekit init` writes a recipe to start from")
+    if not isinstance(node, yaml.MappingNode):
+        sections = ", ".join(Recipe.model_fields)
+        raise RecipeError(
+            f"a recipe must be a mapping with the keys {sections}, got {_node_word(node)} ({path})"
+        )
+
+    def place_of(node: yaml.Node) -> _Place:
+        line = node.start_mark.line + 1
+        return _Place(f"{path}, line {line}", (0, line))
+
+    draft.values = _Reading(draft, place_of, frozenset()).value(node, ())
+    return draft
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        names = [one.name for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = (
+            f"did you mean {path.parent / near[0]}?" if near else "`sparsekit init` writes one to start from"
+        )
+        raise RecipeError(f"recipe {path} does not exist; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"recipe {path} must be text in UTF-8, got byte {error.start} that is not"
+        ) from None
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Syntax:
+    """Why a text is not YAML, and on which line of it (0 where that is unknown)."""
+
+    text: str
+    line: int
+
+
+def _compose(text: str) -> yaml.Node | _Syntax | None:
+    """The node tree of a YAML text; None for an empty one."""
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        hint = "; indent with spaces, not tabs" if "\\t" in (error.problem or "") else ""
+        return _Syntax(
+            f"not valid YAML: {error.problem or error.context}{hint}", mark.line + 1 if mark else 0
+        )
+    except yaml.YAMLError as error:
+        return _Syntax(f"not valid YAML: {' '.join(str(error).split())}", 0)
+    except RecursionError:
+        return _Syntax("not valid as a recipe: nested too deeply", 0)
+
+
+def _node_word(node: yaml.Node) -> str:
+    return "a list" if isinstance(node, yaml.SequenceNode) else f"'{str(node.value)[:60]}'"
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Turns nodes into plain values, noting in `draft` where each key stands and what is wrong with it."""
+
+    draft: Draft
+    place_of: Callable[[yaml.Node], _Place]
+    around: frozenset[int]
+
+    def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        if id(node) in self.around:
+            return self._refuse(node, path, "must not contain itself, got an alias of a value around it")
+        inner = _Reading(self.draft, self.place_of, self.around | {id(node)})
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return inner._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [inner.value(item, path) for item in node.value]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = self.place_of(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                text = "a key must be a text, got a list or mapping"
+                self.draft.problems.append(Problem(text, place))
+                continue
+            key = str(key_node.value)
+            here = (*path, key)
+            if key in values:
+                text = f"{key_text(here)} stands twice, first in {self.draft.places[here].label}"
+                self.draft.problems.append(Problem(text, place))
+            self.draft.places[here] = place
+            values[key] = self.value(value_node, here)
+        return values
+
+    def _scalar(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        readers: dict[str, Callable[[str], Any]] = {
+            "str": str,
+            "null": lambda _: None,
+            "bool": lambda word: {"true": True, "false": False}[word.lower()],
+            "int": lambda word: int(word, 0) if word[:2] in ("0o", "0x") else int(word),
+            "float": lambda word: float(re.sub(r"\.(?=inf|nan)", "", word.lower())),
+        }
+        read = readers.get(node.tag.removeprefix(_TAG)) if isinstance(node, yaml.ScalarNode) else None
+        try:
+            if read is not None:
+                return read(node.value)
+        except (KeyError, ValueError):
+            pass
+        return self._refuse(node, path, f"has the YAML tag {node.tag}, which a recipe cannot hold")
+
+    def _refuse(self, node: yaml.Node, path: tuple[str, ...], text: str) -> None:
+        self.draft.refused.add(key_text(path))
+        self.draft.problems.append(Problem(f"{key_text(path)} {text}", self.place_of(node)))
+
+
+def apply_override_(draft: Draft, override: str) -> None:
+    """Write the value of 'path.to.key=value' into the draft, as if the file had said so."""
+    draft.overrides += 1
+    place = _Place(f"--set {override}", (1, draft.overrides))
+    dotted, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in dotted.split("."))
+    if not equals or not all(path):
+        draft.problems.append(
+            Problem(
+                f"an override must be path.to.key=value, such as data.batch_size=32, got '{override}'", place
+            )
+        )
+        return
+    node = _compose(text)
+    if isinstance(node, _Syntax):
+        draft.problems.append(Problem(node.text, place))
+        return
+    for known in [known for known in draft.places if known[: len(path)] == path]:
+        del draft.places[known]
+    section = draft.values
+    for depth, key in enumerate(path[:-1], start=1):
+        if not isinstance(section.get(key), dict):
+            section[key] = {}
+            draft.places.setdefault(path[:depth], place)
+        section = section[key]
+    draft.places[path] = place
+    reading = _Reading(draft, lambda node: place, frozenset())
+    section[path[-1]] = None if node is None else reading.value(node, path)
+
+
+def normalise_(values: dict[str, Any], spec: type[BaseModel]) -> None:
+    """A section with all keys commented out is an empty one; false turns off a section that may be null."""
+    for key, info in spec.model_fields.items():
+        section = section_of(info)
+        if section is None or key not in values:
+            continue
+        optional = type(None) in get_args(info.annotation)
+        if values[key] is None and not optional:
+            values[key] = {}
+        elif values[key] is False and optional:
+            values[key] = None
+        if isinstance(values[key], dict):
+            normalise_(values[key], section)
+
+
+def key_text(path: Sequence[str]) -> str:
+    return ".".join(path)

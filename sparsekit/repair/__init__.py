@@ -1,0 +1,1 @@
+"""Change the weights that stay so that the outputs come back, without training."""

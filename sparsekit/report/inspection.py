@@ -1,0 +1,194 @@
+"""What `sparsekit inspect` shows: a model's channel groups, what each costs, and why some must stay whole."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from sparsekit.coupling.find_groups import find_groups
+from sparsekit.structure.counting import count_macs, count_params
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
+
+# How the table says what part members play, in this order. Sizes are consequences, which JSON has.
+_PARTS: dict[str, tuple[Role, ...]] = {
+    "made by": ("producer",),
+    "filtered by": ("depthwise",),
+    "normalised by": ("norm", "response", "layer_norm"),
+    "along with": ("parameter",),
+    "read by": ("consumer",),
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's name, input shape, MACs (batch 1) and parameters, and its groups."""
+
+    model: str
+    input_shape: tuple[int, ...]
+    macs: int
+    params: int
+    groups: ChannelGroups
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the totals and, for each group, its cost, its members and why it stays whole, if it must.
+
+        `channels` counts what can go on its own and `rows_per_channel` the rows each of them has in the first layer
+        that makes it: more than 1 for an attention head. A member owns `per_channel` positions along `dim`.
+        """
+        macs = {layer.weight: layer.macs for layer in self.groups.layers}
+        params = {name: prod(self.groups.tensor_shapes[name]) for name in self.groups.parameters}
+        return {
+            "model": self.model,
+            "input_shape": list(self.input_shape),
+            "macs": self.macs,
+            "params": self.params,
+            "groups": [self._row(group, macs, params) for group in self.groups],
+        }
+
+    def _row(self, group: ChannelGroup, macs: Mapping[str, int], params: Mapping[str, int]) -> dict[str, Any]:
+        """Shares are those of all that goes with the whole group; a layer between two groups counts in both."""
+        owned = _owned_shares(group, self.groups.tensor_shapes)
+        lost_macs = sum(share * macs.get(tensor, 0) for tensor, share in owned.items())
+        lost_params = sum(share * params.get(tensor, 0) for tensor, share in owned.items())
+        return {
+            "name": group.name,
+            "channels": group.n_channels,
+            "rows_per_channel": _rows_per_channel(group),
+            "layers": list(dict.fromkeys(member.module for member in group.of_role("producer"))),
+            "macs_share": lost_macs / self.macs if self.macs else 0.0,
+            "params_share": lost_params / self.params if self.params else 0.0,
+            "members": _members(group),
+            "lossless": group.lossless,
+            "block": bool(group.bypass),
+            "frozen": group.frozen,
+        }
+
+    def table(self) -> RenderableType:
+        """Each group with its units and cost, what belongs to it, and why it stays whole; under them the totals."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("group", overflow="fold")
+        for column in ("units", "MACs", "params"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.to_json()["groups"]:
+            shares = (f"{row['macs_share']:.3f}", f"{row['params_share']:.3f}")
+            details = (Padding(line, (0, 0, 0, 2)) for line in _details(row))
+            table.add_row(Group(Text(row["name"]), *details), str(row["channels"]), *shares)
+        shape = "x".join(map(str, self.input_shape))
+        totals = (
+            f"{self.model}, input {shape}: {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.2f} M parameters"
+        )
+        legend = (
+            f"{len(self.groups.free)} of {len(self.groups)} groups can be cut. Units go one at a time; a unit is one "
+            "channel if nothing else is said. MACs, params: the share of the model that the whole group owns; what "
+            "lies between two groups counts in both, and products of activations in none."
+        )
+        return Group(table, Text(totals), Text(legend))
+
+
+def inspect_module(
+    name: str,
+    model: nn.Module,
+    example_input: Tensor,
+    ignore: tuple[str, ...] = (),
+    *,
+    through_layer_norm: bool = False,
+    blocks: bool = False,
+) -> Inspection:
+    """Analyse a model on one example input (1, channels, height, width)."""
+    groups = find_groups(
+        model, example_input, ignore=ignore, through_layer_norm=through_layer_norm, blocks=blocks
+    )
+    shape = tuple(example_input.shape[1:])
+    return Inspection(name, shape, count_macs(model, example_input), count_params(model), groups)
+
+
+def _owned_shares(group: ChannelGroup, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """For each tensor of the group, the share of it that would go with all of the group's channels."""
+    owned: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for member in group.members:
+        if member.role != "size":
+            owned[member.tensor][member.dim] += len(member.positions)
+    return {
+        tensor: 1 - prod(1 - count / shapes[tensor][dim] for dim, count in by_dim.items())
+        for tensor, by_dim in owned.items()
+    }
+
+
+def _rows_per_channel(group: ChannelGroup) -> int:
+    """Rows that a channel has in the first layer that makes it: 1 for a plain one, 3 x width for a head of qkv.
+
+    0 for a block, which no single layer makes.
+    """
+    if group.bypass:
+        return 0
+    makers = [member for member in group.members if member.role in ("producer", "depthwise")]
+    first = (makers[0].tensor, makers[0].dim)
+    return sum(member.repeat for member in makers if (member.tensor, member.dim) == first)
+
+
+def _members(group: ChannelGroup) -> list[dict[str, Any]]:
+    """Each tensor and dimension once, whatever parts of it the penalty tells apart."""
+    counts: dict[tuple[str, int, str], int] = defaultdict(int)
+    for member in group.members:
+        counts[member.tensor, member.dim, member.role] += member.repeat
+    return [
+        {"tensor": tensor, "dim": dim, "role": role, "per_channel": count}
+        for (tensor, dim, role), count in counts.items()
+    ]
+
+
+def _details(row: Mapping[str, Any]) -> Iterator[Text]:
+    """What stands under a group's name: why it stays whole, and who belongs to it."""
+    if row["frozen"]:
+        yield Text(f"stays whole: {row['frozen']}", style="italic")
+    elif not row["lossless"]:
+        yield Text(
+            "not lossless: a layer norm's statistics change with every channel removed", style="italic"
+        )
+    if row["block"]:
+        scales = [member["tensor"] for member in row["members"] if member["role"] == "parameter"]
+        yield Text(f"the whole block, once {_compact(scales)} is zero", style="dim")
+        return
+    parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []
+    for phrase, roles in _PARTS.items():
+        tensors = [member["tensor"] for member in row["members"] if member["role"] in roles]
+        held = tensors if "parameter" in roles else [tensor.rpartition(".")[0] for tensor in tensors]
+        if any(name != row["name"] for name in held):
+            parts.append(f"{phrase} {_compact(held)}")
+    if parts:
+        yield Text("; ".join(parts), style="dim")
+
+
+def _compact(names: Iterable[str]) -> str:
+    """Names that differ in one number only as one: blocks.0.fc, blocks.1.fc and blocks.2.fc are blocks.0-2.fc."""
+    found = [name.split(".") for name in dict.fromkeys(names)]
+    for place in range(max(map(len, found), default=0)):
+        alike: dict[str, list[list[str]]] = defaultdict(list)
+        for parts in found:
+            numbered = len(parts) > place and parts[place].isdecimal()
+            alike[".".join([*parts[:place], "#", *parts[place + 1 :]] if numbered else parts)].append(parts)
+        found = [merged for group in alike.values() for merged in _merged(group, place)]
+    return ", ".join(".".join(parts) for parts in found)
+
+
+def _merged(names: list[list[str]], place: int) -> Iterator[list[str]]:
+    """Names that differ in the number at `place` only, one for each run of numbers."""
+    if len(names) == 1:
+        yield names[0]
+        return
+    numbers = sorted(int(parts[place]) for parts in names)
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    for start, end in zip(starts, ends, strict=True):
+        run = str(start) if start == end else f"{start}-{end}"
+        yield [*names[0][:place], run, *names[0][place + 1 :]]

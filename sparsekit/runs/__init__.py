@@ -1,0 +1,1 @@
+"""The story of a recipe, from its first check to its report."""

@@ -1,0 +1,179 @@
+"""The commands of the line besides `prune`: inspect, plan, export, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sparsekit.artifact.format import read_structure
+from sparsekit.artifact.load import load as load_artifact
+from sparsekit.coupling.find_groups import find_groups
+from sparsekit.errors import FileError, InputError
+from sparsekit.export.onnx_file import export_onnx, metadata_texts
+from sparsekit.latency.layers import measure_layers
+from sparsekit.latency.search import time_masks
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.report.dry_run import Planned
+from sparsekit.report.inspection import Inspection, inspect_module
+from sparsekit.report.schema import RunReport
+from sparsekit.runs.arguments import (
+    build_model,
+    channel_rounding,
+    cut_target,
+    group_options,
+    group_rounding,
+    kept_limits,
+    wants_attempts,
+    wants_choice,
+    wants_speed,
+)
+from sparsekit.runs.choosing import search_masks
+from sparsekit.runs.rehearsal import open_inputs
+from sparsekit.runs.report_assembly import write_report
+from sparsekit.selection.importance import channel_worth
+from sparsekit.selection.keep_masks import keep_masks
+from sparsekit.selection.knapsack import choose_channels
+from sparsekit.training.models import create_model, input_config, load_weights_
+
+
+def report_again(run: Path) -> RunReport:
+    """Write report.json and report.html of a finished run again."""
+    return write_report(run)
+
+
+def inspect_model(
+    name: str,
+    *,
+    image_size: int | None,
+    recipe: Recipe | None,
+    through_layer_norm: bool = False,
+    blocks: bool = False,
+) -> Inspection:
+    """Groups of a timm model, or of a recipe's model as its data, arguments and section `cut` make it."""
+    if recipe is not None:
+        inputs = open_inputs(recipe)
+        model = build_model(recipe, len(inputs.data.class_names), weights=False)
+        example = torch.zeros(1, *inputs.config.input_size)
+        cut = recipe.cut
+        return inspect_module(
+            name,
+            model,
+            example,
+            cut.ignore,
+            through_layer_norm=through_layer_norm or cut.through_layer_norm,
+            blocks=blocks or cut.blocks,
+        )
+    model = create_model(name, num_classes=1000, image_size=image_size)
+    config = input_config(model, image_size=image_size)
+    example = torch.zeros(1, *config.input_size)
+    return inspect_module(name, model, example, through_layer_norm=through_layer_norm, blocks=blocks)
+
+
+def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
+    """What the recipe's target would keep, by the sizes of the filters, and how fast that is; trains nothing.
+
+    The weights are those of the dense model of the run directory `run`, or what the recipe starts from. Raises
+    InputError for a recipe without a target, FileError for a run that has not trained its dense model.
+    """
+    if recipe.cut.target is None:
+        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    if not (wants_speed(recipe) or kept_limits(recipe)):
+        raise InputError(
+            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
+            "--set 'cut.target={speedup: 2}'"
+        )
+    if budget := wants_attempts(recipe):
+        asked = recipe.cut.target.model_copy(update={"max_accuracy_drop": None})
+        recipe = recipe.model_copy(update={"cut": recipe.cut.model_copy(update={"target": asked})})
+    inputs = open_inputs(recipe)
+    n_classes = len(inputs.data.class_names)
+    model = build_model(recipe, n_classes, weights=run is None).eval()
+    if run is not None:
+        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    trained = run is not None or recipe.model.pretrained or recipe.model.checkpoint is not None
+    example = torch.zeros(1, *inputs.config.input_size)
+    timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
+    threads = recipe.benchmark.threads
+    with console.status("measuring"):
+        unmeasured = find_groups(model, example, **group_options(recipe))
+        groups = measure_layers(model, unmeasured, timed, threads=threads)
+        worth = channel_worth(model, groups)
+        remarks = (
+            [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
+        )
+        if budget:
+            remarks.append("max_accuracy_drop needs training, so it is left out here")
+        if wants_speed(recipe):
+            search = search_masks(
+                recipe, model, groups, worth, timed, lambda line: console.print(line, highlight=False)
+            )
+            masks, found, trials = search.masks, search.found, search.trials
+            remarks = [*filter(None, [search.remark]), *remarks]
+        else:
+            if wants_choice(recipe):
+                masks = choose_channels(
+                    groups, worth, kept_limits(recipe), group_rounding(recipe, unmeasured)
+                )
+            else:
+                masks = keep_masks(
+                    model,
+                    groups,
+                    method="budget",
+                    target=cut_target(recipe),
+                    round_to=channel_rounding(recipe),
+                    min_channels=recipe.cut.min_channels,
+                )
+            found = time_masks(model, groups, masks, timed, threads=threads)
+            trials = (found,)
+    assert recipe.cut.target is not None
+    target = recipe.cut.target.model_dump(exclude_none=True)
+    return Planned(recipe.model.name, target, groups, masks, found, trials, "; ".join(remarks))
+
+
+def export_again(
+    source: Path,
+    *,
+    output: Path | None,
+    opset: int | None,
+    batch_size: int | None,
+    dynamic_batch: bool,
+    merge_groups: bool = True,
+) -> Path:
+    """Export the artifact in `source`, or in the run directory `source`, as ONNX; returns the file.
+
+    Without `output` the file is named after the artifact and what was asked for (pruned.b8.onnx) and lies beside
+    it. Raises FileError if that is there already: a run's files are what its report measured.
+    """
+    folder = source if (source / "structure.json").exists() else source / "pruned"
+    if not (folder / "structure.json").exists():
+        raise FileError(
+            f"{source} holds no artifact: neither structure.json nor pruned/structure.json is there"
+        )
+    info = read_structure(folder)["info"]
+    size = info.get("input_size")
+    if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
+        raise FileError(
+            f"{folder}/structure.json does not say the input size as [channels, height, width], got {size!r:.40}; "
+            "export with sparsekit.export_onnx"
+        )
+    asked = (
+        "dynamic" if dynamic_batch else f"b{batch_size or 1}",
+        *([f"opset{opset}"] if opset else []),
+        *([] if merge_groups else ["groups"]),
+    )
+    target = output or folder.parent / ".".join((folder.resolve().name, *asked, "onnx"))
+    if output is None and target.exists():
+        raise FileError(f"{target} is already there; name another file with --output")
+    example = torch.zeros(batch_size or 1, *size)
+    model = load_artifact(folder)
+    return export_onnx(
+        model,
+        target,
+        example,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        merge_groups=merge_groups,
+        metadata=metadata_texts(info),
+    )

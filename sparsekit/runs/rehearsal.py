@@ -1,0 +1,188 @@
+"""What a recipe names, opened and tried once, before hours are spent on it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekit.coupling.find_groups import find_groups
+from sparsekit.errors import InputError, ModelError
+from sparsekit.export.session import check_provider
+from sparsekit.machine import check_threads
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.runs.arguments import (
+    augmentation,
+    build_model,
+    group_options,
+    group_rounding,
+    kept_limits,
+    make_sparsifier,
+    recipe_input_config,
+    train_options,
+    wants_choice,
+)
+from sparsekit.selection.knapsack import Choice
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.training.loader import make_loader
+from sparsekit.training.models import InputConfig, build_arguments, load_weights_
+from sparsekit.training.optimizers import make_optimizer
+from sparsekit.training.splits import ImageData, fingerprint, open_data
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, opened: images, how they become tensors, and the arguments timm builds the model with."""
+
+    data: ImageData
+    config: InputConfig
+    model_args: dict[str, Any]
+    fingerprint: str
+
+
+def check_inputs(recipe: Recipe) -> list[str]:
+    """Problems of a valid recipe with the world: model name, data, checkpoint, device, threads. Trains nothing."""
+    try:
+        open_inputs(recipe)
+    except InputError as error:
+        return str(error).splitlines()
+    return []
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open data and model. Raises InputError with one line for each problem, all at once."""
+    problems: list[str] = []
+
+    def attempt(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except InputError as error:
+            problems.extend(str(error).splitlines())
+            return None
+
+    attempt(lambda: _check_device(recipe))
+    attempt(lambda: check_threads(recipe.benchmark.threads))
+    attempt(lambda: check_provider(recipe.benchmark.provider))
+    data = attempt(lambda: _open_images(recipe))
+    # Without data any class count shows whether the model can be built.
+    probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))
+    config = attempt(lambda: recipe_input_config(recipe, probe)) if probe is not None else None
+    if probe is not None:
+        attempt(lambda: _check_patterns(recipe, probe))
+    if data and probe is not None and recipe.model.checkpoint is not None:
+        attempt(
+            lambda: load_weights_(
+                probe, Path(str(recipe.model.checkpoint)), num_classes=len(data.class_names)
+            )
+        )
+    if data is not None and config is not None and not problems:
+        attempt(lambda: _rehearse(recipe, data, config, probe))
+    if problems or data is None or config is None:
+        raise InputError("\n".join(dict.fromkeys(problems)))
+    model_args = build_arguments(
+        recipe.model.name,
+        num_classes=len(data.class_names),
+        in_chans=recipe.data.in_chans,
+        image_size=recipe.data.image_size,
+        args=recipe.model.args,
+    )
+    return Inputs(data, config, model_args, fingerprint(data))
+
+
+def _check_device(recipe: Recipe) -> None:
+    device, available = recipe.device, {"cpu", "auto"}
+    if torch.cuda.is_available():
+        available |= {"cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    if torch.backends.mps.is_available():
+        available |= {"mps"}
+    if device not in available:
+        raise InputError(
+            f"device must be one of {', '.join(sorted(available))} on this machine, got {device!r}"
+        )
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("precision fp16 needs a CUDA device, and this machine has none; use bf16 or no")
+
+
+def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Module) -> None:
+    """Do once, on two images, what would otherwise fail in a later stage, after hours of training."""
+    if recipe.dense.epochs == 0 and recipe.model.pretrained:
+        trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        if trained is not None and trained != len(data.class_names):
+            raise ModelError(
+                f"dense.epochs is 0, but the pretrained {recipe.model.name} knows {trained} classes and the data has "
+                f"{len(data.class_names)}: its new classifier has to be trained; set dense.epochs"
+            )
+    for phase in (recipe.dense, recipe.sparsify, recipe.finetune):
+        make_optimizer(model, train_options(recipe, phase))
+    count = min(2, recipe.data.batch_size)
+    few = data.train.subset(np.arange(min(count, len(data.train))))
+    loader = make_loader(few, config, training=True, batch_size=count, augment=augmentation(recipe))
+    images, _ = next(iter(loader))
+    _check_forward(recipe, model, images, len(data.class_names))
+    groups = find_groups(model, images[:1], **group_options(recipe))
+    if wants_choice(recipe):
+        _check_limits(recipe, groups)
+    if recipe.sparsify.epochs:
+        make_sparsifier(recipe, model, groups, total_steps=1, costs=None)
+    elif not groups.free:
+        raise ModelError(
+            f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
+        )
+
+
+def _check_limits(recipe: Recipe, groups: ChannelGroups) -> None:
+    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    choice = Choice(groups, worth, group_rounding(recipe, groups))
+    for quantity, share in kept_limits(recipe).items():
+        least = choice.least(quantity)
+        if share < least:
+            raise InputError(
+                f"cut.target.{quantity} {share:g} is out of reach: keeping the fewest channels allowed leaves "
+                f"{least:.3f}; raise it, or lower cut.min_channels or cut.round_to"
+            )
+
+
+def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: int) -> None:
+    size = "x".join(map(str, images.shape[1:]))
+    outputs = None
+    for training in (True, False):
+        try:
+            with torch.no_grad():
+                outputs = model.train(training)(images)
+        except Exception as error:
+            mode = "training" if training else "evaluation"
+            raise ModelError(
+                f"{recipe.model.name} does not run in {mode} on {len(images)} images of {size} "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); another data.image_size or data.batch_size "
+                "may mend it"
+            ) from error
+    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), n_classes):
+        raise ModelError(f"{recipe.model.name} does not give one number a class; check model.args")
+
+
+def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in recipe.cut.ignore:
+        if not fnmatch.filter(names, pattern):
+            raise ModelError(f"cut.ignore: the pattern {pattern!r} matches no module of {recipe.model.name}")
+
+
+def _open_images(recipe: Recipe) -> ImageData:
+    spec = recipe.data
+    return open_data(
+        spec.name,
+        root=spec.root,
+        train=spec.train,
+        validation=spec.validation,
+        test=spec.test,
+        validation_share=spec.validation_share,
+        test_share=spec.test_share,
+        limits=(spec.train_limit, spec.validation_limit, spec.test_limit),
+        seed=recipe.seed,
+    )

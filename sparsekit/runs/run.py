@@ -1,0 +1,223 @@
+"""One run of a recipe: its recipe, inputs, files and processes, and what several of its stages do with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsekit.artifact.save import save as save_artifact
+from sparsekit.coupling.find_groups import find_groups
+from sparsekit.errors import RunError, SparsekitError
+from sparsekit.machine import library_versions
+from sparsekit.recipe.reading import dump_recipe
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.repair.recalibration import recalibrate_batchnorms
+from sparsekit.runs.arguments import (
+    PhaseSpec,
+    augmentation,
+    build_model,
+    group_options,
+    train_options,
+    wants_baseline,
+)
+from sparsekit.runs.rehearsal import Inputs
+from sparsekit.runs.run_directory import RunDirectory
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.plan import PrunePlan
+from sparsekit.training.data_sources import Images
+from sparsekit.training.display import EpochMetrics
+from sparsekit.training.evaluate import evaluate
+from sparsekit.training.loader import make_loader
+from sparsekit.training.loop import fit
+from sparsekit.training.models import load_weights_, save_weights
+from sparsekit.training.options import Distillation, Loader, StepHook
+
+# Parity is checked on this many validation images.
+_PARITY_IMAGES = 64
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a stage works with. `origin` is the run that the dense model is of, where that is another."""
+
+    recipe: Recipe
+    inputs: Inputs
+    files: RunDirectory
+    accelerator: Accelerator
+    console: Console
+    origin: RunDirectory | None = None
+
+    def say(self, message: str) -> None:
+        """Print a line and put it in run.log (once, in a run of several processes)."""
+        self.files.log(message)
+        if self.accelerator.is_main_process:
+            self.console.print(message, highlight=False, markup=False)
+
+    @property
+    def example(self) -> Tensor:
+        """One input of the model, (1, channels, height, width), on the device."""
+        return torch.zeros(1, *self.inputs.config.input_size, device=self.accelerator.device)
+
+    @property
+    def timed_example(self) -> Tensor:
+        """Zeros of the shape that latencies are measured at, on the CPU."""
+        return torch.zeros(self.recipe.export.batch_size, *self.inputs.config.input_size)
+
+    def by_the_first(self, action: Callable[[], _Result]) -> _Result:
+        """What the first process finds, for all: they have to agree, and times differ. An error is all's too."""
+        shared: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                shared[0] = action()
+            except SparsekitError as error:
+                shared[1] = error
+            except Exception as error:
+                shared[1] = RunError(f"{type(error).__name__}: {error}")
+                shared[1].__cause__ = error if self.accelerator.num_processes == 1 else None
+        broadcast_object_list(shared)
+        if shared[1] is not None:
+            raise shared[1]
+        found: _Result = shared[0]
+        return found
+
+    def find_groups(self, model: nn.Module) -> ChannelGroups:
+        """Its channel groups, as the recipe has them cut."""
+        return find_groups(model, self.example, **group_options(self.recipe))
+
+    def loader(self, images: Images, training: bool) -> Loader:
+        """Batches of a split, augmented in training."""
+        spec = self.recipe.data
+        return make_loader(
+            images,
+            self.inputs.config,
+            training=training,
+            batch_size=spec.batch_size if training else spec.eval_batch_size or spec.batch_size,
+            workers=spec.workers,
+            augment=augmentation(self.recipe) if training else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def train(
+        self,
+        model: nn.Module,
+        phase: PhaseSpec,
+        name: str,
+        tick: Callable[[], None],
+        *,
+        hook: StepHook | None = None,
+        teacher: Distillation | None = None,
+        first_epoch: int = 0,
+    ) -> None:
+        """One phase of training, resumed from its state file if there is one."""
+        if not phase.epochs:
+            return
+        shown = name.partition("-")[0]
+
+        def note(metrics: EpochMetrics) -> None:
+            row = replace(metrics, phase=shown, epoch=metrics.epoch + first_epoch)
+            self.files.add_metrics(asdict(row))
+            tick()
+
+        history = fit(
+            model,
+            (self.loader(self.inputs.data.train, True), self.loader(self.inputs.data.validation, False)),
+            train_options(self.recipe, phase),
+            phase=name,
+            seed=self.recipe.seed,
+            accelerator=self.accelerator,
+            hook=hook,
+            teacher=teacher,
+            state_path=self.files.checkpoints / f"{name}.state.safetensors",
+            on_epoch=note,
+            console=self.console,
+        )
+        for metrics in history:  # an epoch may have been trained but not noted when the process was killed
+            note(metrics)
+
+    def evaluate(self, model: nn.Module, images: Images) -> float:
+        """Accuracy in [0, 1]."""
+        return evaluate(model, self.loader(images, False), self.accelerator).accuracy
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """BatchNorm statistics from random training images, if the recipe asks for it."""
+        images, spec = self.inputs.data.train, self.recipe.data
+        size = spec.eval_batch_size or spec.batch_size
+        n = min(self.recipe.cut.recalibrate, len(images))
+        if n:
+            chosen = np.random.default_rng(self.recipe.seed).permutation(len(images))[
+                : max(n - n % size, min(n, size))
+            ]
+            loader = self.loader(images.subset(chosen), training=False)
+            recalibrate_batchnorms(model, (batch.to(self.accelerator.device) for batch, _ in loader))
+
+    def keep_weights(self, model: nn.Module, name: str) -> None:
+        """Write the weights for later stages (`weights`); all processes wait for that."""
+        if self.files.writes:
+            save_weights(model, self.files.checkpoints / f"{name}.safetensors")
+        self.accelerator.wait_for_everyone()
+
+    def weights(self, name: str) -> nn.Module:
+        """A dense model on the device, with the weights an earlier stage kept."""
+        num_classes = len(self.inputs.data.class_names)
+        model = build_model(self.recipe, num_classes, weights=False)
+        files = self.origin if self.origin is not None and name in ("dense", "baseline") else self.files
+        load_weights_(model, files.checkpoints / f"{name}.safetensors", num_classes=num_classes)
+        return model.to(self.accelerator.device)
+
+    def final_dense(self) -> nn.Module:
+        """The dense model that the pruned one is compared with: the baseline, or what there was without one."""
+        return self.weights("baseline" if wants_baseline(self.recipe) else "dense")
+
+    def validation_images(self) -> Tensor:
+        """The first validation images, (n, channels, height, width), on the device."""
+        batches: Iterator[Any] = iter(self.loader(self.inputs.data.validation, False))
+        images: Tensor = torch.cat([next(batches)[0]])
+        for batch in batches:
+            if len(images) >= _PARITY_IMAGES:
+                break
+            images = torch.cat([images, batch[0]])
+        return images[:_PARITY_IMAGES].to(self.accelerator.device)
+
+    def save_artifact(self, model: nn.Module, path: Path, plan: PrunePlan, info: Mapping[str, Any]) -> None:
+        """Write a cut model in the portable form; all processes wait for that."""
+        if self.files.writes:
+            save_artifact(
+                model,
+                path,
+                model_name=self.recipe.model.name,
+                model_args=self.inputs.model_args,
+                plan=plan,
+                info=info,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def describe(self, **accuracies: float) -> dict[str, Any]:
+        """What artifact and ONNX file say about themselves: enough to feed them and to know where they come from."""
+        return {
+            "model": self.recipe.model.name,
+            "class_names": list(self.inputs.data.class_names),
+            **asdict(self.inputs.config),
+            **accuracies,
+            "recipe": dump_recipe(self.recipe),
+            "versions": library_versions(),
+        }
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, without the forward that accelerate may have put on the model."""
+    duplicate = copy.deepcopy(model).cpu()
+    for name in ("forward", "_original_forward"):
+        duplicate.__dict__.pop(name, None)
+    return duplicate

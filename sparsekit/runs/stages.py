@@ -1,0 +1,87 @@
+"""Stages of a run, journaled: one that is done is skipped on resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsekit.errors import FileError
+from sparsekit.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images.
+
+    Of a section one key alone may be named (sparsify.epochs). How many attempts there are to be may change.
+
+    `leaves` are the files, below the run directory, that it is done with.
+    """
+
+    name: str
+    body: Callable[[Run, Callable[[], None]], dict[str, Any]]
+    sections: tuple[str, ...]
+    leaves: tuple[str, ...] = ()
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """What it depends on."""
+        values = run.recipe.model_dump(mode="json")
+        del values["cut"]["attempts"]
+        kept: dict[str, Any] = {"images": run.inputs.fingerprint}
+        for section in ("seed", "precision", *self.sections):
+            name, _, key = section.partition(".")
+            if key:
+                kept.setdefault(name, {})[key] = values[name][key]
+            else:
+                kept[name] = values[name]
+        return kept
+
+
+def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None) -> None:
+    """Run one stage unless it is done; `tick` notes the seconds so far, over all its starts, and calls `also`."""
+    name = stage.name
+    record = run.files.begin(name, stage.settings(run))
+    if record.status == "done":
+        missing = [leaf for leaf in stage.leaves if not (run.files.path / leaf).exists()]
+        if missing:
+            raise FileError(
+                f"the stage {name} of the run in {run.files.path} is done, but {', '.join(missing)} is gone; put it "
+                "back, or start again in another --output"
+            )
+        run.say(f"{name}: done before")
+        return
+    started = time.monotonic() - record.seconds
+
+    def tick() -> None:
+        run.files.advance(record, time.monotonic() - started)
+        also()
+
+    run.say(f"{name} ...")
+    try:
+        result = stage.body(run, tick)
+    except BaseException as error:
+        run.files.log(f"{name}: stopped by {type(error).__name__}: {error}")
+        raise
+    run.accelerator.wait_for_everyone()
+    tick()
+    run.files.finish(record, result)
+    if run.files.writes:
+        for state in run.files.training_states(name):
+            state.unlink()  # only an unfinished stage needs it
+    run.accelerator.wait_for_everyone()
+    run.say(f"{name}: {record.seconds:.1f} s{_told(result)}")
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    """What a finished stage says besides its duration."""
+    text = ""
+    if "removed" in result:
+        text += f"; {result['removed']} of {result['channels']} channels removed"
+    if "accuracy_before_cut" in result:
+        text += (
+            f", test accuracy {result['accuracy_before_cut']:.4f} -> {result['accuracy_after_cut']:.4f}, largest logit "
+            f"change {result['max_abs_logit_change']:.1e}"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""Which channels stay: importance, costs, and the choice under a limit."""

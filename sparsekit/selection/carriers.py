@@ -1,0 +1,92 @@
+"""Channels that have to stay because they carry the constants of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.selection.importance import channel_scores
+from sparsekit.selection.rounding import keep_too
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.masks import Masks
+from sparsekit.surgery.constants import (
+    CONSTANT_TOLERANCE,
+    Reading,
+    bias_is_exact,
+    observe_inputs,
+    plain_layers,
+    readers_of,
+)
+
+
+def keep_carriers(
+    model: nn.Module, groups: ChannelGroups, masks: Masks, *, round_to: int | Mapping[str, int] = 1
+) -> Masks:
+    """`masks` with a carrier kept in each group that would lose constants for want of one.
+
+    That is the dropped channel with the largest constant, summed over the layers that lose any. It takes the
+    place of a kept channel that is dead and reads 0 everywhere, such as one that came back to fill a multiple of
+    `round_to` (of the layers' channels, or for each group of its own). Where there is none the group keeps one channel
+    more, rounded up again. At most one comes back in
+    a group; masks of groups that lose nothing are returned as they are.
+    """
+    kept = dict(masks)
+    cut = [group for group in groups.free if group.name in kept and not bool(kept[group.name].all())]
+    readings = observe_inputs(model, groups.input_shapes, readers_of(model, _readers(cut)))
+    stays = {tensor: torch.ones(len(reading.low), dtype=torch.bool) for tensor, reading in readings.items()}
+    plain = plain_layers(model, readings)
+    merging = {tensor: readings[tensor] for tensor, module in plain.items() if not bias_is_exact(module)}
+    scores = channel_scores(model, groups)
+    for group in cut:
+        _mark_(stays, group, kept[group.name])
+    for group in cut:
+        channel = _missing_carrier(group, merging, stays)
+        if channel is not None:
+            ranks = scores[group.name]
+            spare = (ranks == 0) & _reads_zero(group, readings)
+            multiple = group.multiple(round_to) if isinstance(round_to, int) else round_to[group.name]
+            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, multiple)
+            _mark_(stays, group, kept[group.name])
+    return kept
+
+
+def _readers(groups: Iterable[ChannelGroup]) -> dict[str, None]:
+    """Names of the tensors that read any of these groups' channels, in order."""
+    return {member.tensor: None for group in groups for member in group.of_role("consumer")}
+
+
+def _mark_(stays: Mapping[str, Tensor], group: ChannelGroup, mask: Tensor) -> None:
+    """Note in `stays` (by reader, bool (n_inputs,)) which of the group's channels its mask keeps."""
+    for member in group.of_role("consumer"):
+        if member.tensor in stays:
+            stays[member.tensor][list(member.positions)] = mask.repeat_interleave(member.repeat)
+
+
+def _missing_carrier(
+    group: ChannelGroup, readings: Mapping[str, Reading], stays: Mapping[str, Tensor]
+) -> int | None:
+    """The dropped channel of largest constants where these would be lost; None if no layer loses any of them."""
+    size = torch.zeros(group.n_channels, dtype=torch.float64)
+    for member in group.of_role("consumer"):
+        reading = readings.get(member.tensor)
+        if reading is None or reading.carrier(stays[member.tensor]) is not None:
+            continue
+        usable = reading.carriers & ~stays[member.tensor]
+        lost = reading.constants.abs().where(usable, 0.0)[list(member.positions)]
+        size += lost.reshape(-1, member.repeat).amax(1)
+    # What is no larger than the noise of an observation is not worth a channel.
+    return int(size.argmax()) if bool((size > CONSTANT_TOLERANCE).any()) else None
+
+
+def _reads_zero(group: ChannelGroup, readings: Mapping[str, Reading]) -> Tensor:
+    """Which channels (bool (n_channels,)) of the group every reader saw as 0 throughout."""
+    zero = torch.ones(group.n_channels, dtype=torch.bool)
+    for member in group.of_role("consumer"):
+        reading = readings.get(member.tensor)
+        if reading is None:  # nobody looked
+            return torch.zeros_like(zero)
+        seen = ((reading.low == 0) & (reading.high == 0))[list(member.positions)]
+        zero &= seen.reshape(-1, member.repeat).all(1)
+    return zero

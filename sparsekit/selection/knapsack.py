@@ -1,0 +1,271 @@
+"""Which channels to keep under a budget of latency, multiply-accumulates or parameters: the most worth that fits in.
+
+A knapsack whose items depend on each other: what a channel costs depends on how many others its layers keep. Channels
+of a group go in the order of their worth, in whole blocks, so a solution is how many each group keeps. Its value is
+
+    sum over groups of W log(kept worth / W),    W the worth of the whole group
+
+A plain sum would empty some layers and spare others, as if the last channels of a layer could be missed as easily as
+the first. With the logarithm channels count relative to what is left beside them, and the first to go as in the sum.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsekit.errors import InputError
+from sparsekit.options import Quantity
+from sparsekit.selection.costs import Array, CostTerm, cost_terms, terms_by_group
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.masks import Masks
+
+__all__ = ["choose_channels"]
+# What gains less than this, relative to all there is, is no gain but rounding.
+_NOTHING = 1e-9
+# The most numbers of channels to keep that a group's choice is between: more would differ by next to nothing.
+_MAX_OPTIONS = 64
+_MAX_SWEEPS = 20
+
+
+def choose_channels(
+    groups: ChannelGroups,
+    worth: Masks,
+    limits: Mapping[Quantity, float],
+    rounding: Mapping[str, tuple[int, int]],
+) -> Masks:
+    """Keep-masks that keep the most worth (as this module's docstring adds it up) under all `limits`.
+
+    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`channel_worth`, or `Sparsifier.worth`);
+    infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
+    first), "macs", "params" or "channels", in (0, 1].
+    `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least
+    (`ChannelGroup.rounding`).
+
+    Greedy from the whole model down, the block (or run of blocks: on a staircase the first may save nothing) with the
+    least worth for its cost first; then pairs of groups trade until no pair gains, which makes up for what the last
+    step overshot. Costs are those at the widths that the other groups have by then. Channels that are worth nothing but
+    cost nothing either may stay. Raises InputError for limits out of reach, or arguments that make no sense.
+    """
+    return Choice(groups, worth, rounding).under(limits)
+
+
+class Choice:
+    """Finds masks for one model and one worth of its channels, under any limits.
+
+    Raises InputError for worth that does not fit the groups.
+    """
+
+    def __init__(self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> None:
+        self._groups = groups
+        self._terms = {quantity: cost_terms(groups, quantity) for quantity in get_args(Quantity)}
+        self._order: dict[str, torch.Tensor] = {}
+        self._options: dict[str, NDArray[np.int64]] = {}
+        self._value: dict[str, Array] = {}  # of each option
+        for group in groups.free:
+            values = _checked(group, worth).double().cpu()
+            order = values.argsort(descending=True, stable=True)
+            sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
+            multiple, least = rounding[group.name]
+            options = _counts(group.n_channels, multiple, least)
+            if not bool(values.isfinite().all()):
+                options, sums = options[-1:], np.zeros_like(sums)
+            self._order[group.name], self._options[group.name] = order, options
+            self._value[group.name] = _value(sums[options])
+        self._dense = {name: len(options) - 1 for name, options in self._options.items()}
+        self._all_worth = sum(float(value[-1]) for value in self._value.values())
+
+    def under(self, limits: Mapping[Quantity, float]) -> Masks:
+        """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
+        for quantity, share in limits.items():
+            if quantity not in self._terms or not 0 < share <= 1:
+                raise InputError(
+                    f"limits must be shares in (0, 1] of {', '.join(self._terms)}, got {quantity}: {share}"
+                )
+        chosen = self._traded(self._greedy(limits), limits)
+        masks = {}
+        for name, option in chosen.items():
+            mask = torch.zeros(len(self._order[name]), dtype=torch.bool)
+            mask[self._order[name][: int(self._options[name][option])]] = True
+            masks[name] = mask
+        return masks
+
+    def least(self, quantity: Quantity) -> float:
+        """The smallest share of a quantity that is within reach."""
+        return self._cost(quantity, dict.fromkeys(self._dense, 0)) / self._cost(quantity, self._dense)
+
+    def _cost(self, quantity: Quantity, chosen: Mapping[str, int]) -> float:
+        counts = {name: float(self._options[name][option]) for name, option in chosen.items()}
+        return float(sum(term.at(counts) for term in self._measured_terms(quantity)))
+
+    def _measured_terms(self, quantity: Quantity) -> Sequence[CostTerm]:
+        terms = self._terms[quantity]
+        if terms is None:
+            raise InputError(
+                "a limit on latency needs the layers' latencies; take the groups that sparsekit.measure_layers returns"
+            )
+        return terms
+
+    def _greedy(self, limits: Mapping[Quantity, float]) -> dict[str, int]:
+        """Down from the dense model until all limits are met, the lowest first."""
+        chosen = dict(self._dense)
+        allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
+        for quantity in sorted(allowed, key=lambda q: limits[q]):
+            self._descend(chosen, quantity, allowed[quantity])
+        return chosen
+
+    def _descend(self, chosen: dict[str, int], quantity: Quantity, allowed: float) -> None:
+        terms = self._measured_terms(quantity)
+        touching = terms_by_group(terms)
+        cost = self._cost(quantity, chosen)
+        version = dict.fromkeys(chosen, 0)
+        heap: list[tuple[float, str, int, int, float]] = []
+
+        def offer(name: str) -> None:
+            found = self._best_drop(name, chosen, touching.get(name, ()))
+            if found is not None:
+                ratio, option, saved = found
+                heapq.heappush(heap, (ratio, name, version[name], option, saved))
+
+        for name in chosen:
+            offer(name)
+        while cost > allowed * (1 + _NOTHING):
+            if not heap:
+                raise InputError(self._out_of_reach(quantity, allowed))
+            _, name, when, option, saved = heapq.heappop(heap)
+            if when != version[name]:
+                continue
+            chosen[name] = option
+            cost -= saved
+            for other in {name, *(n for term in touching.get(name, ()) for n in term.names)}:
+                version[other] += 1
+                offer(other)
+
+    def _best_drop(
+        self, name: str, chosen: Mapping[str, int], terms: Sequence[CostTerm]
+    ) -> tuple[float, int, float] | None:
+        """The drop to fewer channels that loses the least worth for its cost: that ratio, the option, the saving."""
+        option = chosen[name]
+        if option == 0 or not terms:
+            return None
+        costs = self._costs_of_options(name, chosen, terms)
+        saved = costs[option] - costs[:option]
+        lost = self._value[name][option] - self._value[name][:option]
+        helps = saved > _NOTHING * abs(costs[option])
+        if not helps.any():
+            return None
+        ratio = np.where(helps, lost / np.where(helps, saved, 1.0), np.inf)
+        best = int(ratio.argmin())
+        return float(ratio[best]), best, float(saved[best])
+
+    def _costs_of_options(self, name: str, chosen: Mapping[str, int], terms: Sequence[CostTerm]) -> Array:
+        counts: dict[str, Array | float] = {n: float(self._options[n][o]) for n, o in chosen.items()}
+        counts[name] = self._options[name].astype(float)
+        return np.broadcast_to(sum(term.at(counts) for term in terms), (len(self._options[name]),))
+
+    def _traded(self, chosen: dict[str, int], limits: Mapping[Quantity, float]) -> dict[str, int]:
+        """Better by trades between two groups (or one alone), until there is none."""
+        allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
+        costs = {q: self._cost(q, chosen) for q in allowed}
+        touching = {q: terms_by_group(self._measured_terms(q)) for q in allowed}
+        names = [name for name in chosen if len(self._options[name]) > 1]
+        pairs = list(combinations(names, 2)) or [(name, name) for name in names]
+        changed = set(names)
+        for _ in range(_MAX_SWEEPS):
+            stale, changed = changed, set()
+            for pair in pairs:
+                if stale.isdisjoint(pair) and changed.isdisjoint(pair):
+                    continue
+                better = self._best_pair(pair, chosen, costs, allowed, touching)
+                if better is not None:
+                    chosen.update(better)
+                    costs = {q: self._cost(q, chosen) for q in allowed}
+                    changed.update(n for name in pair for n in self._neighbours(name, touching))
+            if not changed:
+                break
+        return chosen
+
+    def _neighbours(
+        self, name: str, touching: Mapping[Quantity, Mapping[str, Sequence[CostTerm]]]
+    ) -> Iterator[str]:
+        yield name
+        for by_group in touching.values():
+            for term in by_group.get(name, ()):
+                yield from term.names
+
+    def _best_pair(
+        self,
+        pair: tuple[str, str],
+        chosen: Mapping[str, int],
+        costs: Mapping[Quantity, float],
+        allowed: Mapping[Quantity, float],
+        touching: Mapping[Quantity, Mapping[str, Sequence[CostTerm]]],
+    ) -> dict[str, int] | None:
+        first, second = pair
+        rows, columns = self._options[first].astype(float), self._options[second].astype(float)
+        kept = self._value[first][:, None] + self._value[second][None]
+        here = chosen[first], chosen[second]
+        if first == second:
+            kept, here = self._value[first][:, None], (chosen[first], 0)
+            columns = np.zeros(1)
+        gain = kept - kept[here]
+        possible = gain > _NOTHING * max(self._all_worth, _NOTHING)
+        counts: dict[str, Array | float] = {n: float(self._options[n][o]) for n, o in chosen.items()}
+        for quantity, by_group in touching.items():
+            if not possible.any():
+                return None
+            terms = list({id(t): t for t in (*by_group.get(first, ()), *by_group.get(second, ()))}.values())
+            before = float(sum(term.at(counts) for term in terms))
+            trial = counts | {second: columns[None]} | {first: rows[:, None]}
+            after = np.broadcast_to(sum((term.at(trial) for term in terms), start=0.0), kept.shape)
+            possible &= costs[quantity] - before + after <= allowed[quantity] * (1 + _NOTHING)
+        if not possible.any():
+            return None
+        best = np.unravel_index(np.where(possible, gain, -np.inf).argmax(), kept.shape)
+        return {second: int(best[1])} | {first: int(best[0])}  # of a group with itself the first counts
+
+    def _out_of_reach(self, quantity: Quantity, allowed: float) -> str:
+        dense = self._cost(quantity, self._dense)
+        frozen = sum(1 for group in self._groups if group.frozen)
+        return (
+            f"{quantity} {allowed / dense:.3f} is out of reach: keeping the fewest channels allowed leaves "
+            f"{self.least(quantity):.3f}"
+            + (f"; {frozen} of {len(self._groups)} groups are frozen" if frozen else "")
+            + "; ask for less, or lower min_channels or round_to"
+        )
+
+
+def _checked(group: ChannelGroup, worth: Masks) -> torch.Tensor:
+    values = worth.get(group.name)
+    if values is None or values.shape != (group.n_channels,) or bool((values.isnan() | (values < 0)).any()):
+        got = (
+            "none"
+            if values is None
+            else f"shape {tuple(values.shape)}, values {values.flatten()[:3].tolist()} ..."
+        )
+        raise InputError(
+            f"worth must be {group.n_channels} numbers >= 0 for the group {group.name}, got {got}"
+        )
+    return values.detach()
+
+
+def _value(kept: Array) -> Array:
+    """W (1 + log(kept / W)) of each option, W being the last; of a whole block, which has the option 0, the worth."""
+    whole = kept[-1]
+    if whole <= 0 or kept[0] == 0:
+        return kept
+    value: Array = whole * (1 + np.log(kept / whole))
+    return value
+
+
+def _counts(n: int, multiple: int, least: int) -> NDArray[np.int64]:
+    """How many of n channels a group may keep, ascending: multiples, from the least on, and all."""
+    multiple = max(multiple, -(-n // _MAX_OPTIONS // multiple) * multiple)
+    first = -(-least // multiple) * multiple
+    return np.unique([*range(first, n, multiple), n])

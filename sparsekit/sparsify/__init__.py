@@ -1,0 +1,1 @@
+"""Make channels exactly zero while a model trains."""

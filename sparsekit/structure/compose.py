@@ -1,0 +1,82 @@
+"""Two plans as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sparsekit.errors import InputError
+from sparsekit.structure.plan import GroupCut, PrunePlan, TensorCut
+
+
+def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """One plan that does to a model what applying `first`, and `second` to the model it leaves, would do.
+
+    `second` was made for the cut model; positions of the result are those of the uncut one. Its `groups` speak of
+    the uncut model as well: a group of both plans lists what stays after both. A group of one plan alone is listed as
+    it is there. One that the second plan found with another number of channels than the first left (units may join
+    or part when something else goes) is not listed: `cuts` say in any case what goes. The result has the input
+    shapes of `first`.
+
+    Constants of dead channels are folded at one cut instead of two: as long as every one of them can be folded the
+    outputs are the same, though other biases or columns may hold them. Raises InputError if a tensor has not the
+    size in `second` that `first` leaves.
+    """
+    earlier = {(cut.tensor, cut.dim): cut for cut in first.cuts}
+    cuts = dict(earlier)
+    for cut in second.cuts:
+        key = (cut.tensor, cut.dim)
+        if key in earlier:
+            cuts[key] = _cut_twice(earlier[key], cut)
+        elif not _is_bias_of_a_fold(cut, earlier):
+            cuts[key] = cut
+    # A place of both plans gets what the second writes there.
+    rewrites = {replace(place, size=-1): place for place in (*first.rewrites, *second.rewrites)}
+    blocks = (*first.blocks, *second.blocks)
+
+    def stays(name: str) -> bool:
+        return not any(block.holds(name) for block in blocks)
+
+    return PrunePlan(
+        tuple(cut for _, cut in sorted(cuts.items()) if stays(cut.tensor)),
+        _groups_of_both(first.groups, second.groups),
+        first.input_shapes,
+        tuple(sorted(place for place in rewrites.values() if stays(place.module))),
+        tuple(sorted(blocks, key=lambda block: block.module)),
+    )
+
+
+def _cut_twice(first: TensorCut, second: TensorCut) -> TensorCut:
+    size = len(second.keep) + len(second.drop)
+    if size != len(first.keep):
+        raise InputError(
+            f"the second plan does not fit the first: it needs {first.tensor} of size {size} in dimension "
+            f"{first.dim}, the first leaves {len(first.keep)}; compose a plan with one made for the model it gives"
+        )
+    gone = (first.keep[position] for position in second.drop)
+    return replace(
+        first,
+        keep=tuple(first.keep[position] for position in second.keep),
+        drop=tuple(sorted((*first.drop, *gone))),
+    )
+
+
+def _is_bias_of_a_fold(cut: TensorCut, earlier: Mapping[tuple[str, int], TensorCut]) -> bool:
+    """Whether the first cut made the bias, for constants: it took rows of the layer's weight, and of no bias."""
+    layer, _, name = cut.tensor.rpartition("bias")
+    rows = (earlier.get((f"{layer}weight", dim)) for dim in (0, 1))
+    return not name and any(row is not None and row.role == "producer" for row in rows)
+
+
+def _groups_of_both(first: tuple[GroupCut, ...], second: tuple[GroupCut, ...]) -> tuple[GroupCut, ...]:
+    merged = {group.name: group for group in first}
+    for group in second:
+        before = merged.get(group.name)
+        if before is None:
+            merged[group.name] = group
+        elif group.n_channels == len(before.kept):
+            kept = tuple(before.kept[channel] for channel in group.kept)
+            merged[group.name] = replace(before, kept=kept)
+        else:
+            del merged[group.name]
+    return tuple(group for _, group in sorted(merged.items()))

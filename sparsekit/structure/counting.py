@@ -1,0 +1,98 @@
+"""MACs and parameters of a model, and what each of its layers costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsekit.evaluation import evaluating
+from sparsekit.structure.groups import LayerCost
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
+    """Multiply-accumulates of one forward pass on the example, divided by its batch size (FLOPs / 2).
+
+    Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
+    Runs in eval mode without gradients; the model keeps its training flags and what requires gradients.
+    """
+    # The counter follows modules by the gradients of what they are given, and stumbles over a parameter among that.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = [example.detach() for example in example_inputs]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with evaluating(model), attention_in_the_open(), FlopCounterMode(display=False) as counter:
+            model(*inputs)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return int(counter.get_total_flops() // 2 // example_inputs[0].shape[0])
+
+
+@contextmanager
+def attention_in_the_open() -> Iterator[None]:
+    """Compute attention as plain matrix products: the counter does not know what the fused kernels of a CPU do."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, ...]:
+    """Cost of every convolution and linear layer, observed in one forward pass at the example's shapes."""
+    positions: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(module, nn.Linear):
+            count = out.numel() // weight.shape[0]
+        else:
+            mapped = args[0] if isinstance(module, _TRANSPOSED) else out
+            count = prod(mapped.shape[2:]) * mapped.shape[0]
+        key = f"{name}.weight" if name else "weight"
+        positions[key] = positions.get(key, 0) + count // example_inputs[0].shape[0]
+        shapes[key] = tuple(weight.shape)
+
+    watch_layers(model, record, *example_inputs)
+    return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
+
+
+def watch_layers(
+    model: nn.Module,
+    record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
+    *example_inputs: Tensor,
+) -> None:
+    """Run the model once in eval mode; `record(name, layer, inputs, output)` for each call of a layer with MACs."""
+    hooks = [
+        module.register_forward_hook(
+            lambda m, args, kwargs, out, name=name: record(name, m, (*args, *kwargs.values()), out),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+    ]
+    try:
+        with evaluating(model):
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()

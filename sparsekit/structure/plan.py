@@ -1,0 +1,200 @@
+"""What will be cut, as plain data: keep-masks become a PrunePlan, which has a JSON form and touches no tensor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from sparsekit.errors import FileError, InputError
+from sparsekit.structure.groups import ChannelGroups, Role
+from sparsekit.structure.places import Place
+
+
+@dataclass(frozen=True)
+class TensorCut:
+    """Positions that stay (`keep`, ascending) and go (`drop`) along one dimension of one state-dict entry.
+
+    Of role "size": `tensor` is an integer attribute (entry `dim` of it, if it is a tuple) that becomes len(keep).
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    keep: tuple[int, ...]
+    drop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GroupCut:
+    """How many channels a group had and which of them stay (ascending)."""
+
+    name: str
+    n_channels: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockCut:
+    """A residual block that goes as a whole: `module` passes its input on, as it does once `scales` are zero."""
+
+    module: str
+    scales: tuple[str, ...]
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor, attribute or module of this name goes with the block."""
+        return name == self.module or name.startswith(f"{self.module}.")
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples.
+
+    `rewrites` are the places in the model's code that have to leave a size to torch (see `rewriting`). Nothing of what
+    `blocks` hold is among them: it goes.
+    """
+
+    cuts: tuple[TensorCut, ...]
+    groups: tuple[GroupCut, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    rewrites: tuple[Place, ...] = ()
+    blocks: tuple[BlockCut, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists; `from_json` gives back an equal plan."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> PrunePlan:
+        """Inverse of `to_json`, also after a round trip through JSON text. Raises FileError on other data."""
+        try:
+            plan = PrunePlan(
+                cuts=tuple(
+                    TensorCut(c["tensor"], c["dim"], c["role"], tuple(c["keep"]), tuple(c["drop"]))
+                    for c in data["cuts"]
+                ),
+                groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
+                input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
+                rewrites=tuple(Place(**place) for place in data["rewrites"]),
+                blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data["blocks"]),
+            )
+            _check_types(plan)
+            _check_positions(plan)
+            return plan
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(
+                f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups, "
+                "input_shapes, rewrites and blocks as PrunePlan.to_json writes them"
+            ) from error
+
+
+def _check_types(plan: PrunePlan) -> None:
+    """Raise TypeError for values that from_json took as they came."""
+    expected: list[tuple[Any, type]] = []
+    for cut in plan.cuts:
+        expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
+        if cut.role not in get_args(Role):
+            raise TypeError(
+                f"the role of {cut.tensor} must be one of {', '.join(get_args(Role))}, got {cut.role!r}"
+            )
+    for group in plan.groups:
+        expected += [(group.name, str), (group.n_channels, int), *((n, int) for n in group.kept)]
+    expected += [(size, int) for shape in plan.input_shapes for size in shape]
+    for place in plan.rewrites:
+        expected += [(place.module, str), (place.method, str), (place.source, str)]
+        expected += [(place.call, int), (place.argument, int), (place.size, int)]
+    expected += [(name, str) for block in plan.blocks for name in (block.module, *block.scales)]
+    for value, kind in expected:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
+
+
+def _check_positions(plan: PrunePlan) -> None:
+    """Raise ValueError for numbers that no plan can have."""
+    seen: set[tuple[str, int]] = set()
+    for cut in plan.cuts:
+        if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
+            raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+        if not cut.keep:
+            raise ValueError(f"it keeps nothing of {cut.tensor}; a layer must not be emptied")
+        if (cut.tensor, cut.dim) in seen:
+            raise ValueError(f"it cuts {cut.tensor} twice in dimension {cut.dim}")
+        seen.add((cut.tensor, cut.dim))
+    for block in plan.blocks:
+        if inside := [cut.tensor for cut in plan.cuts if block.holds(cut.tensor)]:
+            raise ValueError(f"it cuts {inside[0]}, and takes out {block.module}, which holds it")
+    for group in plan.groups:
+        if not set(group.kept) <= set(range(group.n_channels)):
+            raise ValueError(f"{group.name} keeps channels that it does not have")
+    if any(size < 1 for shape in plan.input_shapes for size in shape):
+        raise ValueError("an input has an impossible shape")
+
+
+def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
+    """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
+
+    Groups without a mask stay whole. Equal decisions give equal plans, in whatever order masks and groups come.
+    Raises InputError for a mask of an unknown or frozen group, of the wrong length or dtype, or one that keeps
+    nothing.
+    """
+    known = {group.name: group for group in groups}
+    dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
+    roles: dict[tuple[str, int], Role] = {}
+    decided: list[GroupCut] = []
+    blocks: list[BlockCut] = []
+    for name, mask in sorted(masks.items()):
+        if name not in known:
+            raise InputError(f"a mask names the group {name!r}, which the model does not have")
+        group = known[name]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
+            raise InputError(
+                f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
+                f"got {_described(mask)}"
+            )
+        keep: list[bool] = mask.tolist()
+        if not any(keep) and not group.bypass:
+            raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
+        if group.frozen and not all(keep):
+            raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
+        decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
+        if all(keep):
+            continue
+        if group.bypass:
+            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.penalised)))
+            continue
+        for member in group.members:
+            key = (member.tensor, member.dim)
+            roles[key] = member.role
+            for order, position in enumerate(member.positions):
+                if not keep[order // member.repeat]:
+                    dropped[key].add(position)
+    sizes = {**groups.tensor_shapes, **groups.attributes}
+    cuts = tuple(
+        TensorCut(
+            tensor,
+            dim,
+            roles[tensor, dim],
+            keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
+            drop=tuple(sorted(drop)),
+        )
+        for (tensor, dim), drop in sorted(dropped.items())
+        if not any(block.holds(tensor) for block in blocks)
+    )
+    shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
+    rewrites = {
+        place
+        for group in shrunk
+        for place in group.rewrites
+        if not any(block.holds(place.module) for block in blocks)
+    }
+    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
+
+
+def _described(mask: object) -> str:
+    if not isinstance(mask, Tensor):
+        return f"{type(mask).__name__}; give a tensor"
+    return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"

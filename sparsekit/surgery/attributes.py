@@ -1,0 +1,58 @@
+"""Attributes that give sizes, read and written so that they agree with the tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsekit.structure.places import Attribute
+
+
+def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
+    """The values of an integer attribute (one) or of a tuple of them; empty if there is no such attribute."""
+    module, _, name = path.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(module), name)
+    except AttributeError:
+        return ()
+    entries = value if isinstance(value, (tuple, list)) else (value,)
+    sizes: tuple[Any, ...] = tuple(
+        entry.get("num_chs") if isinstance(entry, dict) else entry for entry in entries
+    )
+    return sizes if all(isinstance(size, int) for size in sizes) else ()
+
+
+def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
+    """Set the attribute, or its entry, to `size`; tuples stay tuples and lists are replaced, not changed."""
+    module = model.get_submodule(attribute.module)
+    if attribute.item is None:
+        setattr(module, attribute.name, size)
+        return
+    entries = list(getattr(module, attribute.name))
+    entry = entries[attribute.item]
+    entries[attribute.item] = {**entry, "num_chs": size} if isinstance(entry, dict) else size
+    setattr(module, attribute.name, type(getattr(module, attribute.name))(entries))
+
+
+def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
+    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
+
+    `rows` of the weight were kept: a grouped convolution has as many blocks left as these lie in.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        assert isinstance(weight, Tensor)
+        module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        assert isinstance(weight, Tensor)
+        if rows is not None:
+            module.groups = len({row // (module.out_channels // module.groups) for row in rows})
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        assert isinstance(weight, Tensor)
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = weight if weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = len(sized)

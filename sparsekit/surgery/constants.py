@@ -1,0 +1,222 @@
+"""Constants of dead channels: what is lost with a dropped channel goes into the bias, or into a constant that stays.
+
+A channel whose scale is zero still puts out act(shift), the same at every position. Dropping it would lose that
+constant. Rather than derive it from operator rules, it is observed at the input of each consuming layer on two
+random batches: what does not vary there is a constant, whatever lies in between (pooling, gates, additions). An
+observation is not a proof: a channel that those batches never excite, and other images do, passes for a constant.
+
+Where every output position reads all of the kernel, a constant is a bias. A zero-padded convolution reads less of
+it at the border, but of each input channel alike: there the constants that go are exactly a multiple of a constant
+that stays, its carrier, and are merged into the carrier's column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.errors import ModelError
+from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.structure.plan import PrunePlan
+
+# A channel counts as constant when it varies by less than this, relative to its size (float32 noise of a sum).
+CONSTANT_TOLERANCE = 1e-6
+# A carrier below this share of the largest constant it takes over would need weights far larger than any other.
+_SMALLEST_CARRIER = 0.01
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+# Forwards that use `weight` as it is, besides torch's own. By name: nothing else here needs timm loaded.
+_AS_IS = {"timm.layers.linear.Linear.forward", "timm.layers.conv2d_same.Conv2dSame.forward"}
+
+
+def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
+    """Detach the channels that `plan` drops from every layer that reads them, without losing their constants.
+
+    In place. Afterwards the dropped columns of every consumer are zero, so that dropping the channels changes
+    nothing more: this is the masked dense model. The constants a_i of the dropped input channels i go
+
+    - into the bias, as sum over i and the kernel of a_i W[:, i], where that is exact: linear layers, 1x1
+      convolutions and convolutions that do not zero-pad;
+    - else into the largest constant a_j that stays, W[:, j] += sum over i of (a_i / a_j) W[:, i], which is exact
+      wherever all input channels are padded alike.
+
+    Both need a layer that uses its weight as it is, alone and ungrouped (a standardised weight would change with
+    its columns). Elsewhere, and without a carrier (see `keep_carriers`), a constant other than 0 is dropped.
+    Returns how many constants were folded, by module.
+    """
+    cuts = [cut for cut in plan.cuts if cut.role == "consumer" and cut.drop]
+    layers = plain_layers(model, (cut.tensor for cut in cuts))
+    readings = observe_inputs(model, plan.input_shapes, layers)
+    folded: dict[str, int] = {}
+    with torch.no_grad():
+        for cut in (cut for cut in cuts if cut.tensor in readings):
+            module, reading = layers[cut.tensor], readings[cut.tensor]
+            stays = torch.ones(len(reading.low), dtype=torch.bool)
+            stays[list(cut.drop)] = False
+            lost = reading.constants.masked_fill(stays, 0)
+            carrier = reading.carrier(stays)
+            if not lost.any():
+                continue
+            if bias_is_exact(module):
+                _add_to_bias_(module, lost)
+            elif carrier is not None:
+                _merge_(module, cut.dim, carrier, lost / reading.constants[carrier])
+            else:
+                continue
+            folded[cut.tensor.rpartition(".")[0]] = int(lost.count_nonzero())
+    blank_columns_(model, plan)
+    return folded
+
+
+def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
+    """Set the columns that read dropped channels to zero, in place."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role == "consumer" and cut.drop:
+                tensor = tensors[cut.tensor]
+                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Lowest and highest value of each input channel of a layer, over all positions; float64, on the CPU."""
+
+    low: Tensor
+    high: Tensor
+
+    @property
+    def constants(self) -> Tensor:
+        """The value of each channel that does not vary; 0 for one that does."""
+        middle = (self.low + self.high) / 2
+        steady = self.high - self.low <= CONSTANT_TOLERANCE * (1 + middle.abs())
+        return middle.where(steady, 0.0)
+
+    @property
+    def carriers(self) -> Tensor:
+        """Which constants others may be expressed in: not 0, and steady measured by their own size alone."""
+        size = self.constants.abs()
+        return (size > 0) & (self.high - self.low <= CONSTANT_TOLERANCE * size)
+
+    def carrier(self, stays: Tensor) -> int | None:
+        """The largest carrier among the channels that stay, if it is large enough for the constants that go."""
+        size = self.constants.abs()
+        largest = size.masked_fill(stays, 0).max()
+        usable = size.where(self.carriers & stays & (size >= _SMALLEST_CARRIER * largest), 0.0)
+        return int(usable.argmax()) if usable.any() else None
+
+
+def observe_inputs(
+    model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], layers: Mapping[str, nn.Module]
+) -> dict[str, Reading]:
+    """What each layer (by its weight's name) reads on two random batches; layers never reached are left out."""
+    readings: dict[str, Reading] = {}
+
+    def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            read = args[0] if args else keywords["input"]
+            values = read.movedim(_channel_dim(module), 0).flatten(1)
+            low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
+            if key in readings:
+                low, high = torch.minimum(low, readings[key].low), torch.maximum(high, readings[key].high)
+            readings[key] = Reading(low, high)
+
+        return record
+
+    hooks = [module.register_forward_pre_hook(watch(key), with_kwargs=True) for key, module in layers.items()]
+    try:
+        with evaluating(model):
+            for seed in (0, 1) if layers else ():
+                model(*random_inputs(input_shapes, seed, model, batch=2))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(
+            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return readings
+
+
+def _channel_dim(module: nn.Module) -> int:
+    """Where the input of a linear layer or convolution has its channels, with or without a batch dimension."""
+    return -1 - len(module.kernel_size) if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else -1
+
+
+def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers and ungrouped convolutions among the modules that hold these tensors, by tensor.
+
+    Position i of their weight's input dimension is input channel i.
+    """
+    modules = dict(model.named_modules())
+    found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
+    return {
+        tensor: module
+        for tensor, module in found
+        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
+    }
+
+
+def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """Those of `readers_of` whose weight is the filter itself, and of this module alone."""
+    held = [tensor for module in model.modules() for tensor in module._parameters.values()]
+
+    def is_plain(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")  # computed, not held, if normalised or parametrised
+        alone = weight is not None and sum(tensor is weight for tensor in held) == 1
+        return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
+
+    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
+
+
+def _is_torch_own(module: nn.Module) -> bool:
+    """Whether the module computes as torch's class does: a subclass may standardise its weight or pad itself."""
+    base = next(base for base in _LAYERS if isinstance(module, base))
+    own = (getattr(base, "forward", None), getattr(base, "_conv_forward", None))
+    return own == tuple(
+        getattr(getattr(module, name, None), "__func__", None) for name in ("forward", "_conv_forward")
+    )
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Full name of the function that the module computes with."""
+    forward = getattr(module.forward, "__func__", None)
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+
+
+def bias_is_exact(module: nn.Module) -> bool:
+    """Whether a constant input channel of a plain layer adds the same number to every output position."""
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, _CONVOLUTIONS):
+        return False
+    if all(size == 1 for size in module.kernel_size):
+        return module.padding in ("valid", "same") or not any(module.padding)
+    # Where the forward is not torch's, the padding may be another than it says.
+    unpadded = module.padding == "valid" or (module.padding != "same" and not any(module.padding))
+    return _is_torch_own(module) and (unpadded or module.padding_mode in ("reflect", "replicate", "circular"))
+
+
+def _add_to_bias_(module: nn.Module, constants: Tensor) -> None:
+    """Add what input channels of these values (n_inputs,) contribute at every position."""
+    bias, weight = getattr(module, "bias", None), module.weight
+    assert isinstance(weight, Tensor)
+    amount = weight.reshape(*weight.shape[:2], -1).sum(2) @ constants.to(weight)
+    if bias is None:
+        bias = nn.Parameter(torch.zeros_like(amount), requires_grad=weight.requires_grad)
+        module.bias = bias
+    bias.add_(amount)
+
+
+def _merge_(module: nn.Module, dim: int, carrier: int, shares: Tensor) -> None:
+    """Add to the carrier's column those of all input channels, times their shares (n_inputs,)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    columns = weight.movedim(dim, 0)  # a view
+    columns[carrier] += torch.tensordot(shares.to(weight), columns, 1)

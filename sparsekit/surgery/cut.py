@@ -1,0 +1,92 @@
+"""The cut itself: a plan and a model give a new, smaller module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sparsekit.structure.places import Attribute
+from sparsekit.structure.plan import PrunePlan, TensorCut
+from sparsekit.surgery.attributes import refit_attributes_, write_size_
+from sparsekit.surgery.bypass import bypass_
+from sparsekit.surgery.mask import mask_model
+from sparsekit.surgery.norms import make_up_for_the_mean_, normalise_all_
+from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
+
+
+def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
+
+    Constants of dead channels are folded where that is exact. Training flags, devices, dtypes and requires_grad
+    carry over. Raises ModelError if the plan names a tensor the model does not have or of another size, would empty
+    a layer, or has inputs that the model does not take.
+    """
+    return cut_masked_(mask_model(model, plan), plan)
+
+
+def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Take out of a masked model what nothing reads any more, in place."""
+    bypass_(masked, (block.module for block in plan.blocks))
+    leave_sizes_to_torch_(masked, plan.rewrites)
+    planned = {cut.tensor for cut in plan.cuts}
+    holders = _holders(masked)
+    for cut in plan.cuts:
+        if cut.role == "size":
+            _resize_(masked, cut)
+            continue
+        if _is_gone(masked, cut):
+            continue
+        _slice_(masked, cut, holders)
+        if cut.role == "layer_norm":
+            normalise_all_(masked.get_submodule(cut.tensor.rpartition(".")[0]))
+        if cut.role == "response":
+            make_up_for_the_mean_(masked, cut)
+        bias = f"{cut.tensor.removesuffix('weight')}bias"
+        if cut.role == "producer" and cut.tensor.endswith("weight") and bias not in planned:
+            module = masked.get_submodule(cut.tensor.rpartition(".")[0])
+            if isinstance(getattr(module, "bias", None), Tensor):  # made for a folded constant
+                _slice_(masked, replace(cut, tensor=bias, dim=0), holders)
+    return masked
+
+
+def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
+    """Whether it is the gain of a convolution that was standardised, or a bias no constant was folded into."""
+    module, _, name = cut.tensor.rpartition(".")
+    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
+
+
+def _resize_(model: nn.Module, cut: TensorCut) -> None:
+    module, _, name = cut.tensor.rpartition(".")
+    item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
+    write_size_(model, Attribute(module, name, item), len(cut.keep))
+
+
+Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _holders(model: nn.Module) -> Holders:
+    """By the identity of each parameter and buffer, the modules that hold it and its name there."""
+    holders: Holders = defaultdict(list)
+    for module in model.modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            holders[id(tensor)].append((module, key))
+    return holders
+
+
+def _slice_(model: nn.Module, cut: TensorCut, holders: Holders) -> None:
+    """Cut a tensor for every module that holds it: tied weights stay tied."""
+    owner_name, _, name = cut.tensor.rpartition(".")
+    old = getattr(model.get_submodule(owner_name), name)
+    keep = torch.tensor(cut.keep, device=old.device)
+    with torch.no_grad():
+        new = old.index_select(cut.dim, keep).contiguous()
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    held = holders.pop(id(old))
+    for module, key in held:
+        (module._parameters if key in module._parameters else module._buffers)[key] = new
+        refit_attributes_(module, rows=cut.keep if (key, cut.dim) == ("weight", 0) else None)
+    holders[id(new)] = held

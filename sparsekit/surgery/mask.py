@@ -1,0 +1,98 @@
+"""The masked model: full size, but nothing reads what the plan drops."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from sparsekit.errors import ModelError
+from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.attributes import read_sizes
+from sparsekit.surgery.constants import blank_columns_, fold_constants_
+from sparsekit.surgery.norms import is_standardised, make_plain_, normalise_what_stays_
+
+
+def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce.
+
+    Raises ModelError if the plan does not fit the model, or the model does not run on inputs of the plan's shapes.
+    """
+    _check_fits(model, plan)
+    masked = _with_plain_readers(model, plan)
+    _silence_blocks_(masked, plan)
+    fold_constants_(masked, plan)
+    _silence_(masked, plan)
+    _confine_layer_norms_(masked, plan)
+    return masked
+
+
+def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """As `mask_model`, with constants of dead channels dropped instead of folded."""
+    copied = _with_plain_readers(model, plan)
+    _silence_blocks_(copied, plan)
+    blank_columns_(copied, plan)
+    _silence_(copied, plan)
+    _confine_layer_norms_(copied, plan)
+    return copied
+
+
+def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy in which no layer that loses columns computes its filters from all of them."""
+    copied = copy.deepcopy(model)
+    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
+    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
+    return copied
+
+
+def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
+    """Blocks that go add nothing to what they read; in place."""
+    with torch.no_grad():
+        for block in plan.blocks:
+            for scale in block.scales:
+                model.get_parameter(scale).zero_()
+
+
+def _silence_(model: nn.Module, plan: PrunePlan) -> None:
+    """Where a response norm looks at all channels, those that go have to be zero, not only unread; in place."""
+    if not any(cut.role == "response" for cut in plan.cuts):
+        return
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role not in ("consumer", "response") and cut.tensor in tensors:
+                tensor = tensors[cut.tensor]
+                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
+
+
+def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
+    """Layer norms that lose channels look at those that stay, as the cut ones will; in place."""
+    for cut in plan.cuts:
+        if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
+            normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)
+
+
+def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for scale in (scale for block in plan.blocks for scale in block.scales):
+        if scale not in tensors:
+            raise ModelError(
+                f"the plan does not fit the model: there is no {scale}, which scales a block that goes; apply a plan "
+                "to the model whose groups it was made from"
+            )
+    for cut in plan.cuts:
+        if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
+            continue  # of a composed plan: the first cut may have made it, for a constant
+        size = len(cut.keep) + len(cut.drop)
+        if cut.role == "size":
+            found = read_sizes(model, cut.tensor)
+        else:
+            found = tuple(tensors[cut.tensor].shape) if cut.tensor in tensors else ()
+        if found[cut.dim : cut.dim + 1] != (size,):
+            raise ModelError(
+                f"the plan does not fit the model: {cut.tensor} needs size {size} in dimension {cut.dim}, "
+                f"found {found or 'nothing'}; apply a plan to the model whose groups it was made from"
+            )
+        if not cut.keep:
+            raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")

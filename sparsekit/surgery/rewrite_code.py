@@ -1,0 +1,147 @@
+"""Code that computes a size from something that does not shrink, and how a cut module does without.
+
+Attention is often written `qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)` with `c` the width of the
+*input*: right as long as no head is gone, and no attribute can mend it. But a reshape may leave one size to torch.
+Where a computed size stands in the way of a cut, the module gets a subclass of its class whose method is the same
+but for -1 (or a plain number) in that place. An artifact records the places, and nothing else, so loading one runs
+no foreign code.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from sparsekit.errors import InputError
+from sparsekit.structure.places import Place
+
+_RESHAPES = ("reshape", "view")
+# Attribute of the classes made here: the places they differ in.
+_MARK = "_rewritten_places"
+
+
+def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
+    """Hash of a method's text and its reshape calls in order; None if it cannot be taken apart safely."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+        definition = ast.parse(text).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or function.__closure__:
+        return None  # a closure is what super() without arguments needs
+    return hashlib.sha256(text.encode()).hexdigest(), _reshape_calls(definition)
+
+
+def _reshape_calls(definition: ast.AST) -> list[ast.Call]:
+    calls = [
+        node
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPES
+    ]
+    return sorted(calls, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))
+
+
+def size_arguments(call: ast.Call) -> list[ast.expr]:
+    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
+        return call.args[0].elts
+    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
+
+
+def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
+    """Give every module named by `places` a subclass in which the size in each place is -1, in place.
+
+    Raises InputError if there is no such module, or a method's text is not the one the places belong to.
+    """
+    modules = dict(model.named_modules())
+    by_method: dict[tuple[str, str], list[Place]] = {}
+    for place in sorted(places):
+        by_method.setdefault((place.module, place.method), []).append(place)
+    for (name, method), found in by_method.items():
+        if name not in modules:
+            raise InputError(f"a size in {name}.{method} is to be left to torch, but there is no such module")
+        module = modules[name]
+        earlier = [replace(place, module=name) for place in rewritten_places(module)]
+        cls = original_class(module)
+        function = getattr(cls, method, None)
+        parsed = parsed_method(function) if inspect.isfunction(function) else None
+        if parsed is None or not all(_exists(place, *parsed) for place in found):
+            raise InputError(
+                f"{cls.__module__}.{cls.__qualname__}.{method} is not the code the cut was made for; install the "
+                "versions that the artifact was written with"
+            )
+        # Of one place, what is written last stands.
+        together = {replace(place, size=-1): place for place in (*earlier, *found)}
+        module.__class__ = _subclass(cls, tuple(sorted(together.values())))
+
+
+def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
+    methods = {
+        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
+        for one in {place.method for place in places}
+    }
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
+    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
+    return made
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """How to copy or pickle a rewritten module: the class is made again where the copy is."""
+    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
+
+
+def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
+    made = _subclass(cls, places)
+    return made.__new__(made)
+
+
+def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
+    return (
+        place.source == source
+        and 0 <= place.call < len(calls)
+        and 0 <= place.argument < len(size_arguments(calls[place.call]))
+    )
+
+
+def rewritten_places(module: nn.Module) -> tuple[Place, ...]:
+    """The places in which the module's code was rewritten."""
+    places: tuple[Place, ...] = vars(type(module)).get(_MARK, ())
+    return places
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before anything was rewritten."""
+    cls = type(module)
+    return cls.__bases__[0] if _MARK in vars(cls) else cls
+
+
+def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    calls = _reshape_calls(definition)
+    for place in places:
+        size = ast.copy_location(ast.parse(str(int(place.size)), mode="eval").body, calls[place.call])
+        size_arguments(calls[place.call])[place.argument] = size
+    # Defaults are those of the original, and private names (`self.__x`) need the class around them.
+    assert isinstance(definition, ast.FunctionDef)
+    arguments = definition.args
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
+    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    around = ast.parse(f"class {owner if owner.isidentifier() else '_'}: pass").body[0]
+    assert isinstance(around, ast.ClassDef)
+    around.body = [definition]
+    tree = ast.fix_missing_locations(ast.Module([around], []))
+    ast.increment_lineno(
+        definition, function.__code__.co_firstlineno - 1
+    )  # tracebacks show the line it comes from
+    namespace: dict[str, Any] = {}
+    exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
+    made: Callable[..., Any] = vars(namespace[around.name])[definition.name]
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made

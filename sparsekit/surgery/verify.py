@@ -1,0 +1,90 @@
+"""The proof of a cut: the masked and the cut model agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sparsekit.errors import VerificationError
+from sparsekit.evaluation import comparing, flat_tensors, random_inputs
+from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.mask import mask_model
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Largest absolute difference of two models' outputs, and the largest absolute output it is measured against."""
+
+    max_abs: float
+    scale: float
+
+    @property
+    def max_rel(self) -> float:
+        """`max_abs` relative to the largest output; 0 for two models that both put out nothing but zeros."""
+        return self.max_abs / self.scale if self.scale > 0 else self.max_abs
+
+
+def compare_outputs(
+    first: nn.Module,
+    second: nn.Module,
+    input_shapes: tuple[tuple[int, ...], ...],
+    *,
+    batches: tuple[int, ...] = (1, 3),
+    seed: int = 0,
+) -> Agreement:
+    """Largest difference of two models on random inputs of several batch sizes, in eval mode.
+
+    Raises VerificationError if the outputs differ in number, in shape or in being finite.
+    """
+    found = []
+    for batch in batches:
+        inputs = random_inputs(input_shapes, seed + batch, first, batch)
+        found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
+    return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
+
+
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors the model returns, in eval mode and true float32."""
+    with comparing(model):
+        return flat_tensors(model(*inputs))
+
+
+def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
+    """Largest difference of two models' outputs on the same inputs.
+
+    Raises VerificationError if they differ in number, in shape or in being finite.
+    """
+    max_abs = scale = 0.0
+    shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
+    if shapes[0] != shapes[1]:
+        raise VerificationError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
+    for mine, other in zip(ours, theirs, strict=True):
+        if not mine.numel():
+            continue
+        difference = float((mine - other).abs().max())
+        if difference != difference:
+            raise VerificationError("an output is not a number")
+        max_abs, scale = max(max_abs, difference), max(scale, float(mine.abs().max()))
+    return Agreement(max_abs, scale)
+
+
+def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
+    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
+
+    Raises VerificationError if they do not, or the cut one does not run.
+    """
+    masked = mask_model(model, plan)
+    try:
+        agreement = compare_outputs(masked, pruned, plan.input_shapes)
+    except VerificationError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise VerificationError(f"the cut model does not run: {reason}; nothing was written") from error
+    if not agreement.max_rel <= tolerance:
+        raise VerificationError(
+            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
+            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
+        )
+    return agreement

@@ -1,0 +1,1 @@
+"""Images, models and the training loop."""

@@ -1,0 +1,54 @@
+"""Accuracy and loss over a loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from sparsekit.errors import DataError
+from sparsekit.evaluation import evaluating
+from sparsekit.training.options import Loader
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in [0, 1], mean cross-entropy, number of images."""
+
+    accuracy: float
+    loss: float
+    count: int
+
+
+def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Evaluation:
+    """Accuracy and loss over `loader`, exact over all processes; train/eval modes are restored.
+
+    The model is moved to the accelerator's device. Raises DataError for an empty loader.
+    """
+    return evaluate_prepared(model, prepared_loader(loader, accelerator), accelerator)
+
+
+def prepared_loader(loader: Loader, accelerator: Accelerator) -> Loader:
+    prepared: Loader = accelerator.prepare_data_loader(loader)  # returns a prepared one as it is
+    return prepared
+
+
+def evaluate_prepared(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Evaluation:
+    model.to(accelerator.device)
+    columns = []
+    with evaluating(model):
+        for images, labels in loader:
+            with accelerator.autocast():
+                logits = model(images)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            correct = (logits.argmax(dim=1) == labels).to(loss.dtype)
+            columns.append(accelerator.gather_for_metrics(torch.stack([correct, loss], dim=1)))
+    if not columns:
+        raise DataError("the loader to evaluate on has no images.")
+    table = torch.cat(columns).cpu().double()
+    accuracy, loss_mean = table.mean(dim=0).tolist()
+    return Evaluation(accuracy=accuracy, loss=loss_mean, count=len(table))

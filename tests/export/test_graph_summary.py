@@ -1,0 +1,48 @@
+"""The census against graphs whose convolutions fit ONNX Runtime's blocked layout, or do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.errors import FileError
+from sparsekit.export.graph_summary import GraphCensus, take_census
+
+
+def _census(model: nn.Module, folder: Path) -> GraphCensus:
+    return take_census(sk.export_onnx(model, folder / "model.onnx", torch.zeros(1, 3, 16, 16)))
+
+
+def _stack(width: int, activation: type[nn.Module]) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), activation()),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), activation()),
+    )
+
+
+def test_fused_and_blocked_convolutions_leave_nothing_else(tmp_path: Path) -> None:
+    census = _census(_stack(32, nn.ReLU), tmp_path)
+    assert census.blocked + census.plain == 2
+    assert census.activations == census.norms == 0
+    assert census.operators == 2 + census.reorders
+    if not census.blocked:
+        pytest.skip("no blocked layout on this processor")
+    # Of 31 channels the second convolution cannot read blocks.
+    odd = _census(_stack(31, nn.ReLU), tmp_path)
+    assert (odd.blocked, odd.plain) == (1, 1)
+
+
+def test_what_is_not_fused_is_counted(tmp_path: Path) -> None:
+    assert _census(_stack(32, nn.GELU), tmp_path).activations == 2
+    behind = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3))
+    assert _census(behind, tmp_path).norms == 1
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("no graph")
+    with pytest.raises(FileError, match="cannot be loaded"):
+        take_census(tmp_path / "model.onnx")

@@ -1,0 +1,352 @@
+"""The fastest model within a budget of accuracy: which speeds are tried, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from accelerate import Accelerator
+from rich.console import Console
+from tiny_run import TINY, sparsekit
+
+import sparsekit as sk
+from sparsekit.errors import InputError
+from sparsekit.recipe.reading import load_recipe
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.recipe.specs import (
+    CutSpec,
+    DataSpec,
+    DenseSpec,
+    FinetuneSpec,
+    ModelSpec,
+    SparsifySpec,
+    TargetSpec,
+)
+from sparsekit.report.schema import read_report
+from sparsekit.runs import attempts, prune_stages
+from sparsekit.runs.accuracy_search import full_target, largest_factor, next_pressure, target_at
+from sparsekit.runs.attempts import Attempt, _binding
+from sparsekit.runs.rehearsal import Inputs
+from sparsekit.runs.run import Run
+from sparsekit.runs.run_directory import RunDirectory
+from sparsekit.runs.stages import Stage
+
+WITHIN = ("cut.target={max_accuracy_drop: 0.9}", "cut.attempts=1", "sparsify.epochs=2", "finetune.epochs=1")
+
+
+def search(
+    drop_at: float, budget: float = 0.01, most: float = 3.0, slope: float = 2.0, full: float = 2.0
+) -> list[float]:
+    """Pressures that are tried if the drop is (pressure / drop_at)^slope of the budget."""
+    tried: list[tuple[float, float]] = []
+    while len(tried) < 30:
+        pressure = next_pressure(tried, budget, most, full)
+        if pressure is None:
+            return [x for x, _ in tried]
+        tried.append((pressure, budget * (pressure / drop_at) ** slope))
+    raise AssertionError("the search does not end")
+
+
+@pytest.mark.parametrize("full", [1.5, 2.0, 8.0])
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0, 6.0])
+@pytest.mark.parametrize("drop_at", [0.2, 0.5, 0.99, 1.0, 1.3, 2.5])
+def test_the_search_closes_in_on_the_fastest_within_the_budget(
+    drop_at: float, slope: float, full: float
+) -> None:
+    """To a factor of 1.11 in speed, whatever full speed is."""
+    tried = search(drop_at, slope=slope, full=full)
+    assert tried[0] == 1
+    assert all(0 < x <= 3 for x in tried)
+    assert len(set(tried)) == len(tried)
+    within = max((x for x in tried if x <= drop_at), default=0.0)
+    assert full**drop_at / full**within <= 1.112
+    assert len(tried) <= 12
+
+
+def test_what_loses_nothing_is_pushed_to_the_limit_and_no_further() -> None:
+    assert search(100.0, most=1.0) == [1.0]
+    assert search(100.0, most=2.0)[-1] == 2.0
+    assert search(100.0, most=0.4) == [0.4]
+
+
+def test_nothing_within_the_budget_ends_at_small_speeds() -> None:
+    tried = search(1e-6)
+    assert tried == sorted(tried, reverse=True)
+    assert 2 ** tried[-1] <= 1.112
+
+
+def test_drops_that_do_not_grow_steadily_do_not_confuse_it() -> None:
+    """Accuracy is noisy: a higher pressure may lose less. What is slower than the best within is not tried again."""
+    x = next_pressure([(1.0, 0.02), (0.5, 0.03), (0.25, -0.01)], 0.01, 3.0, 2.0)
+    assert x is not None
+    assert 0.25 < x < 0.5
+    x = next_pressure([(1.0, 0.02), (0.5, 0.015), (0.75, -0.01)], 0.01, 3.0, 2.0)
+    assert x is not None
+    assert 0.75 < x < 1
+
+
+def test_a_target_between_nothing_and_all_of_it() -> None:
+    full = {"speedup": 4.0, "macs": 0.25}
+    assert target_at(full, 1.0) == full
+    assert target_at(full, 0.5) == {"speedup": 2.0, "macs": 0.5}
+    assert target_at(full, 0.0) == {"speedup": 1.0, "macs": 1.0}
+    assert largest_factor(full) == 4
+    assert largest_factor({"speedup": 2.0, "macs": 0.25}) == 4
+
+
+def recipe(**target: float) -> Recipe:
+    return Recipe(
+        model=ModelSpec(name="test_resnet"),
+        data=DataSpec(name="digits"),
+        dense=DenseSpec(epochs=1),
+        sparsify=SparsifySpec(epochs=1),
+        cut=CutSpec(target=TargetSpec(max_accuracy_drop=0.01, **target)),
+        finetune=FinetuneSpec(epochs=1),
+    )
+
+
+def test_what_the_search_starts_from() -> None:
+    full, most = full_target(recipe(), dense_ms=4.0, most=8.0)
+    assert full == {"speedup": 2.0}
+    assert full["speedup"] ** most == pytest.approx(0.9 * 8)
+    assert full_target(recipe(speedup=3.0, macs=0.3), 4.0, 8.0) == ({"speedup": 3.0, "macs": 0.3}, 1.0)
+    assert full_target(recipe(latency_ms=1.0), 4.0, 8.0) == ({"speedup": 4.0}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "most", "message"),
+    [({}, 1.2, "not worth a search"), ({"latency_ms": 3.9}, 8.0, "cut.target.latency_ms ask for so little")],
+)
+def test_what_leaves_nothing_to_search_is_refused(
+    target: dict[str, float], most: float, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        full_target(recipe(**target), dense_ms=4.0, most=most)
+
+
+def attempt(pressure: float, drop: float, failure: str = "") -> Attempt:
+    return Attempt(1, pressure, {}, drop, drop <= 0.01, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("target", "tried", "most", "binds"),
+    [
+        ({}, [attempt(1, 0.02), attempt(0.9, 0.005)], 3, "cut.target.max_accuracy_drop"),
+        ({}, [attempt(1, 0.02), attempt(0.5, 0.005)], 3, "cut.target.max_accuracy_drop and cut.attempts"),
+        ({}, [attempt(1, 0.005)], 3, "cut.attempts"),
+        ({}, [attempt(3, 0.005)], 3, "cut.min_channels"),
+        ({}, [attempt(1, 1.0, "out of reach"), attempt(0.9, 0.005)], 3, "cut.min_channels"),
+        ({"speedup": 2.0}, [attempt(1, 0.005)], 1, "cut.target.speedup"),
+        ({"macs": 0.5, "params": 0.5}, [attempt(1, 0.005)], 1, "cut.target.macs and cut.target.params"),
+    ],
+)
+def test_what_limits_the_speed_is_named(
+    target: dict[str, float], tried: list[Attempt], most: float, binds: str
+) -> None:
+    notes = {"full": target or {"speedup": 2.0}, "most": most}
+    assert _binding(recipe(**target), tried[-1], tried, notes) == binds
+
+
+def made(
+    run: Run, monkeypatch: pytest.MonkeyPatch, outcome: Callable[[float], float | InputError]
+) -> dict[str, Any]:
+    """What attempts find if the validation accuracy (or the failure) at a speed is `outcome`; nothing is trained."""
+
+    def run_stage(inner: Run, stage: Stage, *, also: Callable[[], None]) -> None:
+        target = inner.recipe.cut.target
+        assert target is not None
+        assert target.speedup is not None
+        found = outcome(target.speedup)
+        if isinstance(found, InputError):
+            raise found
+        record = inner.files.begin(stage.name, {})
+        inner.files.finish(record, {"choice": {}, "validation_accuracy": found, "macs": 7})
+
+    notes = {"full": {"speedup": 2.0}, "most": 2.0, "dense_accuracy": 0.9, "attempts": []}
+    monkeypatch.setattr(attempts, "_first_notes", lambda run: notes)
+    monkeypatch.setattr(attempts, "run_stage", run_stage)
+    return attempts.make_attempts(run, lambda: None)
+
+
+@pytest.fixture
+def bare_run(tmp_path: Path) -> Run:
+    files = RunDirectory(tmp_path / "run")
+    files.open(resume=False)
+    files.begin("attempts", {})
+    inputs = cast("Inputs", None)
+    return Run(recipe(), inputs, files, Accelerator(cpu=True), Console(quiet=True))
+
+
+def test_what_cannot_be_made_counts_as_too_fast(bare_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made(bare_run, monkeypatch, lambda speed: InputError("out of reach") if speed > 1.7 else 0.9)
+    first, second, *_ = found["attempts"]
+    assert (first["failure"], first["accuracy"]) == ("out of reach", None)
+    assert second["accepted"]
+    assert (
+        found["taken"]
+        == max((one for one in found["attempts"] if one["accepted"]), key=lambda one: one["pressure"])[
+            "number"
+        ]
+    )
+    assert found["binds"].startswith("cut.min_channels")
+    # The journal has them all, so that a resumed run would go on behind them.
+    again = RunDirectory(bare_run.files.path)
+    again.open(resume=True)
+    assert again.result("attempts")["attempts"] == found["attempts"]
+
+
+def test_a_speed_at_which_nothing_can_go_loses_nothing(
+    bare_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = made(
+        bare_run,
+        monkeypatch,
+        lambda speed: prune_stages.NothingToCutError("nothing to remove") if speed < 1.6 else 0.8,
+    )
+    assert [one["failure"] != "" for one in found["attempts"]] == [
+        one["target"]["speedup"] < 1.6 for one in found["attempts"]
+    ]
+    assert found["taken"] == 1
+    assert "none of" in found["remark"]
+
+
+def test_if_nothing_can_be_made_that_is_told(bare_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"none of \d attempts could be made: out of reach"):
+        made(bare_run, monkeypatch, lambda speed: InputError("out of reach"))
+
+
+def prune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "recipe.yaml").write_text(TINY)
+    changes = [part for change in WITHIN for part in ("--set", change)]
+    return sparsekit("prune", folder / "recipe.yaml", "--output", folder / "run", *changes, *arguments)
+
+
+@pytest.fixture(scope="module")
+def run(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """One attempt, which may lose nearly everything."""
+
+    def make(folder: Path) -> None:
+        done = prune(folder)
+        assert done.returncode == 0, done.stderr
+        assert "attempt 1" in done.stdout
+
+    return made_once("attempts", make) / "run"
+
+
+def test_what_is_within_the_budget_becomes_the_run_s_model(run: Path) -> None:
+    report = read_report(run / "report.json")
+    (attempt,) = report.attempts
+    assert attempt.accepted
+    assert attempt.taken
+    assert report.binds in ("cut.attempts", "cut.min_channels")  # how fast it can get is the machine's affair
+    assert attempt.macs == report.pruned.macs < report.dense.macs
+    taken, kept = sk.load(run / "attempts/1/pruned"), sk.load(run / "pruned")
+    assert all(bool((a == b).all()) for a, b in zip(taken.parameters(), kept.parameters(), strict=True))
+
+
+def test_every_attempt_is_left_with_its_recipe_and_says_on_what_it_was_judged(run: Path) -> None:
+    for attempt in read_report(run / "report.json").attempts:
+        folder = run / "attempts" / str(attempt.number)
+        assert load_recipe(folder / "recipe.yaml").cut.target == TargetSpec(**attempt.target)
+        info = json.loads((folder / "pruned/structure.json").read_text())["info"]
+        assert info["validation_accuracy"] == attempt.accuracy
+        assert "test_accuracy" not in info
+    assert "test_accuracy" in json.loads((run / "pruned/structure.json").read_text())["info"]
+
+
+def test_an_attempt_is_not_taken_for_a_run(run: Path) -> None:
+    done = sparsekit("report", run / "attempts/1")
+    assert done.returncode == 2
+    assert "holds an attempt" in done.stderr
+
+
+def test_accuracies_are_those_of_the_validation_curves(run: Path) -> None:
+    report = read_report(run / "report.json")
+    last = [point.accuracy for point in report.curves if point.phase == "finetune"][-1]
+    dense = [point.accuracy for point in report.curves if point.phase == "baseline"][-1]
+    attempt = report.attempts[-1]
+    assert attempt.accuracy == last
+    assert dense is not None
+    assert attempt.drop == pytest.approx(dense - attempt.accuracy)
+
+
+def interrupted(run: Path, folder: Path) -> Path:
+    """A copy of the run as if killed after its first attempt, which had lost more than the budget."""
+    copy = folder / "run"
+    shutil.copytree(run, copy)
+    journal = copy / "checkpoints/journal.json"
+    stages = json.loads(journal.read_text())["stages"]
+    stages = stages[: [stage["name"] for stage in stages].index("attempts") + 1]
+    notes = stages[-1]["result"]
+    first = notes["attempts"][0] | {"drop": 0.95, "accepted": False}
+    left = {key: notes[key] for key in ("full", "most", "dense_accuracy")} | {"attempts": [first]}
+    stages[-1] |= {"status": "running", "result": left}
+    journal.write_text(json.dumps({"stages": stages}))
+    shutil.rmtree(copy / "attempts/2", ignore_errors=True)
+    shutil.rmtree(copy / "pruned")
+    # As after a kill in the moment in which the second one's directory is made.
+    (copy / "attempts/2/checkpoints").mkdir(parents=True)
+    return copy
+
+
+def test_resuming_goes_on_with_the_next_attempt(run: Path, tmp_path: Path) -> None:
+    copy = interrupted(run, tmp_path)
+    before = (copy / "attempts/1/pruned/model.safetensors").stat().st_mtime_ns
+    other = prune(tmp_path, "--resume", "--set", "cut.target={max_accuracy_drop: 0.8}")
+    assert other.returncode == 2
+    assert "cut.target.max_accuracy_drop" in other.stderr
+    done = prune(tmp_path, "--resume", "--set", "cut.attempts=2")
+    assert done.returncode == 0, done.stderr
+    assert (copy / "attempts/1/pruned/model.safetensors").stat().st_mtime_ns == before
+    report = read_report(copy / "report.json")
+    first, second = report.attempts
+    assert second.target["speedup"] < first.target["speedup"]
+    assert (first.taken, second.taken) == (False, True)
+    assert report.binds.startswith("cut.target.max_accuracy_drop")
+
+
+def test_one_may_go_on_with_a_target_that_takes_no_attempts(run: Path, tmp_path: Path) -> None:
+    copy = interrupted(run, tmp_path)
+    done = prune(tmp_path, "--resume", "--set", "cut.target={macs: 0.5}")
+    assert done.returncode == 0, done.stderr
+    report = read_report(copy / "report.json")
+    assert (report.attempts, report.binds) == ((), "")
+    assert not any("accuracy_drop" in warning for warning in report.warnings)
+
+
+def test_a_model_that_cannot_get_faster_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    done = prune(
+        tmp_path,
+        *("--set", "cut.target={max_accuracy_drop: 0.9}", "--set", "cut.attempts=2"),
+        *("--set", "sparsify.epochs=0", "--set", "finetune.epochs=0", "--set", "cut.min_channels=4096"),
+    )
+    assert done.returncode == 2
+    assert "not worth a search" in done.stderr
+    assert "dense ..." not in done.stderr
+
+
+def test_a_budget_that_no_attempt_keeps_is_told_and_the_nearest_is_taken(tmp_path: Path) -> None:
+    done = prune(
+        tmp_path,
+        *("--set", "cut.target={max_accuracy_drop: 0.001, macs: 0.2}", "--set", "cut.attempts=1"),
+        *("--set", "sparsify.epochs=0", "--set", "finetune.epochs=0", "--set", "dense.epochs=8"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "run/report.json")
+    assert [(a.accepted, a.taken, a.speedup) for a in report.attempts] == [(False, True, None)]
+    assert report.binds == "cut.target.max_accuracy_drop and cut.attempts"
+    assert any("none of 1 attempts stayed within 0.001" in warning for warning in report.warnings)
+    assert any("The validation set has 64 images" in warning for warning in report.warnings)
+    assert report.macs_ratio > 4
+
+
+def test_plan_says_that_it_takes_training(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    done = sparsekit("plan", tmp_path / "recipe.yaml", "--set", "cut.target={max_accuracy_drop: 0.01}")
+    assert done.returncode == 2
+    assert "found by training" in done.stderr
