@@ -1,4 +1,7 @@
-"""What the documentation shows runs: every >>> in the package, every Python block of the README."""
+"""What the documentation shows runs, and what is generated is not stale.
+
+Every >>> in the package and every Python block of the README and of the guides is executed.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,23 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from pydantic import BaseModel
 
 import sparsekit
+from sparsekit.recipe.recipe import Recipe
+from sparsekit.recipe.specs import section_of
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 MODULES = sorted(module.name for module in pkgutil.walk_packages(sparsekit.__path__, "sparsekit."))
 
 
@@ -31,15 +43,64 @@ def test_some_docstrings_have_examples() -> None:
     assert any(test.examples for test in found)
 
 
-def test_the_python_blocks_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/your_finished_model.md",
+        "docs/your_loop.md",
+        "docs/architecture.md",
+        "docs/from_torch_pruning.md",
+    ],
+)
+def test_the_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace, so that a later block may go on where an earlier one ended."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for number, block in enumerate(_python_blocks(README.read_text(encoding="utf-8"))):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), namespace)
+    namespace: dict[str, object] = {"__name__": "page"}
+    for number, block in enumerate(_python_blocks((ROOT / page).read_text(encoding="utf-8"))):
+        exec(compile(block, f"{page}, Python block {number}", "exec"), namespace)
 
 
 def test_python_blocks_are_found() -> None:
     text = "a\n```python\nx = 1\ny = 2\n```\nb\n```\nnot me\n```\n```python\nz = 3\n```\n"
     assert _python_blocks(text) == ["x = 1\ny = 2\n", "z = 3\n"]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 130
+
+
+def test_generated_pages_are_not_stale() -> None:
+    pages: dict[Path, str] = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
+    stale = [path.name for path, text in pages.items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, "run: python docs/generate.py"
+
+
+def _keys(spec: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    for key, info in spec.model_fields.items():
+        yield prefix + key, info.description
+        section = section_of(info)
+        if section is not None:
+            yield from _keys(section, f"{prefix}{key}.")
+
+
+def test_every_key_of_a_recipe_has_a_description() -> None:
+    assert [key for key, description in _keys(Recipe) if not description] == []
+
+
+def test_the_site_shows_every_page() -> None:
+    def named(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for one in entry.values() if isinstance(entry, dict) else entry:
+                yield from named(one)
+
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(named(nav)) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_results_pages_name_the_command_that_wrote_them() -> None:
+    for page in (DOCS / "results").glob("*.md"):
+        assert re.search(r"`python benchmarks/\w+\.py", page.read_text(encoding="utf-8")), page.name
