@@ -340,26 +340,25 @@ def tree() -> str:
     missing = top - {*ROOMS, "__init__.py", "__main__.py"} | set(ROOMS) - top
     if missing:
         raise SystemExit(f"ROOMS in docs/generate.py must name what lies in sparsekit/: {sorted(missing)}")
-    lines = ["| room | file | what is in it |", "|---|---|---|"]
+    lines = ["| room, file | what is in it |", "|---|---|"]
     for name in ROOMS:
         path = PACKAGE / name
         if path.is_file():
-            lines.append(f"| | `{name}` | {_cell(_says(path))} |")
+            lines.append(f"| `{name}` | {_cell(_says(path))} |")
             continue
-        lines.append(f"| **{name}/** | | **{_cell(_says(path / '__init__.py'))}** |")
+        lines.append(f"| **`{name}/`** | **{_cell(_says(path / '__init__.py')).removesuffix('.')}** |")
         for file in sorted(path.rglob("*")):
-            inside = file.relative_to(path).as_posix()
-            if file.suffix == ".py" and inside != "__init__.py" and file.name != "__init__.py":
-                lines.append(f"| | `{inside}` | {_cell(_says(file))} |")
+            inside = f"{name}/{file.relative_to(path).as_posix()}"
+            if file.suffix == ".py" and file.name != "__init__.py":
+                lines.append(f"| `{inside}` | {_cell(_says(file))} |")
             elif file.suffix in (".yaml", ".jinja"):
-                lines.append(f"| | `{inside}` | {_DATA.get(file.name, '')} |")
+                lines.append(f"| `{inside}` | {_DATA[file.name]} |")
     return "\n".join(lines)
 
 
 _DATA = {
     "template.yaml": "The commented recipe that `sparsekit init` writes.",
     "page.html.jinja": "The HTML of a report.",
-    "report.html.jinja": "The HTML of a report.",
 }
 
 
