@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.export.graph_summary import take_census
+from sparsekit.export.graph_summary import summarise_graph
 from sparsekit.export.session import open_session
 from sparsekit.files import write_json, write_text
 from sparsekit.machine import describe_machine, library_versions
@@ -53,7 +53,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             for merged in (False, True)
         ]
         compared = sk.compare_latency(files, threads=1, rounds=rounds)
-        plain, merged = (take_census(file) for file in files)
+        plain, merged = (summarise_graph(file) for file in files)
         logits = [open_session(file).run(None, {"input": images.numpy()})[0] for file in files]
         sizes = [file.stat().st_size for file in files]
     (ratio,) = compared.speedups

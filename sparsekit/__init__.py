@@ -9,47 +9,109 @@ if TYPE_CHECKING:
     from sparsekit.artifact.load import load as load
     from sparsekit.artifact.save import save as save
     from sparsekit.coupling.find_groups import find_groups as find_groups
+    from sparsekit.errors import DataError as DataError
+    from sparsekit.errors import FileError as FileError
+    from sparsekit.errors import InputError as InputError
+    from sparsekit.errors import ModelError as ModelError
+    from sparsekit.errors import RecipeError as RecipeError
+    from sparsekit.errors import RunError as RunError
+    from sparsekit.errors import SparsekitError as SparsekitError
+    from sparsekit.errors import TrainingError as TrainingError
+    from sparsekit.errors import VerificationError as VerificationError
+    from sparsekit.export.graph_summary import GraphSummary as GraphSummary
+    from sparsekit.export.graph_summary import summarise_graph as summarise_graph
     from sparsekit.export.onnx_file import export_onnx as export_onnx
+    from sparsekit.export.parity import Parity as Parity
+    from sparsekit.export.parity import check_parity as check_parity
+    from sparsekit.latency.compare import Interval as Interval
+    from sparsekit.latency.compare import Latency as Latency
+    from sparsekit.latency.compare import LatencyComparison as LatencyComparison
     from sparsekit.latency.compare import compare_latency as compare_latency
     from sparsekit.latency.layers import measure_layers as measure_layers
+    from sparsekit.latency.search import SpeedSearch as SpeedSearch
+    from sparsekit.latency.search import SpeedTrial as SpeedTrial
     from sparsekit.latency.search import search_speed as search_speed
     from sparsekit.latency.table import LatencyTable as LatencyTable
+    from sparsekit.machine import describe_machine as describe_machine
+    from sparsekit.machine import library_versions as library_versions
     from sparsekit.repair.recalibration import recalibrate_batchnorms as recalibrate_batchnorms
+    from sparsekit.selection.carriers import keep_carriers as keep_carriers
     from sparsekit.selection.costs import channel_latencies as channel_latencies
     from sparsekit.selection.costs import channel_macs as channel_macs
-    from sparsekit.selection.importance import channel_worth as channel_worth
+    from sparsekit.selection.importance import output_shares as output_shares
     from sparsekit.selection.keep_masks import keep_masks as keep_masks
     from sparsekit.selection.knapsack import choose_channels as choose_channels
+    from sparsekit.sparsify.schedules import PhaseShares as PhaseShares
     from sparsekit.sparsify.sparsifier import Sparsifier as Sparsifier
+    from sparsekit.sparsify.strength import AutoStrength as AutoStrength
+    from sparsekit.sparsify.strength import ConstantStrength as ConstantStrength
+    from sparsekit.structure.compose import compose as compose
+    from sparsekit.structure.counting import count_macs as count_macs
+    from sparsekit.structure.counting import count_params as count_params
+    from sparsekit.structure.groups import ChannelGroup as ChannelGroup
+    from sparsekit.structure.groups import ChannelGroups as ChannelGroups
+    from sparsekit.structure.groups import Rounding as Rounding
     from sparsekit.structure.plan import PrunePlan as PrunePlan
     from sparsekit.structure.plan import make_plan as make_plan
     from sparsekit.surgery.cut import apply_plan as apply_plan
     from sparsekit.surgery.transplant import rebind_scheduler as rebind_scheduler
     from sparsekit.surgery.transplant import transplant as transplant
     from sparsekit.surgery.transplant import transplant_ema as transplant_ema
+    from sparsekit.surgery.verify import Agreement as Agreement
     from sparsekit.surgery.verify import verify_cut as verify_cut
 
 __version__ = "0.1.0"
 __all__ = [
+    "Agreement",
+    "AutoStrength",
+    "ChannelGroup",
+    "ChannelGroups",
+    "ConstantStrength",
+    "DataError",
+    "FileError",
+    "GraphSummary",
+    "InputError",
+    "Interval",
+    "Latency",
+    "LatencyComparison",
     "LatencyTable",
+    "ModelError",
+    "Parity",
+    "PhaseShares",
     "PrunePlan",
+    "RecipeError",
+    "Rounding",
+    "RunError",
+    "SparsekitError",
     "Sparsifier",
+    "SpeedSearch",
+    "SpeedTrial",
+    "TrainingError",
+    "VerificationError",
     "apply_plan",
     "channel_latencies",
     "channel_macs",
-    "channel_worth",
+    "check_parity",
     "choose_channels",
     "compare_latency",
+    "compose",
+    "count_macs",
+    "count_params",
+    "describe_machine",
     "export_onnx",
     "find_groups",
+    "keep_carriers",
     "keep_masks",
+    "library_versions",
     "load",
     "make_plan",
     "measure_layers",
+    "output_shares",
     "rebind_scheduler",
     "recalibrate_batchnorms",
     "save",
     "search_speed",
+    "summarise_graph",
     "transplant",
     "transplant_ema",
     "verify_cut",
@@ -57,25 +119,56 @@ __all__ = [
 
 # Imported on first use (PEP 562), so that `sparsekit --help` does not wait for torch.
 _HOMES = {
+    "Agreement": "surgery.verify",
+    "AutoStrength": "sparsify.strength",
+    "ChannelGroup": "structure.groups",
+    "ChannelGroups": "structure.groups",
+    "ConstantStrength": "sparsify.strength",
+    "DataError": "errors",
+    "FileError": "errors",
+    "GraphSummary": "export.graph_summary",
+    "InputError": "errors",
+    "Interval": "latency.compare",
+    "Latency": "latency.compare",
+    "LatencyComparison": "latency.compare",
     "LatencyTable": "latency.table",
+    "ModelError": "errors",
+    "Parity": "export.parity",
+    "PhaseShares": "sparsify.schedules",
     "PrunePlan": "structure.plan",
+    "RecipeError": "errors",
+    "Rounding": "structure.groups",
+    "RunError": "errors",
+    "SparsekitError": "errors",
     "Sparsifier": "sparsify.sparsifier",
+    "SpeedSearch": "latency.search",
+    "SpeedTrial": "latency.search",
+    "TrainingError": "errors",
+    "VerificationError": "errors",
     "apply_plan": "surgery.cut",
     "channel_latencies": "selection.costs",
     "channel_macs": "selection.costs",
-    "channel_worth": "selection.importance",
+    "check_parity": "export.parity",
     "choose_channels": "selection.knapsack",
     "compare_latency": "latency.compare",
+    "compose": "structure.compose",
+    "count_macs": "structure.counting",
+    "count_params": "structure.counting",
+    "describe_machine": "machine",
     "export_onnx": "export.onnx_file",
     "find_groups": "coupling.find_groups",
+    "keep_carriers": "selection.carriers",
     "keep_masks": "selection.keep_masks",
+    "library_versions": "machine",
     "load": "artifact.load",
     "make_plan": "structure.plan",
     "measure_layers": "latency.layers",
+    "output_shares": "selection.importance",
     "rebind_scheduler": "surgery.transplant",
     "recalibrate_batchnorms": "repair.recalibration",
     "save": "artifact.save",
     "search_speed": "latency.search",
+    "summarise_graph": "export.graph_summary",
     "transplant": "surgery.transplant",
     "transplant_ema": "surgery.transplant",
     "verify_cut": "surgery.verify",

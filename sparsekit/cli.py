@@ -234,11 +234,11 @@ def plan(
     recipe = load_recipe(source / "recipe.yaml" if run else source, overrides or ())
     from sparsekit.runs import commands
 
-    planned = commands.plan_cut(recipe, run=run, console=_console(stderr=True))
+    found = commands.dry_run(recipe, run=run, console=_console(stderr=True))
     if json:
-        _print_json(planned.to_json())
+        _print_json(found.to_json())
     else:
-        _console().print(planned.table())
+        _console().print(found.table())
 
 
 @_app.command()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
-Importance = Literal["magnitude", "taylor"]
-Method = Literal["auto", "zeros", "threshold", "gap", "budget"]
+LearnedImportance = Literal["taylor", "magnitude"]
+MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
 Precision = Literal["int8", "fp16"]

@@ -13,6 +13,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,11 +63,11 @@ def _backward(model: nn.Module, device: str = "cuda") -> None:
 def _sparsifier(
     model: nn.Module, penalty: Penalty, strength: float | str, *, revive: bool = False
 ) -> sk.Sparsifier:
-    groups = sk.find_groups(model, EXAMPLE.to(next(model.parameters()).device))
+    groups = find_groups(model, EXAMPLE.to(next(model.parameters()).device))
     settings: dict[str, Any] = {"strength": strength, "revive": revive}
     if strength == "auto":  # of 100,000 steps none but every thousandth is planned anew
         settings |= {"total_steps": 100_000, "target": {"macs": 0.5}, "shares": NO_PARTS}
-    return sk.Sparsifier(model, groups, penalty=penalty, **settings)
+    return sparsifier_of(model, groups, penalty=penalty, **settings)
 
 
 @pytest.mark.parametrize("strength", [0.01, "auto"])
@@ -119,9 +121,9 @@ def test_the_zeros_are_those_of_the_cpu(kind: str, penalty: Penalty) -> None:
     zeros = {}
     for device in ("cpu", "cuda"):
         model = _network().double().to(device)
-        sparsifier = sk.Sparsifier(
+        sparsifier = sparsifier_of(
             model,
-            sk.find_groups(copy.deepcopy(model).float(), EXAMPLE.to(device)),
+            find_groups(copy.deepcopy(model).float(), EXAMPLE.to(device)),
             penalty=penalty,
             strength=STRENGTHS[kind][penalty],
         )

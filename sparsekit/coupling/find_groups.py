@@ -6,7 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from sparsekit.coupling.form_groups import form_groups
 from sparsekit.coupling.named_integers import name_integers_
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
-from sparsekit.coupling.solve import decide
-from sparsekit.coupling.trace import watch
+from sparsekit.coupling.solve import solve
+from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError
 from sparsekit.evaluation import evaluating
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
@@ -32,6 +32,8 @@ def find_groups(
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
     blocks: bool = False,
+    round_to: int | Literal["auto"] = "auto",
+    min_channels: int = 8,
 ) -> ChannelGroups:
     """Find the coupled channels of a model that runs on `example_input`.
 
@@ -46,6 +48,9 @@ def find_groups(
 
     With `blocks` whole residual blocks are groups as well, of one channel each (`ChannelGroup.bypass`): those whose
     layer scales are all that stands between them and the identity. Their penalised weights are those scales.
+
+    `round_to` and `min_channels` say how many channels of a layer may be kept: multiples, and at least so many
+    (`ChannelGroups.with_rounding`). Everything that chooses channels reads them off the groups.
 
     The model keeps its mode, parameters, buffers and random state: all of it happens to copies. Raises ModelError if
     the model cannot be copied, does not run on the example or returns no tensor, InputError for arguments of other
@@ -76,10 +81,10 @@ def find_groups(
             attributes={path: read_sizes(model, path) for path in sorted(sized)},
         )
         proved = prove(model, groups)
-        if not blocks:
-            return proved
-        whole = tuple(_frozen_if_ignored(group, ignore) for group in find_blocks(model, groups))
-        return replace(proved, groups=proved.groups + whole)
+        if blocks:
+            whole = tuple(_frozen_if_ignored(group, ignore) for group in find_blocks(model, groups))
+            proved = replace(proved, groups=proved.groups + whole)
+        return proved.with_rounding(round_to, min_channels)
 
 
 def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
@@ -134,8 +139,8 @@ def _trace(
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
         name_integers_(traced)
-        facts = watch(traced, inputs, through_layer_norm=through_layer_norm).facts
-    return form_groups(facts, decide(facts), parameters)
+        seen = trace(traced, inputs, through_layer_norm=through_layer_norm).seen
+    return form_groups(seen, solve(seen), parameters)
 
 
 def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: set[str]) -> ChannelGroup:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsekit.coupling.labels import FIXED
-from sparsekit.coupling.observations import Atoms, Axis, Facts
+from sparsekit.coupling.observations import Atoms, Axis, Observations, Trait
 from sparsekit.coupling.solve import Coupled
 from sparsekit.structure.groups import ChannelGroup, Member, Role
 from sparsekit.structure.places import Attribute, Place
@@ -17,69 +18,62 @@ from sparsekit.structure.places import Attribute, Place
 # An axis, and whether these of its atoms are gates: the parts of a tensor that a member can be.
 Part = tuple[int, bool]
 Runs = dict[Part, Atoms]
+Flags = NDArray[np.bool_]
 
 
-def form_groups(facts: Facts, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
+def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
     """Groups of components that run through the same tensors in the same way, in the order of the model's layers.
 
     A component counts if some layer produces it; `parameters` are the names of trained tensors.
     """
-    marks, sized = _Marks(facts), _sized_by_component(coupled.sizes)
+    noted, sized = _Noted(seen), _sized_by_component(coupled.sizes)
     alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
-    for number, runs in _by_component(facts, coupled, marks.gates):
-        if any(marks.makes[atoms[0]] for atoms in runs.values()):
+    for number, runs in _by_component(seen, coupled, noted.gate):
+        if any(noted.makes[atoms[0]] for atoms in runs.values()):
             sizes = tuple(
                 (attribute, len(own)) for attribute, own in sorted(sized.get(number, {}).items(), key=str)
             )
             signature = (*((part, len(atoms)) for part, atoms in sorted(runs.items())), *sizes)
             alike[signature, coupled.reasons.get(number, "")].append((number, runs))
     component_places: dict[int, list[Place]] = defaultdict(list)
-    for place, atoms in facts.places:
+    for place, atoms in seen.places:
         for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
             component_places[number].append(place)
     formed = [
-        _form(facts, sized, marks, components, str(reason), parameters, component_places)
+        _form(seen, sized, noted, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()
     ]
-    order = {axis.tensor: place for place, axis in enumerate(facts.axes)}
+    order = {axis.tensor: place for place, axis in enumerate(seen.axes)}
     formed.sort(key=lambda group: (order[_root(group).tensor], _root(group).positions[0]))
     return _with_names(formed)
 
 
-class _Marks:
-    """Marks as boolean arrays over atoms."""
+# Of several roles that were noted of an atom, the first of these is its own.
+_ROLES: tuple[Role, ...] = ("depthwise", "producer", "consumer", "response", "layer_norm", "norm")
 
-    def __init__(self, facts: Facts) -> None:
-        def flags(*names: str) -> Atoms:
-            flagged = np.zeros(facts.n_atoms, bool)
-            for name in names:
-                flagged[facts.marked(name)] = True  # type: ignore[arg-type]
-            return flagged
 
-        self.gates, self.makes = flags("gates"), flags("produced", "grouped")
-        self.produced, self.grouped = flags("produced"), flags("grouped")
-        self.consumed, self.normalises = flags("consumed"), flags("normalises")
-        self.multiplies, self.responds = flags("multiplies"), flags("responds")
-        self.shifts = flags("shifts")
+class _Noted:
+    """What was noted, as boolean arrays over atoms."""
+
+    def __init__(self, seen: Observations) -> None:
+        self.roles = {role: _flags(seen, role) for role in _ROLES}
+        self.makes = self.roles["producer"] | self.roles["depthwise"]
+        self.factor, self.gate = _flags(seen, "factor"), _flags(seen, "gate")
 
     def role(self, atom: int) -> Role:
-        if self.grouped[atom]:
-            return "depthwise"
-        if self.produced[atom]:
-            return "producer"
-        if self.consumed[atom]:
-            return "consumer"
-        if self.responds[atom]:
-            return "response"
-        if self.shifts[atom]:
-            return "layer_norm"
-        return "norm" if self.normalises[atom] else "parameter"
+        return next((role for role, flags in self.roles.items() if flags[atom]), "parameter")
 
 
-def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tuple[int, Runs]]:
+def _flags(seen: Observations, what: Role | Trait) -> Flags:
+    flags = np.zeros(seen.n_atoms, np.bool_)
+    flags[seen.noted(what)] = True
+    return flags
+
+
+def _by_component(seen: Observations, coupled: Coupled, gates: Flags) -> Iterator[tuple[int, Runs]]:
     """Each component with its atoms by axis, ascending."""
-    starts = np.array([axis.first for axis in facts.axes])
-    atoms = np.arange(1, facts.n_atoms)
+    starts = np.array([axis.first for axis in seen.axes])
+    atoms = np.arange(1, seen.n_atoms)
     axis = np.searchsorted(starts, atoms, side="right") - 1
     component, gated = coupled.component[atoms], gates[atoms]
     order = np.lexsort((atoms, gated, axis, component))
@@ -99,9 +93,9 @@ def _by_component(facts: Facts, coupled: Coupled, gates: Atoms) -> Iterator[tupl
 
 
 def _form(
-    facts: Facts,
+    seen: Observations,
     sized: Sized,
-    marks: _Marks,
+    noted: _Noted,
     components: list[tuple[int, Runs]],
     reason: str,
     parameters: set[str],
@@ -109,30 +103,32 @@ def _form(
 ) -> ChannelGroup:
     parts = list(components[0][1])
     # Channels are numbered by their place in the layer that produces them.
-    root = next(part for part in parts if marks.makes[components[0][1][part][0]])
+    root = next(part for part in parts if noted.makes[components[0][1][part][0]])
     components.sort(key=lambda one: int(one[1][root][0]))
     members = [
-        _member(facts, marks, part, [runs[part] for _, runs in components], parameters) for part in parts
+        _member(seen, noted, part, [runs[part] for _, runs in components], parameters) for part in parts
     ]
     numbers = [number for number, _ in components]
     members += _size_members(sized, numbers)
-    place = {axis.tensor: i for i, axis in enumerate(facts.axes)}
+    place = {axis.tensor: i for i, axis in enumerate(seen.axes)}
     members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
     rewrites = sorted({place for number in numbers for place in places.get(number, ())})
     return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
 
 
-def _member(facts: Facts, marks: _Marks, part: Part, atoms: list[Atoms], parameters: set[str]) -> Member:
-    axis: Axis = facts.axes[part[0]]
-    role = marks.role(int(atoms[0][0]))
+def _member(
+    seen: Observations, noted: _Noted, part: Part, atoms: list[Atoms], parameters: set[str]
+) -> Member:
+    axis: Axis = seen.axes[part[0]]
+    role = noted.role(int(atoms[0][0]))
     module = axis.tensor.rpartition(".")[0]
-    readers = facts.norms.get(f"{module}.weight" if module else "weight", set())
+    readers = seen.norms.get(f"{module}.weight" if module else "weight", set())
     norm = None
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
-    multiplies = role == "parameter" and bool(marks.multiplies[atoms[0][0]])
+    is_factor = role == "parameter" and bool(noted.factor[atoms[0][0]])
     penalised = (
-        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not multiplies
+        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not is_factor
     )
     return Member(
         axis.tensor,
@@ -175,11 +171,11 @@ def _root(group: ChannelGroup) -> Member:
 
 def _with_names(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Named by their first layer; further groups of the same layer get a number."""
-    seen: dict[str, int] = defaultdict(int)
+    count: dict[str, int] = defaultdict(int)
     named = []
     for group in groups:
         name = (_root(group).module or _root(group).tensor).partition(".parametrizations")[0]
-        seen[name] += 1
-        suffix = f"#{seen[name]}" if seen[name] > 1 else ""
+        count[name] += 1
+        suffix = f"#{count[name]}" if count[name] > 1 else ""
         named.append(replace(group, name=name + suffix))
     return tuple(named)

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsekit.coupling.labels import FIXED, span
+from sparsekit.coupling.labels import span
+from sparsekit.structure.groups import Role
 from sparsekit.structure.places import Attribute, Place
 
 Atoms = NDArray[np.int64]
-Mark = Literal["consumed", "produced", "grouped", "normalises", "multiplies", "gates", "responds", "shifts"]
+# What is no role of a member and yet counts: a factor scales a product, a gate scales it by a squashed value.
+Trait = Literal["factor", "gate"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SizeUse:
 
 
 @dataclass
-class Facts:
+class Observations:
     """Everything observed, in the order of the forward pass.
 
     edges: pairs of atoms that go together. grids: labels over several dimensions of one tensor, of which only whole
@@ -62,7 +64,7 @@ class Facts:
     sizes: list[SizeUse] = field(default_factory=list)
     places: list[tuple[Place, Atoms]] = field(default_factory=list)
     norms: dict[str, set[str]] = field(default_factory=dict)
-    marks: dict[Mark, list[Atoms]] = field(default_factory=dict)
+    notes: dict[Role | Trait, list[Atoms]] = field(default_factory=dict)
     n_atoms: int = 1  # number 0 is FIXED
 
     def add_axis(self, tensor: str, dim: int, size: int) -> Axis:
@@ -108,14 +110,14 @@ class Facts:
         """These atoms must stay."""
         self.fixed.append((np.unique(to_atoms(labels)), reason))
 
-    def mark(self, mark: Mark, labels: Tensor | Atoms) -> None:
-        """Note the part that these atoms play."""
+    def note(self, what: Role | Trait, labels: Tensor | Atoms) -> None:
+        """These atoms have this role or trait."""
         atoms = labels if isinstance(labels, np.ndarray) else to_atoms(labels)
-        self.marks.setdefault(mark, []).append(np.unique(atoms))
+        self.notes.setdefault(what, []).append(np.unique(atoms))
 
-    def marked(self, mark: Mark) -> Atoms:
-        """All atoms with this mark, in order."""
-        arrays = self.marks.get(mark)
+    def noted(self, what: Role | Trait) -> Atoms:
+        """All atoms of this role or trait, ascending."""
+        arrays = self.notes.get(what)
         return np.unique(np.concatenate(arrays)) if arrays else np.zeros(0, np.int64)
 
 
@@ -151,6 +153,3 @@ def joined(parts: Iterable[Atoms | None]) -> Atoms | None:
     """All atoms of several arrays, or None if there are none."""
     arrays = [part.ravel() for part in parts if part is not None]
     return np.unique(np.concatenate(arrays)) if arrays else None
-
-
-__all__ = ["FIXED", "Atoms", "Axis", "Facts", "Mark", "SizeUse", "joined", "to_atoms"]

@@ -8,7 +8,7 @@ at zero, on what it reads in the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from sparsekit.coupling.proof import Trial, fits_in_double, randomised
 from sparsekit.evaluation import evaluating, random_inputs
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member, Role
+
+# What a module is called with: by position and by name.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, ...]:
@@ -65,7 +68,7 @@ def _group(model: nn.Module, block: str, scales: Sequence[str]) -> ChannelGroup:
         dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
         size = tensor.shape[dim]
         scale = name in scales
-        role: Any = "parameter" if scale else "inside"
+        role: Role = "parameter" if scale else "inside"
         return Member(name, dim, tuple(range(size)), size, role, penalised=scale)
 
     members = tuple(
@@ -81,13 +84,13 @@ def _identities(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> 
     vectors = {name: parameter for name, parameter in model.named_parameters() if _may_scale(name, parameter)}
     holders = {name.rsplit(".", up)[0] for name in vectors for up in range(1, name.count(".") + 1)}
     modules = {name: module for name, module in model.named_modules() if name in holders}
-    calls = _calls(model, modules, input_shapes)
+    recorded = _recorded_arguments(model, modules, input_shapes)
     found: dict[str, list[str]] = {}
-    for name in sorted(calls, key=lambda n: -n.count(".")):
+    for name in sorted(recorded, key=lambda n: -n.count(".")):
         if any(inner.startswith(f"{name}.") for inner in found):
             continue
         inside = [vector for vector in vectors if vector.startswith(f"{name}.")]
-        args, keywords = calls[name]
+        args, keywords = recorded[name]
         if not _is_identity(modules[name], [vectors[v] for v in inside], args, keywords):
             continue
         needed = list(inside)
@@ -106,21 +109,21 @@ def _may_scale(name: str, parameter: nn.Parameter) -> bool:
     return is_vector and name.rpartition(".")[2] not in ("weight", "bias")
 
 
-def _calls(
+def _recorded_arguments(
     model: nn.Module, modules: dict[str, nn.Module], input_shapes: tuple[tuple[int, ...], ...]
-) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+) -> dict[str, _Arguments]:
     """What each module is called with in a pass, if that is once and what it returns is like its first argument."""
-    seen: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    calls: dict[str, list[_Arguments]] = {}
     alike: set[str] = set()
 
-    def before(name: str) -> Any:
+    def before(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             kept = tuple(one.clone() if isinstance(one, Tensor) else one for one in args)
-            seen.setdefault(name, []).append((kept, dict(keywords)))
+            calls.setdefault(name, []).append((kept, dict(keywords)))
 
         return note
 
-    def after(name: str) -> Any:
+    def after(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first = args[0] if args else None
             if isinstance(first, Tensor) and isinstance(output, Tensor) and first.shape == output.shape:
@@ -136,7 +139,7 @@ def _calls(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: calls[0] for name, calls in seen.items() if len(calls) == 1 and name in alike}
+    return {name: own[0] for name, own in calls.items() if len(own) == 1 and name in alike}
 
 
 def _is_identity(

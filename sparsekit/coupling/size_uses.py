@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,25 +19,29 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparsekit.coupling.labels import FIXED, span
 from sparsekit.coupling.named_integers import MultipleInt, NamedInt, PartInt
 from sparsekit.coupling.observations import Atoms, SizeUse, to_atoms
-from sparsekit.coupling.tracer import Call, Known, Rules, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Rule, Tracer
 from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.places import Attribute
 
+# What torch functions are called with: by position and by name.
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
 
-class Calls(TorchFunctionMode):
+
+class SizeWatcher(TorchFunctionMode):
     """Notes which attribute sizes which dimension of what a call returns."""
 
-    def __init__(self, tracer: Tracer, rules: Rules) -> None:
+    def __init__(self, tracer: Tracer, apply_rule: Rule) -> None:
         super().__init__()
-        self._tracer, self._rules = tracer, rules
+        self._tracer, self._apply_rule = tracer, apply_rule
 
-    def _pad(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _pad(self, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
         with _disable_current_modes():
             result = func(*args, **kwargs)
         pads = args[1] if len(args) > 1 else kwargs["pad"]
         tensor = args[0] if args else kwargs["input"]
-        call = Call("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
-        self._rules(self._tracer, call)
+        call = OperatorCall("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
+        self._apply_rule(self._tracer, call)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,10 +60,10 @@ _OF_INPUT = ("in_features", "in_channels", "in_chs", "in_dim", "input_dim")
 _OF_OUTPUT = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim")
 
 
-def watch_declared_sizes_(model: Any, tracer: Tracer) -> None:
+def watch_declared_sizes_(model: nn.Module, tracer: Tracer) -> None:
     """Note, when modules run, the attributes that declare their sizes; in place, the model is a copy."""
 
-    def declare(module: nn.Module, args: Any, output: Any) -> None:
+    def declare(module: nn.Module, args: _Args, output: Any) -> None:
         for names, tensors in ((_OF_INPUT, flat_tensors(args)), (_OF_OUTPUT, flat_tensors(output))):
             for name in names:
                 if tensors:
@@ -114,7 +118,7 @@ def _note_silently(tracer: Tracer, size: Any, tensor: Tensor) -> None:
     for dim in (1, tensor.dim() - 1) if tensor.dim() > 2 else (tensor.dim() - 1,):
         found = _slices(tracer.known(tensor), dim) if tensor.shape[dim] == size else None
         if found is not None:
-            tracer.facts.sizes += [SizeUse(size.attribute, slices, silent=True) for slices in found]
+            tracer.seen.sizes += [SizeUse(size.attribute, slices, silent=True) for slices in found]
             return
 
 
@@ -126,13 +130,13 @@ def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
         return
     slices = _slices(tracer.known(tensor), dim % tensor.dim())
     if slices is None:
-        tracer.facts.sizes.append(SizeUse(size.attribute, None))
+        tracer.seen.sizes.append(SizeUse(size.attribute, None))
     for one in slices or ():
         if isinstance(size, MultipleInt) and size.inner:
             one = one.reshape(size.times, -1, one.shape[1]).swapaxes(0, 1)
         if isinstance(size, MultipleInt):
             one = one.reshape(int(size) // size.times, -1)
-        tracer.facts.sizes.append(SizeUse(size.attribute, one))
+        tracer.seen.sizes.append(SizeUse(size.attribute, one))
 
 
 def _slices(known: Known, dim: int) -> list[Atoms] | None:
@@ -141,7 +145,7 @@ def _slices(known: Known, dim: int) -> list[Atoms] | None:
     return [atoms.swapaxes(0, dim).reshape(atoms.shape[dim], -1) for atoms in found] or None
 
 
-def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _reshaped(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     sizes: Any = args[1:] if len(args) > 1 else (kwargs.get("shape") or kwargs.get("size") or ())
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = sizes[0]
@@ -159,17 +163,17 @@ def _reshaped(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         for dim in computed if len(computed) == 1 else ():
             place = replace(places[dim], size=int(sizes[dim]) if taken else -1)
             for slices in _slices(tracer.known(result), dim) or ():
-                tracer.facts.places.append((place, np.unique(slices)))
+                tracer.seen.places.append((place, np.unique(slices)))
 
 
-def _unflattened(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _unflattened(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     sizes = args[2] if len(args) > 2 else kwargs["sizes"]
     for offset, size in enumerate(sizes):
         _note(tracer, size, result, dim % args[0].dim() + offset)
 
 
-def _split(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _split(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Sequence[Tensor]) -> None:
     sizes = args[1] if len(args) > 1 else next(v for k, v in kwargs.items() if "split" in k or k == "chunks")
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     if isinstance(sizes, PartInt):
@@ -186,7 +190,7 @@ def _split(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
         _tie_parts(tracer, result, dim)
 
 
-def _chunked(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _chunked(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Sequence[Tensor]) -> None:
     _tie_parts(tracer, result, args[2] if len(args) > 2 else kwargs.get("dim", 0))
 
 
@@ -198,43 +202,43 @@ def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
     labels = [_slices(tracer.known(part), dim % part.dim()) for part in parts]
     for one in labels[1:]:
         for first, other in zip(labels[0] or (), one or (), strict=False):
-            tracer.facts.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
+            tracer.seen.couple(torch.from_numpy(first[:, :1]), torch.from_numpy(other[:, :1]))
 
 
-def _convolved(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _convolved(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """As many groups as channels: blurring filters are written so."""
     _note(tracer, args[6] if len(args) > 6 else kwargs.get("groups"), args[0], 1)
 
 
-def _attended(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _attended(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """Without a `scale`, torch takes the width of a head for it: within a head everything stays together."""
     if kwargs.get("scale") is None:
         for tensor in (args[0], args[1]) if len(args) > 1 else (args[0], kwargs["key"]):
             width = tensor.dim() - 1
             for labels in tracer.known(tensor).labels:
-                tracer.facts.couple(labels.narrow(width, 0, 1), labels)
+                tracer.seen.couple(labels.narrow(width, 0, 1), labels)
 
 
-def _layer_normed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _layer_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     if tracer.through_layer_norm and len(args) > 1 and len(args[1]) == 1:
         _note(tracer, args[1][0], args[0], args[0].dim() - 1)
 
 
-def _narrowed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _narrowed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     if len(args) == 4:
         _note(tracer, args[2], args[0].narrow(args[1], 0, int(args[2])), args[1])
         _note(tracer, args[3], result, args[1])
 
 
-def _indexed(tracer: Tracer, args: Any, kwargs: Any, result: Any) -> None:
+def _indexed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """`x[:, :n]` and `x[:, n:]`: n is the size of the part before it."""
     tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if not any(isinstance(part, slice) for part in index):
         return
-    dim, seen = 0, sum(part is not None and part is not Ellipsis for part in index)
+    dim, n_indexed = 0, sum(part is not None and part is not Ellipsis for part in index)
     for part in index:
         if part is Ellipsis:
-            dim += tensor.dim() - seen
+            dim += tensor.dim() - n_indexed
         elif part is not None:
             for end in (part.start, part.stop) if isinstance(part, slice) else ():
                 if isinstance(end, NamedInt) and 0 < end < tensor.shape[dim] and part.step in (None, 1):
@@ -246,10 +250,10 @@ def _note_part(tracer: Tracer, size: NamedInt, tensor: Tensor, dim: int) -> None
     for labels in tracer.known(tensor).labels:
         if dim in span(labels):
             atoms = to_atoms(labels).swapaxes(0, dim)[: int(size)]
-            tracer.facts.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
+            tracer.seen.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
 
 
-_SIZE_RULES = {
+_SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "reshape": _reshaped,
     "view": _reshaped,
     "unflatten": _unflattened,

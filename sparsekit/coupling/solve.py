@@ -1,4 +1,4 @@
-"""Decide on the facts of a traced pass: which atoms can only go together, and which must stay.
+"""Decide on what a traced pass showed: which atoms can only go together, and which must stay.
 
 Starting from what was seen to go together, three requirements are enforced until nothing changes: of a tensor only
 whole slices can go; a coarse label goes when all it covers goes; and an attribute has one value wherever it is used.
@@ -14,13 +14,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from sparsekit.coupling.labels import FIXED
-from sparsekit.coupling.observations import Atoms, Facts, unique_pairs
+from sparsekit.coupling.observations import Atoms, Observations, unique_pairs
 from sparsekit.structure.places import Attribute
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """The decision: `component` (n_atoms,) numbers what can only go together; `reasons` says why some must stay.
+    """The solution: `component` (n_atoms,) numbers what can only go together; `reasons` says why some must stay.
 
     `sizes`: for each attribute that shrinks, the component of each index of the dimension it sizes.
     """
@@ -30,13 +30,13 @@ class Coupled:
     sizes: dict[Attribute, Atoms]
 
 
-def decide(facts: Facts) -> Coupled:
+def solve(seen: Observations) -> Coupled:
     """Components, reasons and sizes that satisfy every requirement."""
-    edges = [np.zeros((0, 2), np.int64), *facts.edges]
-    fixed = list(facts.fixed)
+    edges = [np.zeros((0, 2), np.int64), *seen.edges]
+    fixed = list(seen.fixed)
     while True:
-        component = _components(facts.n_atoms, edges)
-        more = [*_whole_slices(facts, component), *_covered(facts, component), *_one_value(facts, component)]
+        component = _components(seen.n_atoms, edges)
+        more = [*_whole_slices(seen, component), *_covered(seen, component), *_one_value(seen, component)]
         more = [pair for pair in more if len(pair)]
         if not more:
             break
@@ -45,13 +45,13 @@ def decide(facts: Facts) -> Coupled:
         touching = atoms[(atoms == FIXED).any(1)]
         if touching.size:
             fixed.append((np.unique(touching[touching != FIXED]), "it meets a tensor whose size is fixed"))
-    fixed += _left_over(facts, component)
-    fixed += _unsizable(facts, component)
+    fixed += _left_over(seen, component)
+    fixed += _unsizable(seen, component)
     reasons: dict[int, str] = {}
     for atoms, reason in fixed:
         for number in np.unique(component[atoms[atoms != FIXED]]).tolist():
             reasons.setdefault(number, reason)
-    return Coupled(component, reasons, _sizes(facts, component))
+    return Coupled(component, reasons, _sizes(seen, component))
 
 
 def _components(n_atoms: int, edges: list[Atoms]) -> Atoms:
@@ -62,17 +62,17 @@ def _components(n_atoms: int, edges: list[Atoms]) -> Atoms:
     return labels
 
 
-def _whole_slices(facts: Facts, component: Atoms) -> Iterator[Atoms]:
+def _whole_slices(seen: Observations, component: Atoms) -> Iterator[Atoms]:
     """Where labels vary along several dimensions, every component has to fill whole slices along one of them.
 
     If it does not, slices are made whole along the dimension that leaves the most to choose from.
     """
-    for key, atoms in list(facts.grids.items()):
+    for key, atoms in list(seen.grids.items()):
         found = component[atoms]
         sliced = [np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1) for axis in range(found.ndim)]
         if any(bool((rows == rows[:, :1]).all()) for rows in sliced):
             if (found == found.flat[0]).all():
-                del facts.grids[key]  # one component only gets larger
+                del seen.grids[key]  # one component only gets larger
             continue
         axis = max(range(found.ndim), key=lambda axis: _count(sliced[axis]))
         rows = np.moveaxis(atoms, axis, 0).reshape(atoms.shape[axis], -1)
@@ -90,18 +90,18 @@ def _count(rows: Atoms) -> int:
     return int(connected_components(graph, directed=False)[0])
 
 
-def _covered(facts: Facts, component: Atoms) -> Iterator[Atoms]:
-    for coarse, fine in facts.covers:
+def _covered(seen: Observations, component: Atoms) -> Iterator[Atoms]:
+    for coarse, fine in seen.covers:
         rows = component[fine]
         together = (rows == rows[:, :1]).all(1) & (component[coarse] != rows[:, 0])
         if together.any():
             yield unique_pairs(coarse[together], fine[together, 0])
 
 
-def _left_over(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
+def _left_over(seen: Observations, component: Atoms) -> list[tuple[Atoms, str]]:
     """Coarse labels that several components share: they stay, whichever of those go."""
     shared = []
-    for coarse, fine in facts.covers:
+    for coarse, fine in seen.covers:
         rows = component[fine]
         several = (rows != rows[:, :1]).any(1)
         if several.any():
@@ -110,15 +110,15 @@ def _left_over(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
 
 
 def _uses(
-    facts: Facts, component: Atoms, *, silent: bool = False
+    seen: Observations, component: Atoms, *, silent: bool = False
 ) -> Iterator[tuple[Attribute, list[Atoms | None]]]:
     """For each attribute, the atoms (one a slice) of each dimension it sizes; None for one that cannot shrink.
 
     `silent` adds attributes that the pass did not read.
     """
     by_attribute: dict[Attribute, list[Atoms | None]] = {}
-    read = {use.attribute for use in facts.sizes if not use.silent}
-    for use in facts.sizes:
+    read = {use.attribute for use in seen.sizes if not use.silent}
+    for use in seen.sizes:
         if use.silent and (not silent or use.attribute in read):
             continue
         slices = use.slices
@@ -130,9 +130,9 @@ def _uses(
     yield from by_attribute.items()
 
 
-def _one_value(facts: Facts, component: Atoms) -> Iterator[Atoms]:
+def _one_value(seen: Observations, component: Atoms) -> Iterator[Atoms]:
     """Dimensions of one size attribute shrink together, index by index."""
-    for _, uses in _uses(facts, component):
+    for _, uses in _uses(seen, component):
         shrinking = [use for use in uses if use is not None]
         for other in shrinking[1:]:
             first = shrinking[0]
@@ -140,9 +140,9 @@ def _one_value(facts: Facts, component: Atoms) -> Iterator[Atoms]:
                 yield unique_pairs(first, other)
 
 
-def _unsizable(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
+def _unsizable(seen: Observations, component: Atoms) -> list[tuple[Atoms, str]]:
     stuck = []
-    for attribute, uses in _uses(facts, component):
+    for attribute, uses in _uses(seen, component):
         shrinking = [use for use in uses if use is not None]
         if shrinking and len(shrinking) < len(uses):
             reason = f"{attribute} also sizes something that has to stay"
@@ -150,9 +150,9 @@ def _unsizable(facts: Facts, component: Atoms) -> list[tuple[Atoms, str]]:
     return stuck
 
 
-def _sizes(facts: Facts, component: Atoms) -> dict[Attribute, Atoms]:
+def _sizes(seen: Observations, component: Atoms) -> dict[Attribute, Atoms]:
     sizes = {}
-    for attribute, uses in _uses(facts, component, silent=True):
+    for attribute, uses in _uses(seen, component, silent=True):
         if uses and all(use is not None for use in uses) and uses[0] is not None:
             sizes[attribute] = component[uses[0]]
     return sizes

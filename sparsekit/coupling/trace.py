@@ -1,12 +1,12 @@
-"""One forward pass, watched: labels follow the values from operator to operator, and the facts are written down.
+"""One forward pass, watched: labels follow the values from operator to operator, and what is seen is noted.
 
 `TorchDispatchMode` sees every operator that is executed, a few dozen kinds whatever the model's code looks like;
-`operators` says for each what becomes of labels. `calls` sees the code's own calls beside it.
+`rules` say for each what becomes of labels. `size_uses` sees the code's own calls beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sparsekit.coupling.rules.table import apply_rule
-from sparsekit.coupling.size_uses import Calls, watch_declared_sizes_
-from sparsekit.coupling.tracer import Call, Tracer
+from sparsekit.coupling.size_uses import SizeWatcher, watch_declared_sizes_
+from sparsekit.coupling.tracer import OperatorCall, Tracer
 from sparsekit.errors import ModelError
 from sparsekit.evaluation import flat_tensors
 from sparsekit.surgery.norms import is_standardised
@@ -32,13 +32,15 @@ _STANDARDISED = "standardised_convolution"
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     """Apply a rule to some modules' calls instead of their operators; in place, the model is a copy."""
 
-    def wrap(module: nn.Module, name: str) -> Any:
+    def wrap(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
         forward = module.forward
 
         def told(tensor: Tensor) -> Any:
             with _disable_current_modes():
                 result = forward(tensor)
-            call = Call(name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,))
+            call = OperatorCall(
+                name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,)
+            )
             apply_rule(tracer, call)
             return result
 
@@ -58,7 +60,7 @@ def _can_make_up(module: Any) -> bool:
     return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
 
 
-def watch(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
+def trace(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
     """Run `model` (a copy, of which attributes are replaced) once and return what was seen.
 
     Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
@@ -66,7 +68,7 @@ def watch(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: boo
     tracer = Tracer(model, through_layer_norm=through_layer_norm)
     watch_declared_sizes_(model, tracer)
     _watch_whole_modules_(model, tracer)
-    with torch.no_grad(), Calls(tracer, apply_rule), _Operators(tracer):
+    with torch.no_grad(), SizeWatcher(tracer, apply_rule), _Operators(tracer):
         outputs = model(*inputs)
     results = flat_tensors(outputs)
     if not results:
@@ -77,7 +79,7 @@ def watch(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: boo
     for tensor in results:
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:
-            tracer.facts.fix(labels, "it reaches the model's output")
+            tracer.seen.fix(labels, "it reaches the model's output")
     return tracer
 
 
@@ -95,6 +97,6 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._tracer.known(tensor)
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        call = Call(name, func, args, kwargs, tensors, tuple(flat_tensors(result)))
+        call = OperatorCall(name, func, args, kwargs, tensors, tuple(flat_tensors(result)))
         apply_rule(self._tracer, call)
         return result

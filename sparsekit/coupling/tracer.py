@@ -1,20 +1,21 @@
 """What is known of each tensor while a model runs: labels, whether it is a weight, whose output it is.
 
-The rules of `operators` say how this passes from the inputs of an operator to its outputs.
+The modules of `rules` say how this passes from the inputs of an operator to its outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from sparsekit.coupling.labels import along, span
-from sparsekit.coupling.observations import Atoms, Facts
+from sparsekit.coupling.observations import Atoms, Observations
 from sparsekit.coupling.place_finder import PlaceFinder
 
 _MOST_LABELS = 2**21
@@ -42,11 +43,11 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """One executed operator: its bare name, what it was called with, the tensors among that, and what it returned."""
 
     name: str
-    operator: Any
+    operator: OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
@@ -61,26 +62,25 @@ class Tracer:
     """Knows, while the model runs, what is known of every live tensor."""
 
     def __init__(self, model: nn.Module, *, through_layer_norm: bool = False) -> None:
-        self.facts = Facts()
+        self.seen = Observations()
         self.through_layer_norm = through_layer_norm
         self.places = PlaceFinder(model)
-        self._known: Any = WeakTensorKeyDictionary()
-        self._names: Any = WeakIdKeyDictionary()
+        self._known: MutableMapping[Tensor, Known] = WeakTensorKeyDictionary()
+        self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self._names[tensor] = name
 
     def known(self, tensor: Tensor) -> Known:
         """What is known of a tensor; a parameter's dimensions are numbered when it is first met."""
         if tensor in self._known:
-            found: Known = self._known[tensor]
-            return found
+            return self._known[tensor]
         if tensor not in self._names:
             return Known()
         name = self._names[tensor]
         labels = []
         for dim, size in enumerate(tensor.shape):
             if size > 1:
-                first = self.facts.add_axis(name, dim, size).first
+                first = self.seen.add_axis(name, dim, size).first
                 atoms = torch.arange(first, first + size, dtype=torch.float32)
                 labels.append(along(atoms, dim, tensor.dim()))
         known = Known(tuple(labels), weight=True)
@@ -95,7 +95,7 @@ class Tracer:
         """Note what is known of an output. Labels spread over very many places are given up: their atoms are fixed."""
         for labels in known.labels:
             if labels.numel() > _MOST_LABELS:
-                self.facts.fix(labels, "it is spread over too many places to follow")
+                self.seen.fix(labels, "it is spread over too many places to follow")
                 known = replace(known, labels=tuple(one for one in known.labels if one is not labels))
         self._known[tensor] = known
 
@@ -103,7 +103,7 @@ class Tracer:
         """Note that something reads a layer's output: a normalisation (its weight), or anything else ("")."""
         origin = self.known(tensor).origin
         if origin is not None:
-            self.facts.norms.setdefault(origin, set()).add(norm)
+            self.seen.norms.setdefault(origin, set()).add(norm)
 
 
-Rules = Callable[[Tracer, Call], None]
+Rule = Callable[[Tracer, OperatorCall], None]

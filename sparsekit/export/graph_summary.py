@@ -12,7 +12,7 @@ import onnx
 
 from sparsekit.export.session import open_session
 
-__all__ = ["GraphCensus", "take_census"]
+__all__ = ["GraphSummary", "summarise_graph"]
 
 _BLOCKED = "com.microsoft.nchwc"
 _CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
@@ -37,7 +37,7 @@ _ACTIVATIONS = (
 
 
 @dataclass(frozen=True)
-class GraphCensus:
+class GraphSummary:
     """Operators of a graph as ONNX Runtime runs it on the CPU.
 
     `blocked` and `plain` are convolutions inside and outside its blocked layout (NCHWc), `reorders` bring maps into
@@ -52,7 +52,7 @@ class GraphCensus:
     norms: int
 
 
-def take_census(path: str | os.PathLike[str]) -> GraphCensus:
+def summarise_graph(path: str | os.PathLike[str]) -> GraphSummary:
     """Optimise the ONNX file as a session does, and count. Raises FileError if it cannot be loaded."""
     with TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
@@ -63,7 +63,7 @@ def take_census(path: str | os.PathLike[str]) -> GraphCensus:
     def number(kinds: tuple[str, ...], *layouts: bool) -> int:
         return sum(counts[layout, kind] for layout in layouts for kind in kinds)
 
-    return GraphCensus(
+    return GraphSummary(
         operators=len(nodes),
         blocked=number(_CONVOLUTIONS, True),
         plain=number(_CONVOLUTIONS, False),

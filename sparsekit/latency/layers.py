@@ -24,7 +24,7 @@ from sparsekit.structure.latency_curve import LatencyCurve
 
 __all__ = ["measure_layers"]
 
-# At these shares of a layer's width it is timed, rounded to whole blocks; in between time is nearly a straight line.
+# At these shares of a layer's width it is timed, rounded to whole steps; in between time is nearly a straight line.
 _SHARES = (0.125, 0.375, 0.625, 1.0)
 _ROUNDS = 30
 
@@ -40,7 +40,7 @@ def measure_layers(
     """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the example's shapes.
 
     Each convolution and linear layer is timed as ONNX Runtime's kernel for it, at the widths that its groups can leave:
-    whole blocks, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
+    whole steps, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
     measured again. The whole model, exported, is timed as well: what its layers do not explain is shared out among them
     by the size of their outputs. A layer that runs twice counts twice. A layer of another kind (a transposed
     convolution) is given time by its multiply-accumulates.
@@ -56,18 +56,17 @@ def measure_layers(
     table = LatencyTable(threads=threads) if table is None else table
     if table.threads != threads:
         raise InputError(f"the latency table is of {table.threads} threads, and {threads} were asked for")
-    calls = _calls(model, *example_inputs)
-    blocks = {"conv": table.conv_block(), "product": table.product_block()}
-    plans = [_Sweep.of(layer, groups, calls[names[layer.weight]], blocks) for layer in groups.layers]
-    table.ms([operator for plan in plans for operator in plan.operators], progress=progress)
-    own = [plan.curve(table) for plan in plans]
-    return replace(
-        groups, layers=_shared_out(groups.layers, own, calls, _whole_ms(model, threads, *example_inputs))
-    )
+    runs = _layer_runs(model, *example_inputs)
+    steps = {"conv": table.conv_step(), "product": table.product_step()}
+    sweeps = [_Sweep.of(layer, groups, runs[names[layer.weight]], steps) for layer in groups.layers]
+    table.ms([operator for sweep in sweeps for operator in sweep.operators], progress=progress)
+    own = [sweep.curve(table) for sweep in sweeps]
+    layers = _shared_out(groups.layers, own, runs, _whole_ms(model, threads, *example_inputs))
+    return replace(groups, layers=layers).with_rounding(groups.round_to, groups.min_channels)
 
 
 @dataclass(frozen=True)
-class _Call:
+class _LayerRun:
     """One run of a layer in the model: shapes as they were."""
 
     layer: nn.Module
@@ -75,41 +74,43 @@ class _Call:
     output_shape: tuple[int, ...]
 
 
-def _calls(model: nn.Module, *example_inputs: Tensor) -> dict[str, list[_Call]]:
-    calls: dict[str, list[_Call]] = {}
+def _layer_runs(model: nn.Module, *example_inputs: Tensor) -> dict[str, list[_LayerRun]]:
+    runs: dict[str, list[_LayerRun]] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.setdefault(name, []).append(_Call(layer, tuple(inputs[0].shape), tuple(output.shape)))
+        runs.setdefault(name, []).append(_LayerRun(layer, tuple(inputs[0].shape), tuple(output.shape)))
 
     watch_layers(model, record, *example_inputs)
-    return calls
+    return runs
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The sizes at which one layer is to be timed, and the operators that are: for each pair of sizes, one a call."""
+    """The sizes at which one layer is to be timed, and the operators that are: for each pair of sizes, one a run."""
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
-    blocks: tuple[int, int]
+    steps: tuple[int, int]
     at: tuple[tuple[Operator, ...], ...]
 
     @staticmethod
-    def of(layer: LayerCost, groups: ChannelGroups, calls: Sequence[_Call], blocks: dict[str, int]) -> _Sweep:
-        module = calls[0].layer
+    def of(
+        layer: LayerCost, groups: ChannelGroups, runs: Sequence[_LayerRun], steps: dict[str, int]
+    ) -> _Sweep:
+        module = runs[0].layer
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
         shrinking = {m.dim for g in groups.free for m in g.members if m.tensor == layer.weight}
-        block, in_places = blocks["product" if isinstance(module, nn.Linear) else "conv"], False
-        multiples = own_blocks = (block, block)
+        step, in_places = steps["product" if isinstance(module, nn.Linear) else "conv"], False
+        multiples = own_steps = (step, step)
         conv_groups, merged = getattr(module, "groups", 1), 1
         if conv_groups > 1 and layer.shape[0] != conv_groups:
             # Whole groups go or, where the inputs shrink as well, the same places of every group.
             in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
             merged = (
-                1 if in_places or not _mergeable(calls) else merge_factor(layer.shape[1], width, conv_block())
+                1 if in_places or not _mergeable(runs) else merge_factor(layer.shape[1], width, conv_block())
             )
             multiples = (conv_groups if in_places else width * merged, 1)
-            own_blocks = (width * merged if merged > 1 else 1, 1)
+            own_steps = (width * merged if merged > 1 else 1, 1)
         first, second = (
             _sizes(layer.shape[dim], multiple) if dim in shrinking else (layer.shape[dim],)
             for dim, multiple in enumerate(multiples)
@@ -118,10 +119,10 @@ class _Sweep:
             # All of the groups may be a number that cannot be merged, and then take longer than one group less.
             first = tuple(sorted({*first, layer.shape[0] // multiples[0] * multiples[0]}))
         operators = tuple(
-            tuple(_operator(call, out, into, in_places, _mergeable(calls)) for call in calls)
+            tuple(_operator(run, out, into, in_places, _mergeable(runs)) for run in runs)
             for out, into in product(first, second)
         )
-        return _Sweep((first, second), own_blocks, operators)
+        return _Sweep((first, second), own_steps, operators)
 
     @property
     def operators(self) -> list[Operator]:
@@ -133,7 +134,7 @@ class _Sweep:
             return None
         times = iter([sum(table.ms(at_sizes)) for at_sizes in self.at])
         rows = tuple(tuple(next(times) for _ in self.sizes[1]) for _ in self.sizes[0])
-        return LatencyCurve(self.sizes, rows, self.blocks)
+        return LatencyCurve(self.sizes, rows, self.steps)
 
 
 def _sizes(n: int, step: int) -> tuple[int, ...]:
@@ -142,17 +143,17 @@ def _sizes(n: int, step: int) -> tuple[int, ...]:
     return tuple(sorted(near | {n}))
 
 
-def _mergeable(calls: Sequence[_Call]) -> bool:
+def _mergeable(runs: Sequence[_LayerRun]) -> bool:
     """Whether the exported file merges groups of this layer: 2-d, and its weight read once."""
-    return len(calls) == 1 and isinstance(calls[0].layer, nn.Conv2d)
+    return len(runs) == 1 and isinstance(runs[0].layer, nn.Conv2d)
 
 
-def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool) -> Operator:
-    """What the call would be with `out` and `into` for the first two sizes of the weight.
+def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: bool) -> Operator:
+    """What the run would be with `out` and `into` for the first two sizes of the weight.
 
     A grouped convolution keeps its groups if it loses places in each (`in_places`), else groups go.
     """
-    module, shape = call.layer, call.input_shape
+    module, shape = run.layer, run.input_shape
     if isinstance(module, nn.Linear):
         return Operator((prod(shape[:-1]), into), (into, out))
     assert isinstance(module, nn.modules.conv._ConvNd)
@@ -166,7 +167,7 @@ def _operator(call: _Call, out: int, into: int, in_places: bool, mergeable: bool
     missing = [
         max((after - 1) * s + (k - 1) * d + 1 - before, 0)
         for before, after, k, s, d in zip(
-            shape[2:], call.output_shape[2:], kernel, strides, dilations, strict=True
+            shape[2:], run.output_shape[2:], kernel, strides, dilations, strict=True
         )
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
@@ -199,7 +200,7 @@ def _whole_ms(model: nn.Module, threads: int, *example_inputs: Tensor) -> float:
 def _shared_out(
     layers: Sequence[LayerCost],
     curves: Sequence[LatencyCurve | None],
-    calls: dict[str, list[_Call]],
+    runs: dict[str, list[_LayerRun]],
     whole_ms: float,
 ) -> tuple[LayerCost, ...]:
     """The layers with curves whose sum is the whole model's time."""
@@ -214,7 +215,7 @@ def _shared_out(
     # Kernels that are faster in the model than alone (nothing in the way of their weights) leave nothing beside them.
     factor = min(whole_ms / explained, 1.0) if explained else 1.0
     elements = [
-        sum(prod(call.output_shape) for call in calls[layer.weight.rpartition(".")[0]]) for layer in layers
+        sum(prod(run.output_shape) for run in runs[layer.weight.rpartition(".")[0]]) for layer in layers
     ]
     beside = max(whole_ms - explained, 0.0) / max(sum(elements), 1)
     return tuple(

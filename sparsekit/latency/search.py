@@ -15,13 +15,13 @@ from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import LatencyComparison, compare_latency
 from sparsekit.options import Quantity
 from sparsekit.selection.costs import kept_share
-from sparsekit.selection.knapsack import Choice
+from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 from sparsekit.structure.plan import make_plan
 from sparsekit.surgery.cut import apply_plan
 
-__all__ = ["SpeedSearch", "SpeedTrial", "block_rounding", "search_speed", "time_masks"]
+__all__ = ["SpeedSearch", "SpeedTrial", "search_speed", "time_masks"]
 
 # A measured speed-up this near to the one asked for is what was asked for; nearer than that is good enough to stop at.
 SPEED_TOLERANCE = 0.03
@@ -73,43 +73,22 @@ class SpeedSearch:
     remark: str = ""
 
 
-def block_rounding(groups: ChannelGroups, min_channels: int = 1) -> dict[str, tuple[int, int]]:
-    """For each free group in multiples of how many channels it is cut, by the blocks of its layers, and the least.
-
-    Raises InputError if the layers were not measured.
-    """
-    blocks: dict[tuple[str, int], int] = {}
-    for layer in groups.layers:
-        if layer.curve is None:
-            raise InputError(
-                "the layers were not measured; take the groups that sparsekit.measure_layers returns"
-            )
-        blocks.update({(layer.weight, dim): block for dim, block in enumerate(layer.curve.blocks)})
-    return {
-        group.name: group.rounding(
-            math.lcm(*(blocks.get((member.tensor, member.dim), 1) for member in group.members)), min_channels
-        )
-        for group in groups.free
-    }
-
-
 def search_speed(
     model: nn.Module,
     groups: ChannelGroups,
-    worth: Masks,
+    importance: Scores,
     example_input: Tensor | tuple[Tensor, ...],
     *,
     speedup: float | None = None,
     latency_ms: float | None = None,
     limits: Mapping[Quantity, float] | None = None,
-    rounding: Mapping[str, tuple[int, int]] | None = None,
     threads: int = 1,
     progress: Callable[[SpeedTrial], None] | None = None,
 ) -> SpeedSearch:
-    """The keep-masks that keep the most worth of those that run `speedup` times as fast as `model`, or in `latency_ms`.
+    """The most important channels that run `speedup` times as fast as `model`, or in `latency_ms`.
 
-    `groups` come from `measure_layers`; `worth` and `rounding` are those of `choose_channels` (by default the blocks
-    that were measured), `limits` further shares to keep at most of "macs", "params" or "channels". `choose_channels`
+    `groups` come from `measure_layers`; `importance` is that of `choose_channels`, `limits` are further shares to keep
+    at most of "macs", "params" or "channels". `choose_channels`
     predicts; a copy is cut and exported, and timed in ONNX Runtime, interleaved with the dense model, at the batch of
     `example_input`; the prediction is corrected by what was measured, up to eight times, until that is within 1 % of
     what was asked for. The model is not changed.
@@ -120,10 +99,10 @@ def search_speed(
         raise InputError("search_speed needs one of speedup and latency_ms")
     if not 0 < (asked_value := speedup or latency_ms or 0.0) < math.inf:
         raise InputError(f"a speed-up or a latency must be a finite number > 0, got {asked_value}")
-    choice = Choice(groups, worth, rounding or block_rounding(groups))
+    knapsack = Knapsack(groups, importance)
     with TemporaryDirectory() as folder:
         stopwatch = _Stopwatch(model, groups, example_input, threads, Path(folder))
-        return _Search(choice, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)
+        return _Search(knapsack, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)
 
 
 def time_masks(
@@ -171,24 +150,24 @@ class _Search:
 
     def __init__(
         self,
-        choice: Choice,
+        knapsack: Knapsack,
         groups: ChannelGroups,
         limits: dict[Quantity, float],
         stopwatch: _Stopwatch,
         progress: Callable[[SpeedTrial], None] | None,
     ) -> None:
-        self._choice, self._groups, self._limits = choice, groups, limits
+        self._knapsack, self._groups, self._limits = knapsack, groups, limits
         self._stopwatch, self._progress = stopwatch, progress
         self._trials: list[tuple[Masks, SpeedTrial]] = []
 
     def run(self, speedup: float | None, latency_ms: float | None) -> SpeedSearch:
         dense_ms = sum(layer.ms or 0.0 for layer in self._groups.layers)
         asked = speedup or dense_ms / (latency_ms or 1.0)
-        least = self._choice.least("latency")
+        least = self._knapsack.least("latency")
         share, slow, fast = 1 / asked, 1.0, 0.0  # between what was too slow, and what was fast enough
         for _ in range(_MAX_TRIALS):
             share = min(max(share, least), 1.0)
-            trial = self._measure(self._choice.under(self._limits | {"latency": share}))
+            trial = self._measure(self._knapsack.under(self._limits | {"latency": share}))
             if latency_ms is not None:
                 asked = trial.dense_ms / latency_ms
             too_slow = trial.measured < asked
@@ -229,7 +208,7 @@ class _Search:
             elif self._limits and found.measured > asked:
                 remark += f"the target of {' and '.join(self._limits)} is the tighter one"
             elif all(trial.trustworthy for _, trial in self._trials):
-                remark += "whole blocks of channels leave nothing nearer"
+                remark += "whole steps of channels leave nothing nearer"
             else:
                 remark += "the machine was too busy to measure well"
         return SpeedSearch(masks, asked, found, tuple(trial for _, trial in self._trials), remark)

@@ -17,13 +17,13 @@ from sparsekit.files import write_json
 from sparsekit.latency.operators import Operator, time_operators
 from sparsekit.machine import describe_machine
 
-__all__ = ["LatencyTable", "block_width"]
+__all__ = ["LatencyTable", "step_width"]
 
 _FORMAT = 1
 # Channels between two steps of a staircase gain nothing; without one they gain in proportion, some of them over half.
 _FLAT = 0.35
-_BLOCKS = (32, 16, 8, 4)
-# Channel counts that tell blocks of 4, 8, 16 and 32 apart, for a convolution and for a matrix product.
+_STEPS = (32, 16, 8, 4)
+# Channel counts that tell steps of 4, 8, 16 and 32 apart, for a convolution and for a matrix product.
 _CONV_WIDTHS = (64, 63, 60, 56, 52, 48, 44, 40, 36, 32)
 _PRODUCT_WIDTHS = (256, 254, 252, 248, 244, 240, 236, 232, 228, 224, 192)
 
@@ -61,15 +61,15 @@ class LatencyTable:
             self._write()
         return [self._ms[operator.key] for operator in operators]
 
-    def conv_block(self) -> int:
-        """In blocks of how many channels convolutions run: 16 where ONNX Runtime has AVX-512, 1 if in none."""
+    def conv_step(self) -> int:
+        """In steps of how many channels convolutions run: 16 where ONNX Runtime has AVX-512, 1 if in none."""
         probes = [Operator((1, c, 28, 28), (c, c, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for c in _CONV_WIDTHS]
-        return block_width(dict(zip(_CONV_WIDTHS, self.ms(probes), strict=True)))
+        return step_width(dict(zip(_CONV_WIDTHS, self.ms(probes), strict=True)))
 
-    def product_block(self) -> int:
+    def product_step(self) -> int:
         """The same for products with matrices."""
         probes = [Operator((196, c), (c, c)) for c in _PRODUCT_WIDTHS]
-        return block_width(dict(zip(_PRODUCT_WIDTHS, self.ms(probes), strict=True)))
+        return step_width(dict(zip(_PRODUCT_WIDTHS, self.ms(probes), strict=True)))
 
     def _read(self) -> dict[str, float]:
         """What the file holds; nothing, with a warning, if that cannot be used."""
@@ -102,20 +102,20 @@ class LatencyTable:
             )
 
 
-def block_width(ms: Mapping[int, float]) -> int:
-    """In blocks of how many channels the time is a staircase, from times at some channel counts; 1 if it is none.
+def step_width(ms: Mapping[int, float]) -> int:
+    """In steps of how many channels the time is a staircase, from times at some channel counts; 1 if it is none.
 
-    The largest block for which every count between two multiples gains less than a third of what the lower multiple
+    The largest step for which every count between two multiples gains less than a third of what the lower multiple
     gains.
     """
-    for block in _BLOCKS:
+    for step in _STEPS:
         gains = []
         for count, time in ms.items():
-            above, below = -(-count // block) * block, count // block * block
+            above, below = -(-count // step) * step, count // step * step
             if above != below and above in ms and below in ms and ms[above] > ms[below]:
                 gains.append((ms[above] - time) / (ms[above] - ms[below]))
         if gains and max(gains) < _FLAT:
-            return block
+            return step
     return 1
 
 

@@ -18,7 +18,7 @@ from sparsekit.structure.masks import Masks
 
 
 @dataclass(frozen=True)
-class Planned:
+class DryRun:
     """A model's target, the masks that would meet it, what they leave as shares, and how fast that was.
 
     `trials` are all that were measured on the way, the last word is `found`'s. `remark` says what the reader should

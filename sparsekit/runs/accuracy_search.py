@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sparsekit.errors import InputError
-from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import TargetSpec
+from sparsekit.runs.arguments import Target
 
 # What is tried first where nothing but the accuracy is asked for.
 _FIRST_SPEEDUP = 2.0
@@ -18,13 +17,13 @@ _FASTER = 1.5
 _SAFE = 0.9
 
 
-def full_target(recipe: Recipe, dense_ms: float, most: float) -> tuple[dict[str, float], float]:
+def full_target(target: Target, dense_ms: float, most: float) -> tuple[dict[str, float], float]:
     """The target that pressure 1 stands for, with any latency as a speed-up, and the highest pressure to try.
 
     `dense_ms` is what the dense model takes, `most` how many times as fast it can get. Raises InputError if that leaves
     nothing to search.
     """
-    full = other_targets(recipe)
+    full = target.besides_accuracy
     if "latency_ms" in full:
         full["speedup"] = dense_ms / full.pop("latency_ms")
     if not full and _SAFE * most < _NEAREST:
@@ -34,7 +33,7 @@ def full_target(recipe: Recipe, dense_ms: float, most: float) -> tuple[dict[str,
             "cut.through_layer_norm or cut.blocks"
         )
     if full and largest_factor(full) < _NEAREST:
-        asked = " and ".join(f"cut.target.{key}" for key in other_targets(recipe))
+        asked = " and ".join(f"cut.target.{key}" for key in target.besides_accuracy)
         raise InputError(
             f"{asked} ask for so little that there is nothing to search between that and the dense model; ask for "
             "more, or leave max_accuracy_drop out"
@@ -89,13 +88,3 @@ def bracket(
     within = max(((x, drop) for x, drop in tried if drop <= budget), default=(0.0, 0.0))
     beyond = min(((x, drop) for x, drop in tried if drop > budget and x > within[0]), default=None)
     return within, beyond
-
-
-def required_target(recipe: Recipe) -> TargetSpec:
-    assert recipe.cut.target is not None
-    return recipe.cut.target
-
-
-def other_targets(recipe: Recipe) -> dict[str, float]:
-    """What the target asks for besides the accuracy."""
-    return required_target(recipe).model_dump(exclude_none=True, exclude={"max_accuracy_drop"})

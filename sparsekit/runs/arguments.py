@@ -1,26 +1,133 @@
-"""The sections of a recipe as plain arguments."""
+"""A recipe as plain arguments: what follows from its sections, worked out once, and what is built of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sparsekit.latency.search import block_rounding
-from sparsekit.machine import channel_multiple
 from sparsekit.options import Quantity
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import DenseSpec, FinetuneSpec, SparsifySpec
+from sparsekit.recipe.specs import DataSpec, DenseSpec, FinetuneSpec, SparsifySpec, TargetSpec
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.sparsify.sparsifier import Sparsifier
+from sparsekit.sparsify.strength import AutoStrength, ConstantStrength
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import Augment
 from sparsekit.training.models import InputConfig, create_model, input_config
 from sparsekit.training.options import TrainOptions
 from sparsekit.training.seeding import seed_everything
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the cut is to reach, and so how its channels are chosen.
+
+    `limits` are shares of the dense model to keep at most. Nothing is set where the recipe has no target.
+    """
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+    limits: Mapping[Quantity, float] = field(default_factory=dict)
+    max_accuracy_drop: float | None = None
+
+    @staticmethod
+    def of(spec: TargetSpec | None) -> Target:
+        """The target that a recipe asks for."""
+        if spec is None:
+            return Target()
+        shares = {q: share for q in get_args(Quantity) if (share := getattr(spec, q, None)) is not None}
+        return Target(spec.speedup, spec.latency_ms, shares, spec.max_accuracy_drop)
+
+    @property
+    def is_speed(self) -> bool:
+        """Whether it names a speed-up or a latency, which have to be measured."""
+        return self.speedup is not None or self.latency_ms is not None
+
+    @property
+    def takes_attempts(self) -> bool:
+        """Whether it is the fastest model within a budget of accuracy, which takes several attempts to find."""
+        return self.max_accuracy_drop is not None
+
+    @property
+    def takes_knapsack(self) -> bool:
+        """Whether masks are chosen as a whole, by the knapsack; for one share alone a threshold does."""
+        return self.is_speed or self.takes_attempts or len(self.limits) > 1
+
+    @property
+    def share(self) -> Mapping[Quantity, float] | None:
+        """The one share that a threshold is found for; None if there is none, or the knapsack chooses."""
+        return None if self.takes_knapsack else self.limits or None
+
+    @property
+    def besides_accuracy(self) -> dict[str, float]:
+        """What it asks for besides the accuracy, by the recipe's keys."""
+        speeds = {"speedup": self.speedup, "latency_ms": self.latency_ms}
+        return {key: value for key, value in speeds.items() if value is not None} | {**self.limits}
+
+
+@dataclass(frozen=True)
+class Phases:
+    """How each phase trains: the recipe's section `training`, with what the phase overrides."""
+
+    dense: TrainOptions
+    sparsify: TrainOptions
+    finetune: TrainOptions
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What follows from a recipe's sections.
+
+    `grouping` are the arguments of `find_groups`; `augment` is None for no augmentation. `trains_baseline`: the dense
+    model is trained on for as long as the pruned one, by default unless it is finished from the start (no epochs of its
+    own).
+    """
+
+    phases: Phases
+    augment: Augment | None
+    grouping: Mapping[str, Any]
+    target: Target
+    trains_baseline: bool
+
+    @staticmethod
+    def of(recipe: Recipe) -> Arguments:
+        """The arguments of a recipe."""
+        cut, dense = recipe.cut, recipe.dense
+        return Arguments(
+            phases=Phases(
+                *(_train_options(recipe, phase) for phase in (dense, recipe.sparsify, recipe.finetune))
+            ),
+            augment=_augmentation(recipe.data),
+            grouping={
+                "ignore": cut.ignore,
+                "through_layer_norm": cut.through_layer_norm,
+                "blocks": cut.blocks,
+                "round_to": cut.round_to,
+                "min_channels": cut.min_channels,
+            },
+            target=Target.of(cut.target),
+            trains_baseline=dense.epochs > 0 if dense.baseline is None else dense.baseline,
+        )
+
+
+def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:
+    own = {
+        key: getattr(phase, key)
+        for key in ("lr", "warmup_epochs", "schedule")
+        if getattr(phase, key) is not None
+    }
+    return TrainOptions(epochs=phase.epochs, **{**recipe.training.model_dump(), **own})
+
+
+def _augmentation(spec: DataSpec) -> Augment | None:
+    if spec.augment is None:
+        return None
+    return Augment(**{**spec.augment.model_dump(), "color_jitter": spec.augment.color_jitter or 0.0})
 
 
 def make_sparsifier(
@@ -32,23 +139,18 @@ def make_sparsifier(
     costs: Mapping[str, float] | None,
 ) -> Sparsifier:
     """The hook of the sparsify phase. Raises InputError for a target out of reach or a model with nothing free."""
-    spec = recipe.sparsify
-    return Sparsifier(
-        model,
-        groups,
-        penalty=spec.penalty,
-        strength=spec.strength,
-        total_steps=total_steps,
-        shares=PhaseShares(spec.warmup, spec.ramp, spec.debias),
+    spec, target = recipe.sparsify, Target.of(recipe.cut.target)
+    shares = PhaseShares(spec.warmup, spec.ramp, spec.debias)
+    strength: AutoStrength | ConstantStrength
+    if spec.strength == "auto":
         # Masks that are chosen as a whole replace this target when the warm-up is over.
-        target={"macs": 1.0} if wants_choice(recipe) else cut_target(recipe),
-        round_to=channel_rounding(recipe),
-        min_channels=recipe.cut.min_channels,
-        adaptive=spec.adaptive,
-        importance=spec.importance,
-        costs=costs,
-        revive=spec.revive,
-    )
+        aim: Mapping[Quantity, float] = {"macs": 1.0} if target.takes_knapsack else target.share or {}
+        strength = AutoStrength(aim, total_steps, shares, spec.importance, costs)
+    else:
+        strength = ConstantStrength(
+            spec.strength, total_steps, shares, adaptive=spec.adaptive, costs=costs, revive=spec.revive
+        )
+    return Sparsifier(model, groups, spec.penalty, strength=strength)
 
 
 def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module:
@@ -65,7 +167,8 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module
     )
 
 
-def recipe_input_config(recipe: Recipe, model: nn.Module) -> InputConfig:
+def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
+    """How images become the model's inputs: what the recipe says, else timm's for the model."""
     spec = recipe.data
     return input_config(
         model,
@@ -79,84 +182,7 @@ def recipe_input_config(recipe: Recipe, model: nn.Module) -> InputConfig:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
+    """What sees to the recipe's device and precision."""
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(recipe.device)
     return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
-
-
-def wants_baseline(recipe: Recipe) -> bool:
-    """Whether the dense model is trained on for as long as the pruned one: by default unless it is finished
-    from the start (no epochs of its own)."""
-    if recipe.dense.baseline is not None:
-        return recipe.dense.baseline
-    return recipe.dense.epochs > 0
-
-
-PhaseSpec = DenseSpec | SparsifySpec | FinetuneSpec
-
-
-def train_options(recipe: Recipe, phase: PhaseSpec) -> TrainOptions:
-    """The training section, with what the phase overrides."""
-    shared = recipe.training.model_dump()
-    own = {
-        key: getattr(phase, key)
-        for key in ("lr", "warmup_epochs", "schedule")
-        if getattr(phase, key) is not None
-    }
-    return TrainOptions(epochs=phase.epochs, **{**shared, **own})
-
-
-def augmentation(recipe: Recipe) -> Augment | None:
-    spec = recipe.data.augment
-    if spec is None:
-        return None
-    return Augment(**{**spec.model_dump(), "color_jitter": spec.color_jitter or 0.0})
-
-
-def group_options(recipe: Recipe) -> dict[str, Any]:
-    """What `find_groups` is told of the cut."""
-    cut = recipe.cut
-    return {
-        "ignore": cut.ignore,
-        "through_layer_norm": cut.through_layer_norm,
-        "blocks": cut.blocks,
-    }
-
-
-def kept_limits(recipe: Recipe) -> dict[Quantity, float]:
-    """The shares of the dense model that the target leaves at most."""
-    quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
-    return {q: value for q in quantities if (value := getattr(recipe.cut.target, q, None)) is not None}
-
-
-def wants_speed(recipe: Recipe) -> bool:
-    """Whether the target names a speed-up or a latency."""
-    target = recipe.cut.target
-    return target is not None and (target.speedup is not None or target.latency_ms is not None)
-
-
-def wants_attempts(recipe: Recipe) -> bool:
-    """Whether the target is the fastest model within a budget of accuracy, which takes several attempts to find."""
-    target = recipe.cut.target
-    return target is not None and target.max_accuracy_drop is not None
-
-
-def wants_choice(recipe: Recipe) -> bool:
-    """Whether the target takes more than a threshold over one quantity: masks that are chosen as a whole."""
-    return wants_speed(recipe) or wants_attempts(recipe) or len(kept_limits(recipe)) > 1
-
-
-def cut_target(recipe: Recipe) -> dict[Quantity, float] | None:
-    """The target as one quantity's share; None if there is none, or masks are chosen as a whole."""
-    return None if wants_choice(recipe) else kept_limits(recipe) or None
-
-
-def group_rounding(recipe: Recipe, groups: ChannelGroups) -> dict[str, tuple[int, int]]:
-    """In multiples of how many channels each free group is cut, and how many stay: measured, where the layers were."""
-    if recipe.cut.round_to == "auto" and all(layer.curve is not None for layer in groups.layers):
-        return block_rounding(groups, recipe.cut.min_channels)
-    return {g.name: g.rounding(channel_rounding(recipe), recipe.cut.min_channels) for g in groups.free}
-
-
-def channel_rounding(recipe: Recipe) -> int:
-    return channel_multiple() if recipe.cut.round_to == "auto" else recipe.cut.round_to

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
@@ -15,24 +17,14 @@ from sparsekit.export.onnx_file import export_onnx, metadata_texts
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import time_masks
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.report.dry_run import Planned
+from sparsekit.report.dry_run import DryRun
 from sparsekit.report.inspection import Inspection, inspect_module
 from sparsekit.report.schema import RunReport
-from sparsekit.runs.arguments import (
-    build_model,
-    channel_rounding,
-    cut_target,
-    group_options,
-    group_rounding,
-    kept_limits,
-    wants_attempts,
-    wants_choice,
-    wants_speed,
-)
+from sparsekit.runs.arguments import Arguments, Target, build_model
 from sparsekit.runs.choosing import search_masks
 from sparsekit.runs.rehearsal import open_inputs
 from sparsekit.runs.report_assembly import write_report
-from sparsekit.selection.importance import channel_worth
+from sparsekit.selection.importance import output_shares
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.knapsack import choose_channels
 from sparsekit.training.models import create_model, input_config, load_weights_
@@ -71,65 +63,68 @@ def inspect_model(
     return inspect_module(name, model, example, through_layer_norm=through_layer_norm, blocks=blocks)
 
 
-def plan_cut(recipe: Recipe, *, run: Path | None, console: Console) -> Planned:
+def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     """What the recipe's target would keep, by the sizes of the filters, and how fast that is; trains nothing.
 
     The weights are those of the dense model of the run directory `run`, or what the recipe starts from. Raises
     InputError for a recipe without a target, FileError for a run that has not trained its dense model.
     """
-    if recipe.cut.target is None:
-        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
-    if not (wants_speed(recipe) or kept_limits(recipe)):
-        raise InputError(
-            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
-            "--set 'cut.target={speedup: 2}'"
-        )
-    if budget := wants_attempts(recipe):
-        asked = recipe.cut.target.model_copy(update={"max_accuracy_drop": None})
-        recipe = recipe.model_copy(update={"cut": recipe.cut.model_copy(update={"target": asked})})
+    target = _reachable_target(recipe)
     inputs = open_inputs(recipe)
-    n_classes = len(inputs.data.class_names)
-    model = build_model(recipe, n_classes, weights=run is None).eval()
-    if run is not None:
-        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    model = _weighted_model(recipe, len(inputs.data.class_names), run)
     trained = run is not None or recipe.model.pretrained or recipe.model.checkpoint is not None
     example = torch.zeros(1, *inputs.config.input_size)
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
+    remarks = [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
+    if target.takes_attempts:
+        remarks.append("max_accuracy_drop needs training, so it is left out here")
+        target = replace(target, max_accuracy_drop=None)
     with console.status("measuring"):
-        unmeasured = find_groups(model, example, **group_options(recipe))
-        groups = measure_layers(model, unmeasured, timed, threads=threads)
-        worth = channel_worth(model, groups)
-        remarks = (
-            [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
-        )
-        if budget:
-            remarks.append("max_accuracy_drop needs training, so it is left out here")
-        if wants_speed(recipe):
+        groups = find_groups(model, example, **Arguments.of(recipe).grouping)
+        measured = measure_layers(model, groups, timed, threads=threads)
+        if target.is_speed:
             search = search_masks(
-                recipe, model, groups, worth, timed, lambda line: console.print(line, highlight=False)
+                target,
+                model,
+                measured,
+                output_shares(model, measured),
+                timed,
+                threads=threads,
+                say=lambda line: console.print(line, highlight=False),
             )
             masks, found, trials = search.masks, search.found, search.trials
             remarks = [*filter(None, [search.remark]), *remarks]
         else:
-            if wants_choice(recipe):
-                masks = choose_channels(
-                    groups, worth, kept_limits(recipe), group_rounding(recipe, unmeasured)
-                )
+            if target.takes_knapsack:
+                masks = choose_channels(groups, output_shares(model, groups), target.limits)
             else:
-                masks = keep_masks(
-                    model,
-                    groups,
-                    method="budget",
-                    target=cut_target(recipe),
-                    round_to=channel_rounding(recipe),
-                    min_channels=recipe.cut.min_channels,
-                )
-            found = time_masks(model, groups, masks, timed, threads=threads)
+                masks = keep_masks(model, groups, method="budget", target=target.share)
+            found = time_masks(model, measured, masks, timed, threads=threads)
             trials = (found,)
-    assert recipe.cut.target is not None
-    target = recipe.cut.target.model_dump(exclude_none=True)
-    return Planned(recipe.model.name, target, groups, masks, found, trials, "; ".join(remarks))
+    asked = target.besides_accuracy
+    return DryRun(recipe.model.name, asked, measured, masks, found, trials, "; ".join(remarks))
+
+
+def _reachable_target(recipe: Recipe) -> Target:
+    """The recipe's target. Raises InputError if there is none, or none that can be met without training."""
+    if recipe.cut.target is None:
+        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    target = Target.of(recipe.cut.target)
+    if not target.besides_accuracy:
+        raise InputError(
+            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
+            "--set 'cut.target={speedup: 2}'"
+        )
+    return target
+
+
+def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
+    """The recipe's model in eval mode, with the dense weights of a run, or those that the recipe starts from."""
+    model = build_model(recipe, n_classes, weights=run is None).eval()
+    if run is not None:
+        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    return model
 
 
 def export_again(

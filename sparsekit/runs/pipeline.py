@@ -14,11 +14,9 @@ journal, so that a resumed run and an uninterrupted one read the same things.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -28,7 +26,7 @@ from sparsekit.artifact.load import check_round_trip
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import VerificationError
 from sparsekit.evaluation import comparing
-from sparsekit.export.graph_summary import take_census
+from sparsekit.export.graph_summary import summarise_graph
 from sparsekit.export.onnx_file import export_onnx, metadata_texts, read_metadata
 from sparsekit.export.parity import check_parity, onnx_accuracy
 from sparsekit.export.precision import convert_to_fp16, quantize_to_int8
@@ -41,20 +39,30 @@ from sparsekit.recipe.recipe import Recipe
 from sparsekit.report.schema import RunReport
 from sparsekit.runs import attempts, prune_stages
 from sparsekit.runs.accuracy_search import full_target
-from sparsekit.runs.arguments import (
-    build_model,
-    make_accelerator,
-    wants_attempts,
-    wants_baseline,
-    wants_speed,
-)
+from sparsekit.runs.arguments import Arguments, build_model, make_accelerator
 from sparsekit.runs.choosing import check_speed
 from sparsekit.runs.rehearsal import open_inputs
-from sparsekit.runs.report_assembly import build_report, final_accuracies, write_report
+from sparsekit.runs.report_assembly import build_report, final_dense, write_report
+from sparsekit.runs.results import (
+    BaselineResult,
+    BenchmarkResult,
+    CutEffect,
+    CutResult,
+    DataFound,
+    DenseFigures,
+    DenseResult,
+    ExportedModel,
+    ExportedVariant,
+    ExportResult,
+    FinetuneResult,
+    Nothing,
+    TestedCut,
+)
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
 from sparsekit.runs.stages import Stage, run_stage
 from sparsekit.structure.counting import count_macs, count_params
+from sparsekit.structure.plan import PrunePlan
 
 # Float32 kernels that add in another order differ by 1e-6; ten times worse than any seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
@@ -76,112 +84,122 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     with accelerator.main_process_first():  # the others find the directory that the main process opened
         files.open(resume=resume or not files.writes)
     run = Run(recipe, inputs, files, accelerator, console)
-    story = _story(recipe)
+    story = _story(run.arguments)
     for stage in story:  # all of them before anything is written: a refused resume leaves the run as it was
         files.check_settings(stage.name, stage.settings(run))
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
-    if (wants_speed(recipe) or wants_attempts(recipe)) and not files.is_done("cut"):
-        dense_ms, most = check_speed(run)
-        if wants_attempts(recipe) and not files.is_done("attempts"):
-            full_target(recipe, dense_ms, most)  # refuses what is not worth a search
+    if not files.is_done("cut"):
+        _check_target(run)
     for stage in story:
         run_stage(run, stage)
     return build_report(output)
 
 
+def _check_target(run: Run) -> None:
+    """Refuse a speed or a budget that is out of reach, or met already, before anything is trained for it."""
+    target = run.arguments.target
+    if target.is_speed or target.takes_attempts:
+        dense_ms, most = check_speed(run)
+        if target.takes_attempts and not run.files.is_done("attempts"):
+            full_target(target, dense_ms, most)
+
+
 # ----------------------------------------------------------------------------------------------- the stages
 
 
-def _story(recipe: Recipe) -> list[Stage]:
+def _story(arguments: Arguments) -> list[Stage]:
+    """The stages in their order. An accuracy budget is searched by attempts; three stages then take one over."""
     weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
     lengths = [
         f"{phase}.{key}"
         for phase in ("sparsify", "finetune")
         for key in ("epochs", "lr", "warmup_epochs", "schedule")
     ]
+    dense = Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),))
     baseline = Stage("baseline", _train_baseline, ("training", *lengths), (weights("baseline"),))
+    searched = arguments.target.takes_attempts
     trying = Stage("attempts", attempts.make_attempts, ("training", "sparsify", "cut", "finetune"))
-    sparsify = attempts.take_sparsified if wants_attempts(recipe) else prune_stages.sparsify
+    sparsify = attempts.take_sparsified if searched else prune_stages.sparsify
+    cut = attempts.take_cut if searched else prune_stages.cut
+    finetune = attempts.take_finetuned if searched else prune_stages.finetune
     return [
-        Stage("dense", _train_dense, ("model", "data", "training", "dense"), (weights("dense"),)),
-        *([baseline] if wants_baseline(recipe) else []),
-        *([trying] if wants_attempts(recipe) else []),
+        dense,
+        *([baseline] if arguments.trains_baseline else []),
+        *([trying] if searched else []),
         Stage("sparsify", sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
-        Stage("cut", _cut, ("cut",), (pruned("checkpoints/cut"),)),
-        Stage("finetune", _finetune, ("training", "finetune"), (pruned("pruned"),)),
+        Stage("cut", partial(_cut_and_test, cut), ("cut",), (pruned("checkpoints/cut"),)),
+        Stage(
+            "finetune", partial(_finetune_and_test, finetune), ("training", "finetune"), (pruned("pruned"),)
+        ),
         Stage("export", _export, ("export", "benchmark.provider"), ("dense.onnx", "pruned.onnx")),
         Stage("benchmark", _benchmark, ("benchmark",)),
         Stage("report", _report, (), ("report.json", "report.html")),
     ]
 
 
-def _train_dense(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
     """Train from scratch or from the given weights (no epochs: only take them); note what the data are."""
     model = build_model(run.recipe, len(run.inputs.data.class_names), weights=True)
-    run.train(model, run.recipe.dense, "dense", tick)
+    run.train(model, run.arguments.phases.dense, "dense", tick)
     run.keep_weights(model, "dense")
-    data, config = run.inputs.data, run.inputs.config
-    return {
-        "data": {
-            "description": data.description,
-            "class_names": list(data.class_names),
-            "train": len(data.train),
-            "validation": len(data.validation),
-            "test": len(data.test),
-        },
-        "config": asdict(config),
-        "model_args": run.inputs.model_args,
-        **({} if wants_baseline(run.recipe) else _dense_figures(run, model)),
-    }
+    data = run.inputs.data
+    return DenseResult(
+        data=DataFound(
+            data.description, data.class_names, len(data.train), len(data.validation), len(data.test)
+        ),
+        config=run.inputs.config,
+        model_args=run.inputs.model_args,
+        figures=None if run.arguments.trains_baseline else _dense_figures(run, model),
+    )
 
 
-def _cut(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _train_baseline(run: Run, tick: Callable[[], None]) -> BaselineResult:
+    """The fair comparison: the dense model goes through the same epochs and rates, without penalty and cut."""
+    model, phases = run.weights("dense"), run.arguments.phases
+    run.train(model, phases.sparsify, "baseline", tick)
+    run.train(model, phases.finetune, "baseline-finetune", tick, first_epoch=phases.sparsify.epochs)
+    run.keep_weights(model, "baseline")
+    return BaselineResult(_dense_figures(run, model))
+
+
+def _cut_and_test(
+    cut: Callable[[Run, Callable[[], None]], CutResult], run: Run, tick: Callable[[], None]
+) -> TestedCut:
     """Cut, and compare the sparse and the cut model on the test images."""
-    cut = attempts.take_cut if wants_attempts(run.recipe) else prune_stages.cut
-    return cut(run, tick) | _compare_on_test(run)
+    return TestedCut(cut(run, tick), _compare_on_test(run))
 
 
-def _finetune(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _finetune_and_test(
+    finetune: Callable[[Run, Callable[[], None]], tuple[nn.Module, PrunePlan]],
+    run: Run,
+    tick: Callable[[], None],
+) -> FinetuneResult:
     """Train the cut model, then save it as the portable artifact, read that back, and test the model once."""
-    attempted = wants_attempts(run.recipe)
-    model, plan = attempts.take_finetuned(run) if attempted else prune_stages.finetune(run, tick)
+    model, plan = finetune(run, tick)
     accuracy = run.evaluate(model, run.inputs.data.test)
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(test_accuracy=accuracy))
     round_trip = 0.0
     if run.files.writes:
         round_trip = check_round_trip(model, run.files.path / "pruned", run.validation_images())
-    return {
-        "accuracy": accuracy,
-        "params": count_params(model),
-        "macs": count_macs(model, run.example),
-        "round_trip_max_abs": round_trip,
-    }
+    return FinetuneResult(accuracy, count_params(model), count_macs(model, run.example), round_trip)
 
 
-def _train_baseline(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """The fair comparison: the dense model goes through the same epochs and rates, without penalty and cut."""
-    model = run.weights("dense")
-    recipe = run.recipe
-    run.train(model, recipe.sparsify, "baseline", tick)
-    run.train(model, recipe.finetune, "baseline-finetune", tick, first_epoch=recipe.sparsify.epochs)
-    run.keep_weights(model, "baseline")
-    return _dense_figures(run, model)
-
-
-def _export(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _export(run: Run, tick: Callable[[], None]) -> ExportResult | Nothing:
     """Both models as ONNX files, compared with torch and tested through ONNX Runtime; then in fewer bits."""
     if not run.files.writes:
-        return {}
-    models = {"dense": run.final_dense(), "pruned": load_artifact(run.files.path / "pruned")}
-    exported = {name: _export_one(run, name, model) for name, model in models.items()}
-    return exported | {"variants": _export_variants(run)}
+        return Nothing()
+    return ExportResult(
+        _export_one(run, "dense", run.final_dense()),
+        _export_one(run, "pruned", load_artifact(run.files.path / "pruned")),
+        _export_variants(run),
+    )
 
 
-def _export_variants(run: Run) -> list[dict[str, Any]]:
+def _export_variants(run: Run) -> tuple[ExportedVariant, ...]:
     """The pruned model's file in fewer bits, with sizes and test accuracies."""
     if not run.recipe.export.precisions:
-        return []
+        return ()
     with TemporaryDirectory() as folder:
         # Merged groups are for the float32 kernels.
         source = export_onnx(
@@ -192,10 +210,10 @@ def _export_variants(run: Run) -> list[dict[str, Any]]:
             merge_groups=False,
             metadata=read_metadata(run.files.path / "pruned.onnx"),
         )
-        return [_export_variant(run, source, precision) for precision in run.recipe.export.precisions]
+        return tuple(_export_variant(run, source, one) for one in run.recipe.export.precisions)
 
 
-def _export_variant(run: Run, source: Path, precision: Precision) -> dict[str, Any]:
+def _export_variant(run: Run, source: Path, precision: Precision) -> ExportedVariant:
     path = run.files.path / f"pruned.{precision}.onnx"
     if precision == "int8":
         images = run.inputs.data.train
@@ -207,19 +225,19 @@ def _export_variant(run: Run, source: Path, precision: Precision) -> dict[str, A
         convert_to_fp16(source, path)
     test = run.loader(run.inputs.data.test, False)
     accuracy = onnx_accuracy(path, test, threads=run.recipe.benchmark.threads)
-    return {"precision": precision, "onnx_bytes": path.stat().st_size, "accuracy_onnx": accuracy}
+    return ExportedVariant(precision, path.stat().st_size, accuracy)
 
 
-def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
+def _export_one(run: Run, name: str, model: nn.Module) -> ExportedModel:
     spec = run.recipe.export
     path = run.files.path / f"{name}.onnx"
-    accuracy = final_accuracies(run.files)[name]
+    tested = final_dense(run.files) if name == "dense" else run.files.result("finetune", FinetuneResult)
     write = partial(
         export_onnx,
         model.cpu(),
         opset=spec.opset,
         merge_groups=run.recipe.benchmark.provider == "cpu",
-        metadata=metadata_texts(run.describe(test_accuracy=accuracy)),
+        metadata=metadata_texts(run.describe(test_accuracy=tested.accuracy)),
     )
     write(path, run.timed_example)
     if spec.dynamic_batch:
@@ -230,18 +248,18 @@ def _export_one(run: Run, name: str, model: nn.Module) -> dict[str, Any]:
             f"{path} gives other logits than torch: off by {parity.max_rel:.2g} of the largest"
         )
     test = run.loader(run.inputs.data.test, False)
-    return {
-        "parity": asdict(parity),
-        "accuracy_onnx": onnx_accuracy(path, test, threads=run.recipe.benchmark.threads),
-        "onnx_bytes": path.stat().st_size,
-        "graph": asdict(take_census(path)),
-    }
+    return ExportedModel(
+        parity=parity,
+        accuracy_onnx=onnx_accuracy(path, test, threads=run.recipe.benchmark.threads),
+        onnx_bytes=path.stat().st_size,
+        graph=summarise_graph(path),
+    )
 
 
-def _benchmark(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _benchmark(run: Run, tick: Callable[[], None]) -> BenchmarkResult | Nothing:
     """Latency of all the files in ONNX Runtime, interleaved."""
     if not run.files.writes:
-        return {}
+        return Nothing()
     spec = run.recipe.benchmark
     names = ["dense", "pruned", *(f"pruned.{precision}" for precision in run.recipe.export.precisions)]
     paths = [run.files.path / f"{name}.onnx" for name in names]
@@ -255,29 +273,26 @@ def _benchmark(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
     )
     if not compared.trustworthy:
         run.say(f"benchmark: not trustworthy: {compared.reason}")
-    return {"latency": compared.to_json(), "machine": describe_machine(), "versions": library_versions()}
+    return BenchmarkResult(compared, describe_machine(), library_versions())
 
 
-def _report(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def _report(run: Run, tick: Callable[[], None]) -> Nothing:
     if run.files.writes:
         write_report(run.files.path)
-    return {}
+    return Nothing()
 
 
 # -------------------------------------------------------------------------------------- what the stages share
 
 
-def _dense_figures(run: Run, model: nn.Module) -> dict[str, Any]:
-    """Test accuracy (the one time the dense model sees the test images in torch), parameters and MACs."""
+def _dense_figures(run: Run, model: nn.Module) -> DenseFigures:
+    """Test accuracy (the one time the dense model sees the test images in torch), params and MACs."""
     model.to(run.accelerator.device)
-    return {
-        "accuracy": run.evaluate(model, run.inputs.data.test),
-        "params": count_params(model),
-        "macs": count_macs(model, run.example),
-    }
+    accuracy = run.evaluate(model, run.inputs.data.test)
+    return DenseFigures(accuracy, count_params(model), count_macs(model, run.example))
 
 
-def _compare_on_test(run: Run) -> dict[str, float]:
+def _compare_on_test(run: Run) -> CutEffect:
     """Test accuracy of the sparse and the cut model, and the largest change of any logit, over the test images."""
     device = run.accelerator.device
     sparse, pruned = run.weights("sparse"), load_artifact(run.files.checkpoints / "cut").to(device)
@@ -290,9 +305,4 @@ def _compare_on_test(run: Run) -> dict[str, float]:
             for i, logits in enumerate((before, after)):
                 hits[i] += int((logits.argmax(1).cpu() == labels).sum())
             count += len(labels)
-    return {
-        "accuracy_before_cut": hits[0] / count,
-        "accuracy_after_cut": hits[1] / count,
-        "max_abs_logit_change": change,
-        "max_abs_logit": largest,
-    }
+    return CutEffect(hits[0] / count, hits[1] / count, change, largest)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -10,15 +11,16 @@ from torch import nn
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
-from sparsekit.runs.arguments import channel_rounding, make_sparsifier, train_options, wants_choice
+from sparsekit.runs.arguments import make_sparsifier
 from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
+from sparsekit.runs.results import ChoiceFound, CutResult, LayerKept, SparsifyResult, as_json, from_json
 from sparsekit.runs.run import Run
 from sparsekit.selection.carriers import keep_carriers
 from sparsekit.selection.importance import zero_channels
-from sparsekit.sparsify.late_choice import Settling
+from sparsekit.sparsify.late_choice import LateChoice
 from sparsekit.sparsify.sparsifier import Sparsifier
-from sparsekit.structure.groups import ChannelGroup
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.masks import Masks, Scores
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
 from sparsekit.surgery.verify import verify_cut
@@ -31,72 +33,79 @@ class NothingToCutError(InputError):
     """What was chosen to go is nothing."""
 
 
-def sparsify(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
+def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
     """Train with the penalty until channels are exactly zero."""
-    spec = run.recipe.sparsify
     model = run.weights("dense")
     groups = run.find_groups(model)
-    hook: Sparsifier | Settling | None = None
-    if spec.epochs:
-        options, loader = train_options(run.recipe, spec), run.loader(run.inputs.data.train, True)
-        steps = spec.epochs * steps_per_epoch(loader, options, run.accelerator)
-        costs = channel_costs(run, model, groups)
-        sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
-        hook = sparsifier
-        if spec.strength == "auto" and wants_choice(run.recipe):
-            measured = with_latencies(run, model, groups)
-            at = max(round(steps * spec.warmup), 1)
-            hook = Settling(sparsifier, at, lambda worth: choose_masks(run, model, measured, worth))
-        run.train(model, spec, "sparsify", tick, hook=hook)
-    settled = hook if isinstance(hook, Settling) else None
-    if settled is not None and run.files.writes:
-        save_state(run.files.checkpoints / "settled.safetensors", settled.masks)
+    hook = _hook(run, model, groups) if run.recipe.sparsify.epochs else None
+    run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook)
+    late = hook if isinstance(hook, LateChoice) else None
+    if late is not None and run.files.writes:
+        save_state(run.files.checkpoints / "settled.safetensors", late.masks)
     run.keep_weights(model, "sparse")
-    zeros = sum(int(dead.sum()) for dead in zero_channels(model, groups).values())
-    channels = sum(group.n_channels for group in groups.free)
-    return {
-        "zero_channels": zeros,
-        "channels": channels,
-        "shortfall": "" if hook is None else hook.shortfall(),
-        "choice": {} if settled is None else dict(settled.notes),
-    }
+    return SparsifyResult(
+        zero_channels=sum(int(dead.sum()) for dead in zero_channels(model, groups).values()),
+        channels=sum(group.n_channels for group in groups.free),
+        shortfall="" if hook is None else hook.shortfall(),
+        choice=None if late is None else from_json(ChoiceFound, late.notes),
+    )
 
 
-def cut(run: Run, tick: Callable[[], None]) -> dict[str, Any]:
-    """Scores, masks, plan, surgery, proof; leaves the cut model in checkpoints/cut."""
+def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | LateChoice:
+    """What shrinks channels: with a target that takes masks as a whole, told of them when the warm-up is over."""
+    options, loader = run.arguments.phases.sparsify, run.loader(run.inputs.data.train, True)
+    steps = options.epochs * steps_per_epoch(loader, options, run.accelerator)
+    costs = channel_costs(run, model, groups)
+    sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
+    spec = run.recipe.sparsify
+    if spec.strength != "auto" or not run.arguments.target.takes_knapsack:
+        return sparsifier
+    measured = with_latencies(run, model, groups)
+
+    def choose(importance: Scores) -> tuple[Masks, Mapping[str, Any]]:
+        masks, found = choose_masks(run, model, measured, importance)
+        return masks, as_json(found)
+
+    return LateChoice(sparsifier, max(round(steps * spec.warmup), 1), choose)
+
+
+def cut(run: Run, tick: Callable[[], None]) -> CutResult:
+    """Masks, plan, surgery, proof; leaves the cut model in checkpoints/cut."""
     model = run.weights("sparse")
     groups = run.find_groups(model)
     masks, choice = cut_masks(run, model, groups)
-    multiples = choice.get("multiples") or channel_rounding(run.recipe)
-    masks = keep_carriers(model, groups, masks, round_to=multiples)
+    if choice is not None:
+        groups = _with_multiples(groups, choice.multiples)
+    masks = keep_carriers(model, groups, masks)
     plan = make_plan(groups, masks)
     if not (plan.cuts or plan.blocks):
         raise NothingToCutError(
-            f"cut: nothing to remove: in no group {channel_rounding(run.recipe)} channels are zero or score too low; "
-            "set cut.target, raise sparsify.strength, or lower cut.round_to"
+            "cut: nothing to remove: in no group a whole step of channels is zero or of little importance; set "
+            "cut.target, raise sparsify.strength, or lower cut.round_to"
         )
     pruned = apply_plan(model, plan)
     proof = verify_cut(model, pruned, plan)
     run.save_artifact(pruned, run.files.checkpoints / "cut", plan, {})
     zeros = zero_channels(model, groups)
-    live = sum(int((~masks[name] & ~dead).sum()) for name, dead in zeros.items())
-    return {
-        "proof_max_rel": proof.max_rel,
-        "near_zero_channels": sum(int(dead.sum()) for dead in zeros.values()),
-        "channels": sum(len(mask) for mask in masks.values()),
-        "removed": sum(group.n_channels - _kept(group, masks, plan) for group in groups.free),
-        "removed_live": live,
-        "choice": choice,
-        "layers": [
-            {
-                "name": group.name,
-                "channels": group.n_channels,
-                "kept": _kept(group, masks, plan),
-                "reason": group.frozen,
-            }
-            for group in groups
-        ],
-    }
+    kept = {group.name: _kept(group, masks, plan) for group in groups}
+    return CutResult(
+        proof_max_rel=proof.max_rel,
+        near_zero_channels=sum(int(dead.sum()) for dead in zeros.values()),
+        channels=sum(len(mask) for mask in masks.values()),
+        removed=sum(group.n_channels - kept[group.name] for group in groups.free),
+        removed_live=sum(int((~masks[name] & ~dead).sum()) for name, dead in zeros.items()),
+        choice=choice,
+        layers=tuple(LayerKept(g.name, g.n_channels, kept[g.name], g.frozen) for g in groups),
+    )
+
+
+def _with_multiples(groups: ChannelGroups, multiples: Mapping[str, int]) -> ChannelGroups:
+    """Groups kept in the multiples that their masks were chosen in."""
+    rounded = [
+        replace(g, rounding=replace(g.rounding, multiple=multiples[g.name])) if g.name in multiples else g
+        for g in groups
+    ]
+    return replace(groups, groups=tuple(rounded))
 
 
 def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
@@ -108,11 +117,11 @@ def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
 def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
     """Train the cut model without penalty; returns it, on the device, with the plan it was cut by."""
     spec = run.recipe.finetune
-    cut = run.files.checkpoints / "cut"
-    model = load_artifact(cut).to(run.accelerator.device)
+    folder = run.files.checkpoints / "cut"
+    model = load_artifact(folder).to(run.accelerator.device)
     run.recalibrate(model)
     teacher = None
     if spec.distill is not None and spec.epochs:
         teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
-    run.train(model, spec, "finetune", tick, teacher=teacher)
-    return model, PrunePlan.from_json(read_structure(cut)["plan"])
+    run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)
+    return model, PrunePlan.from_json(read_structure(folder)["plan"])

@@ -17,18 +17,9 @@ from sparsekit.errors import InputError, ModelError
 from sparsekit.export.session import check_provider
 from sparsekit.machine import check_threads
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.runs.arguments import (
-    augmentation,
-    build_model,
-    group_options,
-    group_rounding,
-    kept_limits,
-    make_sparsifier,
-    recipe_input_config,
-    train_options,
-    wants_choice,
-)
-from sparsekit.selection.knapsack import Choice
+from sparsekit.runs.arguments import Arguments, Target, build_model, image_config, make_sparsifier
+from sparsekit.selection.importance import all_alike
+from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import make_loader
 from sparsekit.training.models import InputConfig, build_arguments, load_weights_
@@ -72,7 +63,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     data = attempt(lambda: _open_images(recipe))
     # Without data any class count shows whether the model can be built.
     probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))
-    config = attempt(lambda: recipe_input_config(recipe, probe)) if probe is not None else None
+    config = attempt(lambda: image_config(recipe, probe)) if probe is not None else None
     if probe is not None:
         attempt(lambda: _check_patterns(recipe, probe))
     if data and probe is not None and recipe.model.checkpoint is not None:
@@ -118,16 +109,17 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
                 f"dense.epochs is 0, but the pretrained {recipe.model.name} knows {trained} classes and the data has "
                 f"{len(data.class_names)}: its new classifier has to be trained; set dense.epochs"
             )
-    for phase in (recipe.dense, recipe.sparsify, recipe.finetune):
-        make_optimizer(model, train_options(recipe, phase))
+    arguments = Arguments.of(recipe)
+    for options in (arguments.phases.dense, arguments.phases.sparsify, arguments.phases.finetune):
+        make_optimizer(model, options)
     count = min(2, recipe.data.batch_size)
     few = data.train.subset(np.arange(min(count, len(data.train))))
-    loader = make_loader(few, config, training=True, batch_size=count, augment=augmentation(recipe))
+    loader = make_loader(few, config, training=True, batch_size=count, augment=arguments.augment)
     images, _ = next(iter(loader))
     _check_forward(recipe, model, images, len(data.class_names))
-    groups = find_groups(model, images[:1], **group_options(recipe))
-    if wants_choice(recipe):
-        _check_limits(recipe, groups)
+    groups = find_groups(model, images[:1], **arguments.grouping)
+    if arguments.target.takes_knapsack:
+        _check_limits(arguments.target, groups)
     if recipe.sparsify.epochs:
         make_sparsifier(recipe, model, groups, total_steps=1, costs=None)
     elif not groups.free:
@@ -136,11 +128,10 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         )
 
 
-def _check_limits(recipe: Recipe, groups: ChannelGroups) -> None:
-    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
-    choice = Choice(groups, worth, group_rounding(recipe, groups))
-    for quantity, share in kept_limits(recipe).items():
-        least = choice.least(quantity)
+def _check_limits(target: Target, groups: ChannelGroups) -> None:
+    knapsack = Knapsack(groups, all_alike(groups))
+    for quantity, share in target.limits.items():
+        least = knapsack.least(quantity)
         if share < least:
             raise InputError(
                 f"cut.target.{quantity} {share:g} is out of reach: keeping the fewest channels allowed leaves "

@@ -3,23 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sparsekit.errors import FileError
+from sparsekit.latency.compare import Interval, Latency, LatencyComparison
 from sparsekit.latency.search import SPEED_TOLERANCE
 from sparsekit.recipe.reading import load_recipe
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.report.page import write_html
-from sparsekit.report.schema import RunReport, write_json
-from sparsekit.runs.arguments import wants_attempts
+from sparsekit.report.schema import (
+    AttemptFigures,
+    BenchmarkInfo,
+    CurvePoint,
+    DataInfo,
+    EpochCounts,
+    GraphFigures,
+    IntervalFigures,
+    LatencyFigures,
+    LayerFigures,
+    ModelFigures,
+    ModelInfo,
+    ParityFigures,
+    RunReport,
+    SparseFigures,
+    StageInfo,
+    VariantFigures,
+    write_json,
+)
+from sparsekit.runs.arguments import Target
+from sparsekit.runs.results import (
+    AttemptsResult,
+    BaselineResult,
+    BenchmarkResult,
+    ChoiceFound,
+    DenseFigures,
+    DenseResult,
+    ExportedModel,
+    ExportResult,
+    FinetuneResult,
+    SparsifyResult,
+    TestedCut,
+)
 from sparsekit.runs.run_directory import RunDirectory
 
 
-def final_accuracies(files: RunDirectory) -> dict[str, float]:
-    dense = "baseline" if "baseline" in files.stages else "dense"
-    return {"dense": files.result(dense)["accuracy"], "pruned": files.result("finetune")["accuracy"]}
+def final_dense(files: RunDirectory) -> DenseFigures:
+    """Figures of the dense model that the pruned one is compared with: the baseline's, where there is one."""
+    if "baseline" in files.stages:
+        return files.result("baseline", BaselineResult).figures
+    figures = files.result("dense", DenseResult).figures
+    assert figures is not None
+    return figures
 
 
 def build_report(directory: Path) -> RunReport:
@@ -54,147 +90,155 @@ def build_report(directory: Path) -> RunReport:
 
 
 def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport:
-    dense, cut, finetune = files.result("dense"), files.result("cut"), files.result("finetune")
-    exported, bench = files.result("export"), files.result("benchmark")
-    latency = bench["latency"]
-    with_baseline = "baseline" in files.stages
-    dense_figures = files.result("baseline") if with_baseline else dense
-    config = dense["config"]
-    return RunReport.model_validate(
-        {
-            "recipe": directory.name if recipe.output is None else recipe.output.name,
-            "model": {"name": recipe.model.name, "args": dict(recipe.model.args)},
-            "data": dense["data"],
-            "input_shape": config["input_size"],
-            **{key: config[key] for key in ("mean", "std", "interpolation", "crop_pct")},
-            "dense": _figures(dense_figures, exported["dense"], latency["latencies"][0]),
-            "pruned": _figures(finetune, exported["pruned"], latency["latencies"][1]),
-            "sparse": {
-                key: cut[key]
-                for key in (
-                    *("accuracy_before_cut", "accuracy_after_cut", "max_abs_logit_change", "max_abs_logit"),
-                    *("near_zero_channels", "channels"),
-                )
-            },
-            "speedup": latency["speedups"][0],
-            "null": latency["null"],
-            "parity": exported["pruned"]["parity"],
-            "dense_parity": exported["dense"]["parity"],
-            "benchmark": {
-                key: latency[key] for key in ("batch", "threads", "rounds", "trustworthy", "reason")
-            },
-            "round_trip_max_abs": finetune["round_trip_max_abs"],
-            "machine": bench["machine"],
-            "seed": recipe.seed,
-            "versions": bench["versions"],
-            "epochs": {
-                "dense": recipe.dense.epochs,
-                "baseline": recipe.sparsify.epochs + recipe.finetune.epochs if with_baseline else 0,
-                "sparsify": recipe.sparsify.epochs,
-                "finetune": recipe.finetune.epochs,
-            },
-            "stages": [
-                {"name": stage.name, "seconds": stage.seconds, "status": stage.status}
-                for stage in files.stages.values()
-                if stage.name != "report"
-            ],
-            "layers": cut["layers"],
-            "variants": [
-                {
-                    **variant,
-                    "latency_ms": _latency_figures(measured),
-                    "speedup": speedup,
-                }
-                for variant, measured, speedup in zip(
-                    exported.get("variants", ()),
-                    latency["latencies"][2:],
-                    latency["speedups"][1:],
-                    strict=True,
-                )
-            ],
-            **(_attempts(files) if wants_attempts(recipe) else {}),
-            "dense_graph": exported["dense"].get("graph"),
-            "pruned_graph": exported["pruned"].get("graph"),
-            "asked": {} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
-            "curves": files.metrics,
-            "warnings": _warnings(recipe, files),
-        }
+    dense, tested = files.result("dense", DenseResult), files.result("cut", TestedCut)
+    finetune, exported = files.result("finetune", FinetuneResult), files.result("export", ExportResult)
+    bench = files.result("benchmark", BenchmarkResult)
+    latency, config, attempts = bench.latency, dense.config, _attempts(files)
+    return RunReport(
+        recipe=directory.name if recipe.output is None else recipe.output.name,
+        model=ModelInfo.model_validate({"name": recipe.model.name, "args": recipe.model.args}),
+        data=DataInfo(**asdict(dense.data)),
+        input_shape=config.input_size,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        dense=_figures(final_dense(files), exported.dense, latency.latencies[0]),
+        pruned=_figures(finetune, exported.pruned, latency.latencies[1]),
+        sparse=SparseFigures(
+            **asdict(tested.effect),
+            near_zero_channels=tested.cut.near_zero_channels,
+            channels=tested.cut.channels,
+        ),
+        speedup=_interval(latency.speedups[0]),
+        null=_interval(latency.null),
+        parity=ParityFigures(**asdict(exported.pruned.parity)),
+        dense_parity=ParityFigures(**asdict(exported.dense.parity)),
+        benchmark=BenchmarkInfo(
+            batch=latency.batch,
+            threads=latency.threads,
+            rounds=latency.rounds,
+            trustworthy=latency.trustworthy,
+            reason=latency.reason,
+        ),
+        round_trip_max_abs=finetune.round_trip_max_abs,
+        machine=bench.machine,
+        seed=recipe.seed,
+        versions=bench.versions,
+        epochs=_epochs(recipe, with_baseline="baseline" in files.stages),
+        stages=tuple(
+            StageInfo(name=stage.name, seconds=stage.seconds, status=stage.status)
+            for stage in files.stages.values()
+            if stage.name != "report"
+        ),
+        layers=tuple(LayerFigures(**asdict(layer)) for layer in tested.cut.layers),
+        curves=tuple(CurvePoint(**row) for row in files.metrics),
+        warnings=tuple(_warnings(recipe, files)),
+        asked={} if recipe.cut.target is None else recipe.cut.target.model_dump(exclude_none=True),
+        variants=tuple(_variants(exported, latency)),
+        attempts=_attempt_figures(attempts),
+        binds=attempts.binds if attempts else "",
+        dense_graph=GraphFigures(**asdict(exported.dense.graph)),
+        pruned_graph=GraphFigures(**asdict(exported.pruned.graph)),
     )
 
 
-def _attempts(files: RunDirectory) -> dict[str, Any]:
-    if not files.is_done("attempts"):
-        return {}
-    notes = files.result("attempts")
-    attempts = [
-        {key: value for key, value in one.items() if key != "pressure"}
-        | {"taken": one["number"] == notes["taken"]}
-        for one in notes["attempts"]
-    ]
-    return {"attempts": attempts, "binds": notes["binds"]}
+def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
+    after = recipe.sparsify.epochs + recipe.finetune.epochs
+    return EpochCounts(
+        dense=recipe.dense.epochs,
+        baseline=after if with_baseline else 0,
+        sparsify=recipe.sparsify.epochs,
+        finetune=recipe.finetune.epochs,
+    )
+
+
+def _attempts(files: RunDirectory) -> AttemptsResult | None:
+    """The attempts of a run whose target is a budget of accuracy."""
+    return files.result("attempts", AttemptsResult) if files.is_done("attempts") else None
+
+
+def _attempt_figures(found: AttemptsResult | None) -> tuple[AttemptFigures, ...]:
+    figures = []
+    for one in found.attempts if found else ():
+        plain = asdict(one)
+        del plain["pressure"]
+        figures.append(AttemptFigures(**plain, taken=found is not None and one.number == found.taken))
+    return tuple(figures)
 
 
 def _figures(
-    trained: Mapping[str, Any], exported: Mapping[str, Any], latency: Mapping[str, Any]
-) -> dict[str, Any]:
-    return {
-        **{key: trained[key] for key in ("accuracy", "params", "macs")},
-        **{key: exported[key] for key in ("onnx_bytes", "accuracy_onnx")},
-        "latency_ms": _latency_figures(latency),
-    }
+    trained: DenseFigures | FinetuneResult, exported: ExportedModel, latency: Latency
+) -> ModelFigures:
+    return ModelFigures(
+        accuracy=trained.accuracy,
+        params=trained.params,
+        macs=trained.macs,
+        onnx_bytes=exported.onnx_bytes,
+        latency_ms=_latency_figures(latency),
+        accuracy_onnx=exported.accuracy_onnx,
+    )
 
 
-def _latency_figures(latency: Mapping[str, Any]) -> dict[str, float]:
-    return {"median": latency["median_ms"], "p10": latency["p10_ms"], "p90": latency["p90_ms"]}
+def _latency_figures(latency: Latency) -> LatencyFigures:
+    return LatencyFigures(median=latency.median_ms, p10=latency.p10_ms, p90=latency.p90_ms)
 
 
-def _warnings(recipe: Recipe, files: RunDirectory) -> list[str]:
+def _interval(interval: Interval) -> IntervalFigures:
+    return IntervalFigures(value=interval.value, low=interval.low, high=interval.high)
+
+
+def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
+    """The files in fewer bits; they were timed behind the dense and the pruned one."""
+    timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
+    for variant, measured, speedup in timed:
+        yield VariantFigures(
+            **asdict(variant), latency_ms=_latency_figures(measured), speedup=_interval(speedup)
+        )
+
+
+def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
     """What a reader should know before trusting the figures."""
-    found: list[str] = []
-    cut = files.result("cut")
-    choice, subject, asked = cut.get("choice", {}), "The target was not met as asked", "Asked"
-    if wants_attempts(recipe):
-        found += _accuracy_warnings(recipe, files)
-        subject, asked = (
-            "The attempt that was taken did not meet its target",
-            "The attempt that was taken asked",
-        )
-    shortfall = files.result("sparsify").get("shortfall")  # runs of before it was noted have none
+    tested, shortfall = files.result("cut", TestedCut), files.result("sparsify", SparsifyResult).shortfall
+    cut, effect, attempts = tested.cut, tested.effect, _attempts(files)
+    subject, asked = "The target was not met as asked", "Asked"
+    if attempts is not None:
+        yield from _accuracy_warnings(recipe, files, attempts)
+        subject = "The attempt that was taken did not meet its target"
+        asked = "The attempt that was taken asked"
     if shortfall:
-        found.append(f"The penalty fell short of its target: {shortfall}.")
-    if choice.get("remark"):
-        found.append(f"{subject}: {choice['remark']}.")
-    elif missed := _missed_speed(asked, choice, files.result("benchmark")["latency"]):
-        found.append(missed)
-    if cut["removed_live"]:
-        found.append(
-            f"{cut['removed_live']} of the {cut['removed']} channels removed were not zero: the cut was not lossless."
+        yield f"The penalty fell short of its target: {shortfall}."
+    if cut.choice is not None and cut.choice.remark:
+        yield f"{subject}: {cut.choice.remark}."
+    elif cut.choice is not None:
+        yield from _missed_speed(asked, cut.choice, files.result("benchmark", BenchmarkResult).latency)
+    if cut.removed_live:
+        yield (
+            f"{cut.removed_live} of the {cut.removed} channels removed were not zero: the cut was not lossless."
         )
-    elif cut["max_abs_logit_change"] > 1e-4 * cut["max_abs_logit"]:
-        found.append(
+    elif effect.max_abs_logit_change > 1e-4 * effect.max_abs_logit:
+        yield (
             "The cut changed the logits although every channel removed was zero: an activation turns zero into a "
             "constant, which a padded convolution does not read as one."
         )
-    graphs = [files.result("export")[name].get("graph") for name in ("dense", "pruned")]
-    if all(graphs) and graphs[1]["plain"] > graphs[0]["plain"]:
-        found.append(
-            f"The cut pushed {graphs[1]['plain'] - graphs[0]['plain']} convolutions out of ONNX Runtime's blocked "
-            "layout, and outside they are slow: channels that are no multiple of 4, or narrow groups of a number that "
-            "cannot be merged; set cut.round_to: auto."
+    exported = files.result("export", ExportResult)
+    pushed_out = exported.pruned.graph.plain - exported.dense.graph.plain
+    if pushed_out > 0:
+        yield (
+            f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, and outside they are "
+            "slow: channels that are no multiple of 4, or narrow groups of a number that cannot be merged; set "
+            "cut.round_to: auto."
         )
-    if files.result("dense")["data"]["test"] < 1000:
-        n = files.result("dense")["data"]["test"]
-        found.append(f"The test set has {n} images: one image is {1 / n:.4f} of accuracy.")
-    return found
+    if (n := files.result("dense", DenseResult).data.test) < 1000:
+        yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
 
 
-def _accuracy_warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
+def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResult) -> Iterator[str]:
     """What to know of a budget of accuracy: that it was not met, or is finer than the validation images can tell."""
-    notes, n = files.result("attempts"), files.result("dense")["data"]["validation"]
-    if notes["remark"]:
-        yield f"The target was not met as asked: {notes['remark']}."
-    assert recipe.cut.target is not None
-    budget, accuracy = recipe.cut.target.max_accuracy_drop or 0.0, notes["dense_accuracy"]
+    if found.remark:
+        yield f"The target was not met as asked: {found.remark}."
+    n = files.result("dense", DenseResult).data.validation
+    budget, accuracy = Target.of(recipe.cut.target).max_accuracy_drop or 0.0, found.dense_accuracy
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     if budget < error:
         yield (
@@ -203,15 +247,15 @@ def _accuracy_warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
         )
 
 
-def _missed_speed(asked: str, choice: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
+def _missed_speed(asked: str, choice: ChoiceFound, latency: LatencyComparison) -> Iterator[str]:
     """What to say if the last measurement is further from the speed asked for than the choice of channels was."""
-    measured = latency["speedups"][0]["value"]
-    if "asked" not in choice or abs(measured / choice["asked"] - 1) <= SPEED_TOLERANCE:
-        return ""
-    return (
-        f"{asked} for a speed-up of {choice['asked']:.3g}, the benchmark measured {measured:.3g}. When the channels "
-        f"were chosen, {choice['found']['measured']:.3g} was measured for them: so far apart are two measurements on "
-        "this machine."
+    measured = latency.speedups[0].value
+    if choice.asked is None or choice.found is None or abs(measured / choice.asked - 1) <= SPEED_TOLERANCE:
+        return
+    yield (
+        f"{asked} for a speed-up of {choice.asked:.3g}, the benchmark measured {measured:.3g}. When the channels "
+        f"were chosen, {choice.found.measured:.3g} was measured for them: so far apart are two measurements on this "
+        "machine."
     )
 
 

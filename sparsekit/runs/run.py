@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +22,7 @@ from sparsekit.machine import library_versions
 from sparsekit.recipe.reading import dump_recipe
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.repair.recalibration import recalibrate_batchnorms
-from sparsekit.runs.arguments import (
-    PhaseSpec,
-    augmentation,
-    build_model,
-    group_options,
-    train_options,
-    wants_baseline,
-)
+from sparsekit.runs.arguments import Arguments, build_model
 from sparsekit.runs.rehearsal import Inputs
 from sparsekit.runs.run_directory import RunDirectory
 from sparsekit.structure.groups import ChannelGroups
@@ -40,7 +33,7 @@ from sparsekit.training.evaluate import evaluate
 from sparsekit.training.loader import make_loader
 from sparsekit.training.loop import fit
 from sparsekit.training.models import load_weights_, save_weights
-from sparsekit.training.options import Distillation, Loader, StepHook
+from sparsekit.training.options import Distillation, Loader, StepHook, TrainOptions
 
 # Parity is checked on this many validation images.
 _PARITY_IMAGES = 64
@@ -50,7 +43,10 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a stage works with. `origin` is the run that the dense model is of, where that is another."""
+    """Everything a stage works with.
+
+    `origin` is the run that the dense model is of, where that is another. `arguments` follow from the recipe.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -58,6 +54,10 @@ class Run:
     accelerator: Accelerator
     console: Console
     origin: RunDirectory | None = None
+    arguments: Arguments = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", Arguments.of(self.recipe))
 
     def say(self, message: str) -> None:
         """Print a line and put it in run.log (once, in a run of several processes)."""
@@ -94,7 +94,7 @@ class Run:
 
     def find_groups(self, model: nn.Module) -> ChannelGroups:
         """Its channel groups, as the recipe has them cut."""
-        return find_groups(model, self.example, **group_options(self.recipe))
+        return find_groups(model, self.example, **self.arguments.grouping)
 
     def loader(self, images: Images, training: bool) -> Loader:
         """Batches of a split, augmented in training."""
@@ -105,14 +105,14 @@ class Run:
             training=training,
             batch_size=spec.batch_size if training else spec.eval_batch_size or spec.batch_size,
             workers=spec.workers,
-            augment=augmentation(self.recipe) if training else None,
+            augment=self.arguments.augment if training else None,
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def train(
         self,
         model: nn.Module,
-        phase: PhaseSpec,
+        options: TrainOptions,
         name: str,
         tick: Callable[[], None],
         *,
@@ -121,7 +121,7 @@ class Run:
         first_epoch: int = 0,
     ) -> None:
         """One phase of training, resumed from its state file if there is one."""
-        if not phase.epochs:
+        if not options.epochs:
             return
         shown = name.partition("-")[0]
 
@@ -133,7 +133,7 @@ class Run:
         history = fit(
             model,
             (self.loader(self.inputs.data.train, True), self.loader(self.inputs.data.validation, False)),
-            train_options(self.recipe, phase),
+            options,
             phase=name,
             seed=self.recipe.seed,
             accelerator=self.accelerator,
@@ -178,7 +178,7 @@ class Run:
 
     def final_dense(self) -> nn.Module:
         """The dense model that the pruned one is compared with: the baseline, or what there was without one."""
-        return self.weights("baseline" if wants_baseline(self.recipe) else "dense")
+        return self.weights("baseline" if self.arguments.trains_baseline else "dense")
 
     def validation_images(self) -> Tensor:
         """The first validation images, (n, channels, height, width), on the device."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from sparsekit.errors import FileError
 from sparsekit.files import write_json, write_text
+from sparsekit.runs.results import Result, as_json, from_json
 
 
 @dataclass
@@ -136,23 +137,31 @@ class RunDirectory:
         stage.seconds = seconds
         self._write_journal()
 
-    def finish(self, stage: StageRecord, result: Mapping[str, Any]) -> None:
-        """Note that a stage is done and what it found."""
-        stage.status, stage.result = "done", dict(result)
+    def finish(self, stage: StageRecord, result: object) -> None:
+        """Note that a stage is done and what it found, one of `results`."""
+        stage.status, stage.result = "done", as_json(result)
         self._write_journal()
 
-    def note(self, name: str, found: Mapping[str, Any]) -> None:
+    def note(self, name: str, found: object) -> None:
         """Note what a stage that goes on has found so far; from then on it keeps its settings."""
-        self.stages[name].result = dict(found)
+        self.stages[name].result = as_json(found)
         self._write_journal()
 
     def is_done(self, name: str) -> bool:
         """Whether a stage is finished."""
         return name in self.stages and self.stages[name].status == "done"
 
-    def result(self, name: str) -> dict[str, Any]:
-        """What a finished stage found, or what one that goes on has noted so far ({}: nothing)."""
-        return self.stages[name].result
+    def has_result(self, name: str) -> bool:
+        """Whether a stage has found anything: it is done, or goes on and has noted something."""
+        return name in self.stages and bool(self.stages[name].result)
+
+    def result(self, name: str, kind: type[Result]) -> Result:
+        """What a finished stage found, or what one that goes on has noted so far.
+
+        Raises FileError if the journal holds no such result.
+        """
+        with _refusing_damage(self._journal):
+            return from_json(kind, self.stages[name].result)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one epoch; a row of the same phase and epoch is replaced."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.errors import FileError
+from sparsekit.runs.results import TestedCut
 from sparsekit.runs.run import Run
 
 
@@ -21,7 +22,7 @@ class Stage:
     """
 
     name: str
-    body: Callable[[Run, Callable[[], None]], dict[str, Any]]
+    body: Callable[[Run, Callable[[], None]], object]
     sections: tuple[str, ...]
     leaves: tuple[str, ...] = ()
 
@@ -71,17 +72,5 @@ def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None
         for state in run.files.training_states(name):
             state.unlink()  # only an unfinished stage needs it
     run.accelerator.wait_for_everyone()
-    run.say(f"{name}: {record.seconds:.1f} s{_told(result)}")
-
-
-def _told(result: Mapping[str, Any]) -> str:
-    """What a finished stage says besides its duration."""
-    text = ""
-    if "removed" in result:
-        text += f"; {result['removed']} of {result['channels']} channels removed"
-    if "accuracy_before_cut" in result:
-        text += (
-            f", test accuracy {result['accuracy_before_cut']:.4f} -> {result['accuracy_after_cut']:.4f}, largest logit "
-            f"change {result['max_abs_logit_change']:.1e}"
-        )
-    return text
+    told = f"; {result}" if isinstance(result, TestedCut) else ""
+    run.say(f"{name}: {record.seconds:.1f} s{told}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsekit.selection.importance import channel_scores
+from sparsekit.selection.importance import filter_norms
 from sparsekit.selection.rounding import keep_too
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks
@@ -21,16 +21,14 @@ from sparsekit.surgery.constants import (
 )
 
 
-def keep_carriers(
-    model: nn.Module, groups: ChannelGroups, masks: Masks, *, round_to: int | Mapping[str, int] = 1
-) -> Masks:
-    """`masks` with a carrier kept in each group that would lose constants for want of one.
+def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Masks:
+    """Keep one channel more in each group that would otherwise lose constants; returns new masks.
 
-    That is the dropped channel with the largest constant, summed over the layers that lose any. It takes the
-    place of a kept channel that is dead and reads 0 everywhere, such as one that came back to fill a multiple of
-    `round_to` (of the layers' channels, or for each group of its own). Where there is none the group keeps one channel
-    more, rounded up again. At most one comes back in
-    a group; masks of groups that lose nothing are returned as they are.
+    A dead channel behind a BatchNorm is a constant, and a padded layer can be given it only by a channel that carries
+    it (`apply_plan` merges the others into that one). The carrier is the dropped channel with the largest constant,
+    summed over the layers that lose any. It takes the place of a kept channel that is dead and reads 0 everywhere, such
+    as one that came back to fill a multiple. Where there is none the group keeps one channel more, rounded up again. At
+    most one comes back in a group; masks of groups that lose nothing are returned as they are.
     """
     kept = dict(masks)
     cut = [group for group in groups.free if group.name in kept and not bool(kept[group.name].all())]
@@ -38,16 +36,15 @@ def keep_carriers(
     stays = {tensor: torch.ones(len(reading.low), dtype=torch.bool) for tensor, reading in readings.items()}
     plain = plain_layers(model, readings)
     merging = {tensor: readings[tensor] for tensor, module in plain.items() if not bias_is_exact(module)}
-    scores = channel_scores(model, groups)
+    norms = filter_norms(model, groups)
     for group in cut:
         _mark_(stays, group, kept[group.name])
     for group in cut:
         channel = _missing_carrier(group, merging, stays)
         if channel is not None:
-            ranks = scores[group.name]
-            spare = (ranks == 0) & _reads_zero(group, readings)
-            multiple = group.multiple(round_to) if isinstance(round_to, int) else round_to[group.name]
-            kept[group.name] = keep_too(kept[group.name], channel, spare, ranks, multiple)
+            importance = norms[group.name]
+            spare = (importance == 0) & _reads_zero(group, readings)
+            kept[group.name] = keep_too(kept[group.name], channel, spare, importance, group.rounding.multiple)
             _mark_(stays, group, kept[group.name])
     return kept
 
@@ -76,7 +73,7 @@ def _missing_carrier(
         usable = reading.carriers & ~stays[member.tensor]
         lost = reading.constants.abs().where(usable, 0.0)[list(member.positions)]
         size += lost.reshape(-1, member.repeat).amax(1)
-    # What is no larger than the noise of an observation is not worth a channel.
+    # What is no larger than the noise of an observation does not earn a channel.
     return int(size.argmax()) if bool((size > CONSTANT_TOLERANCE).any()) else None
 
 

@@ -1,11 +1,16 @@
-"""What channels cost: one model of MACs, parameters, channels and latency for all who ask."""
+"""What channels cost: one model of MACs, params, channels and latency, for all who ask.
+
+A cost is a sum of terms, one a layer or tensor. A term is a function of the sizes of its dimensions, and a size is what
+stays in any case plus what the channels bring that are kept.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +18,17 @@ from torch import Tensor
 
 from sparsekit.errors import InputError
 from sparsekit.options import Quantity
-from sparsekit.structure.groups import ChannelGroups, LayerCost
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 
 Array = NDArray[np.float64]
+Counts = Mapping[str, Array | float]
 # A dimension: the indices that stay in any case, and how many more each kept channel of a group brings.
 _Dimension = tuple[float, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class CostTerm:
-    """One addend of a cost: `of` its dimensions' sizes; 0 where one of `gates` (blocks that go as a whole) is shut."""
+    """One addend of a cost: `of` its dimensions' sizes; 0 where one of `gates`, which are whole blocks, is gone."""
 
     dimensions: tuple[_Dimension, ...]
     of: Callable[..., Array | float]
@@ -30,10 +36,11 @@ class CostTerm:
 
     @property
     def names(self) -> set[str]:
+        """The groups that it depends on."""
         return {*self.gates, *(name for _, brings in self.dimensions for name in brings)}
 
-    def at(self, counts: Mapping[str, Array | float]) -> Array | float:
-        """Its value; counts may be arrays that broadcast against each other."""
+    def at(self, counts: Counts) -> Array | float:
+        """Its value where so many channels of each group are kept; counts may be arrays that broadcast."""
         sizes = [
             base + sum((brings[name] * counts[name] for name in brings), start=0.0)
             for base, brings in self.dimensions
@@ -43,52 +50,113 @@ class CostTerm:
             value = np.multiply(value, np.asarray(counts[gate]) > 0)
         return value
 
+    def per_channel(self, counts: Counts) -> dict[str, float]:
+        """By group one channel's part of the value: value x what it brings / size, over all dimensions it is in."""
+        value = float(self.at(counts))
+        parts = dict.fromkeys(self.gates, value)
+        for base, brings in self.dimensions:
+            size = base + sum(float(each * counts[name]) for name, each in brings.items())
+            for name, each in brings.items():
+                parts[name] = parts.get(name, 0.0) + value * each / size
+        return parts
 
-def terms_by_group(terms: Sequence[CostTerm]) -> dict[str, list[CostTerm]]:
-    touching: dict[str, list[CostTerm]] = {}
-    for term in terms:
-        for name in term.names:
-            touching.setdefault(name, []).append(term)
-    return touching
 
+class CostModel:
+    """The costs of one model as functions of how many channels each group keeps.
 
-def cost_terms(groups: ChannelGroups, quantity: Quantity) -> list[CostTerm] | None:
-    """The addends of a quantity; None for latencies that have not been measured."""
-    shapes = {layer.weight: layer.shape for layer in groups.layers} | dict(groups.tensor_shapes)
-    brought: dict[tuple[str, int], dict[str, float]] = {}
-    for group in groups.free:
-        for member in group.members if not group.bypass else ():
-            if member.role != "size":
-                dimension = brought.setdefault((member.tensor, member.dim), {})
-                dimension[group.name] = dimension.get(group.name, 0.0) + member.repeat
-    sizes = {group.name: group.n_channels for group in groups.free}
-    gates = [group for group in groups.free if group.bypass]
+    Counts are by group name; a group that is not named keeps all. With `frozen` the channels of groups that must stay
+    are counted too, to ask what they cost.
+    """
 
-    def term(tensor: str, n_dims: int, of: Callable[..., Array | float]) -> CostTerm:
-        dimensions = []
-        for dim, size in enumerate(shapes[tensor][:n_dims]):
-            brings = brought.get((tensor, dim), {})
-            base = size - sum(each * sizes[name] for name, each in brings.items())
-            dimensions.append((float(base), brings))
-        shut = tuple(gate.name for gate in gates if tensor.startswith(f"{gate.bypass}."))
-        return CostTerm(tuple(dimensions), of, shut)
+    def __init__(self, groups: ChannelGroups, *, frozen: bool = False) -> None:
+        self._groups = groups
+        self._counted = groups.groups if frozen else groups.free
+        self._all: dict[str, float] = {group.name: float(group.n_channels) for group in self._counted}
+        self._terms: dict[Quantity, tuple[CostTerm, ...]] = {}
 
-    if quantity == "latency":
-        if any(layer.curve is None for layer in groups.layers):
-            return None
-        return [term(layer.weight, 2, layer.curve.at) for layer in groups.layers if layer.curve is not None]
-    if quantity == "channels":
-        return [
-            CostTerm(
-                ((0.0, {group.name: 1.0}),),
-                _product(1),
-                tuple(g.name for g in gates if g is not group and group.lies_in(g.bypass)),
+    def terms(self, quantity: Quantity) -> tuple[CostTerm, ...]:
+        """The addends of a quantity. Raises InputError for a latency that has not been measured."""
+        if quantity not in self._terms:
+            self._terms[quantity] = tuple(self._make(quantity))
+        return self._terms[quantity]
+
+    def of(self, quantity: Quantity, counts: Counts | None = None) -> float:
+        """What the model costs with so many channels left."""
+        full: Counts = self._all if counts is None else self._all | dict(counts)
+        return float(sum(term.at(full) for term in self.terms(quantity)))
+
+    def share(self, quantity: Quantity, masks: Mapping[str, Tensor]) -> float:
+        """What keep-masks (True = keep) leave of a quantity, in [0, 1]; 1 where there is none of it."""
+        dense = self._dense(quantity)
+        counts = {name: float(mask.sum()) for name, mask in masks.items() if name in self._all}
+        return self.of(quantity, counts) / dense if dense else 1.0
+
+    def per_channel(self, quantity: Quantity) -> dict[str, float]:
+        """What one channel of each group costs at the widths that the model has now, by group name."""
+        costs = dict.fromkeys(self._all, 0.0)
+        for term in self.terms(quantity):
+            for name, part in term.per_channel(self._all).items():
+                costs[name] += part
+        return costs
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether every layer has a latency."""
+        return all(layer.curve is not None for layer in self._groups.layers)
+
+    def _dense(self, quantity: Quantity) -> float:
+        return self.of(quantity)
+
+    def _make(self, quantity: Quantity) -> list[CostTerm]:
+        groups = self._groups
+        if quantity == "channels":
+            return [self._of_channels(group) for group in self._counted]
+        if quantity == "params":
+            shapes = groups.tensor_shapes
+            return [self._term(name, shapes[name], _product(1)) for name in groups.parameters]
+        if quantity == "macs":
+            return [self._term(one.weight, one.shape, _product(one.positions)) for one in groups.layers]
+        if not self.is_measured:
+            raise InputError(
+                "the layers' latencies have not been measured; take the groups that sparsekit.measure_layers returns"
             )
-            for group in groups.free
-        ]
-    if quantity == "macs":
-        return [term(layer.weight, len(layer.shape), _product(layer.positions)) for layer in groups.layers]
-    return [term(name, len(shapes[name]), _product(1)) for name in groups.parameters]
+        return [self._term(x.weight, x.shape[:2], x.curve.at) for x in groups.layers if x.curve is not None]
+
+    def _of_channels(self, group: ChannelGroup) -> CostTerm:
+        gates = (g.name for g in self._blocks if g is not group and group.lies_in(g.bypass))
+        return CostTerm(((0.0, {group.name: 1.0}),), _product(1), tuple(gates))
+
+    def _term(self, tensor: str, shape: Sequence[int], of: Callable[..., Array | float]) -> CostTerm:
+        dimensions = []
+        for dim, size in enumerate(shape):
+            brings = self._brought.get((tensor, dim), {})
+            base = size - sum(each * self._all[name] for name, each in brings.items())
+            dimensions.append((float(base), brings))
+        return CostTerm(tuple(dimensions), of, tuple(self._gates.get(tensor, ())))
+
+    @cached_property
+    def _blocks(self) -> list[ChannelGroup]:
+        return [group for group in self._counted if group.bypass]
+
+    @cached_property
+    def _gates(self) -> dict[str, list[str]]:
+        """By tensor the blocks that it goes with."""
+        gates: dict[str, list[str]] = {}
+        for block in self._blocks:
+            for member in block.members:
+                gates.setdefault(member.tensor, []).append(block.name)
+        return gates
+
+    @cached_property
+    def _brought(self) -> dict[tuple[str, int], dict[str, float]]:
+        """By tensor and dimension, how many of its indices one channel of each group owns."""
+        brought: dict[tuple[str, int], dict[str, float]] = {}
+        for group in self._counted:
+            for member in group.members if not group.bypass else ():
+                if member.role != "size":
+                    dimension = brought.setdefault((member.tensor, member.dim), {})
+                    dimension[group.name] = dimension.get(group.name, 0.0) + member.repeat
+        return brought
 
 
 def _product(factor: float) -> Callable[..., Array | float]:
@@ -106,7 +174,7 @@ def channel_macs(groups: ChannelGroups) -> dict[str, float]:
 
     At the widths the model has now; a layer between two groups counts in both.
     """
-    return _channel_costs(groups, {layer.weight: float(layer.macs) for layer in groups.layers})
+    return CostModel(groups).per_channel("macs")
 
 
 def channel_latencies(groups: ChannelGroups) -> dict[str, float]:
@@ -114,32 +182,12 @@ def channel_latencies(groups: ChannelGroups) -> dict[str, float]:
 
     Raises InputError for groups that `measure_layers` has not measured.
     """
-    return _channel_costs(groups, {layer.weight: _measured(layer) for layer in groups.layers})
-
-
-def _channel_costs(groups: ChannelGroups, of_layer: Mapping[str, float]) -> dict[str, float]:
-    shapes = {layer.weight: layer.shape for layer in groups.layers}
-    return {
-        group.name: sum(
-            of_layer[m.tensor] * m.repeat / shapes[m.tensor][m.dim]
-            for m in group.members
-            if m.role != "size" and m.tensor in of_layer
-        )
-        for group in groups.free
-    }
-
-
-def _measured(layer: LayerCost) -> float:
-    if layer.ms is None:
-        raise InputError(
-            "the layers' latencies have not been measured; take the groups that sparsekit.measure_layers returns"
-        )
-    return layer.ms
+    return CostModel(groups).per_channel("latency")
 
 
 @dataclass(frozen=True)
 class CostShare:
-    """What masks would leave, as fractions in (0, 1] of the dense model's layer MACs, parameters and channels.
+    """What keep-masks would leave, as fractions in (0, 1] of the dense model's layer MACs, params and channels.
 
     `latency`: of the time that the dense model takes, by the curves of its layers; NaN where it was not measured.
     """
@@ -151,44 +199,17 @@ class CostShare:
 
 
 def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
-    """Share of MACs, parameters and free channels that the keep-masks (True = keep) would leave.
+    """Share of MACs, params, free channels and latency that the keep-masks (True = keep) would leave.
 
     MACs are those of convolutions and linear layers: products between activations (attention scores) depend on
     no weight and are left out.
     """
-    kept_counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    removed: dict[tuple[str, int], int] = {}
-    gone_channels = 0
-    bypassed = [group.bypass for group in groups.free if group.bypass and kept_counts.get(group.name) == 0]
-    for group in groups.free:
-        gone = group.n_channels - kept_counts.get(group.name, group.n_channels)
-        if any(group.lies_in(block) for block in bypassed):
-            gone = group.n_channels
-        gone_channels += gone
-        for member in group.members if gone else ():
-            key = (member.tensor, member.dim)
-            removed[key] = removed.get(key, 0) + gone * member.repeat
-
-    def sizes_left(tensor: str, shape: tuple[int, ...]) -> list[int]:
-        # A block that goes as a whole may have lost channels as well.
-        return [max(size - removed.get((tensor, dim), 0), 0) for dim, size in enumerate(shape)]
-
-    def left(tensor: str, shape: tuple[int, ...]) -> int:
-        return prod(sizes_left(tensor, shape))
-
-    dense_macs = sum(layer.macs for layer in groups.layers)
-    dense_ms = sum(math.nan if layer.ms is None else layer.ms for layer in groups.layers)
-    ms = sum(
-        math.nan if layer.curve is None else float(layer.curve.at(*sizes_left(layer.weight, layer.shape)[:2]))
-        for layer in groups.layers
-    )
-    macs = sum(left(layer.weight, layer.shape) * layer.positions for layer in groups.layers)
-    dense_params = sum(prod(groups.tensor_shapes[name]) for name in groups.parameters)
-    params = sum(left(name, groups.tensor_shapes[name]) for name in groups.parameters)
-    channels = sum(group.n_channels for group in groups.free)
+    costs = CostModel(groups)
+    quantities: tuple[Quantity, ...] = get_args(Quantity)
     return CostShare(
-        macs=macs / dense_macs if dense_macs else 1.0,
-        params=params / dense_params if dense_params else 1.0,
-        channels=1 - gone_channels / channels if channels else 1.0,
-        latency=ms / dense_ms if dense_ms else math.nan,
+        **{
+            q: costs.share(q, masks)
+            for q in quantities
+            if q != "latency" or (costs.is_measured and groups.layers)
+        }
     )

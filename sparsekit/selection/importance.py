@@ -1,4 +1,4 @@
-"""Per-channel numbers used to rank: the norm of the filter each channel has once its BatchNorm is folded in."""
+"""How important channels are by their weights: the norms of their filters, once a BatchNorm is folded in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.masks import Scores
 
 
 def rows(tensor: Tensor, member: Member) -> Tensor:
@@ -19,18 +20,18 @@ def rows(tensor: Tensor, member: Member) -> Tensor:
     return moved.reshape(len(member.positions) // member.repeat, -1)
 
 
-def channel_scores(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
-    """Score (n_channels,) of each free group, on the CPU in float64, comparable within a group.
+def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
+    """The norm of each channel's filters (n_channels,) in every free group; comparable within a group.
 
-    score_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps), the norm of the filter after folding
-    the BatchNorm that follows directly; without one the factor is 1. Gates and norms elsewhere do not count.
+    norm_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps), after folding the BatchNorm that
+    follows directly; without one the factor is 1. Gates and norms elsewhere do not count. On the CPU, in float64.
     """
     state = model.state_dict()
     modules = dict(model.named_modules())
-    return {group.name: _group_score(group, state, modules) for group in groups.free}
+    return {group.name: _group_norms(group, state, modules) for group in groups.free}
 
 
-def _group_score(group: ChannelGroup, state: dict[str, Tensor], modules: dict[str, nn.Module]) -> Tensor:
+def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[str, nn.Module]) -> Tensor:
     total = torch.zeros(group.n_channels, dtype=torch.float64)
     for member in group.of_role("producer"):
         weighs = member.norm is not None or member.penalised
@@ -54,17 +55,17 @@ def _folded_scale(norm: nn.Module) -> Tensor:
     return scale
 
 
-def channel_worth(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
-    """What each channel (n_channels,) of the free groups is worth by its filters, comparable across groups, on the CPU.
+def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
+    """How much of its layers' output each channel makes (n_channels,), in MACs; comparable across groups.
 
-    worth_c = sum over the layers that make the channel of MACs x ||W_c||^2 / ||W||^2, norms after folding a BatchNorm
-    that follows: the share of the layer's output that is the channel's, in multiply-accumulates. 0 of channels that are
-    zero; infinite of others that no layer makes (of bare parameters, whole blocks): no filter tells their worth.
+    importance_c = sum over the layers that make the channel of MACs x ||W_c||^2 / ||W||^2, norms after folding a
+    BatchNorm that follows: the channel's share of the layer's output. 0 for channels that are zero; infinite for others
+    that no layer makes (bare parameters, whole blocks), because no filter tells how important they are. On the CPU.
     """
     state, modules = model.state_dict(), dict(model.named_modules())
     macs = {layer.weight: layer.macs for layer in groups.layers}
     zeros = zero_channels(model, groups)
-    worth = {}
+    shares = {}
     for group in groups.free:
         makers = [m for m in (*group.of_role("producer"), *group.of_role("depthwise")) if m.tensor in macs]
         total = torch.full((group.n_channels,), 0.0 if makers else torch.inf, dtype=torch.float64)
@@ -75,8 +76,8 @@ def channel_worth(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
             share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
             own = share[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
             total += macs[member.tensor] * own
-        worth[group.name] = torch.where(zeros[group.name], 0.0, total)
-    return worth
+        shares[group.name] = torch.where(zeros[group.name], 0.0, total)
+    return shares
 
 
 def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
@@ -94,3 +95,8 @@ def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
             dead &= (rows(state[member.tensor], member) == 0).all(1).cpu()
         zeros[group.name] = dead
     return zeros
+
+
+def all_alike(groups: ChannelGroups) -> Scores:
+    """Importance that is the same for all channels, to ask how far costs can fall."""
+    return {group.name: torch.ones(group.n_channels) for group in groups.free}

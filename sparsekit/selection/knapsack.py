@@ -1,9 +1,10 @@
-"""Which channels to keep under a budget of latency, multiply-accumulates or parameters: the most worth that fits in.
+"""Which channels to keep under limits on latency, MACs, params or channels: as much importance as fits.
 
 A knapsack whose items depend on each other: what a channel costs depends on how many others its layers keep. Channels
-of a group go in the order of their worth, in whole blocks, so a solution is how many each group keeps. Its value is
+of a group go in the order of their importance, in whole steps, so a solution is how many each group keeps. It
+maximises
 
-    sum over groups of W log(kept worth / W),    W the worth of the whole group
+    sum over groups of W log(kept importance / W),    W the importance of the whole group
 
 A plain sum would empty some layers and spare others, as if the last channels of a layer could be missed as easily as
 the first. With the logarithm channels count relative to what is left beside them, and the first to go as in the sum.
@@ -22,71 +23,65 @@ from numpy.typing import NDArray
 
 from sparsekit.errors import InputError
 from sparsekit.options import Quantity
-from sparsekit.selection.costs import Array, CostTerm, cost_terms, terms_by_group
+from sparsekit.selection.costs import Array, CostModel, CostTerm
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 
 __all__ = ["choose_channels"]
+
 # What gains less than this, relative to all there is, is no gain but rounding.
 _NOTHING = 1e-9
-# The most numbers of channels to keep that a group's choice is between: more would differ by next to nothing.
+# The most numbers of channels to keep that a group's solution is between: more would differ by next to nothing.
 _MAX_OPTIONS = 64
 _MAX_SWEEPS = 20
 
 
-def choose_channels(
-    groups: ChannelGroups,
-    worth: Masks,
-    limits: Mapping[Quantity, float],
-    rounding: Mapping[str, tuple[int, int]],
-) -> Masks:
-    """Keep-masks that keep the most worth (as this module's docstring adds it up) under all `limits`.
+def choose_channels(groups: ChannelGroups, importance: Scores, limits: Mapping[Quantity, float]) -> Masks:
+    """Keep-masks that keep the most importance, as this module adds it up, under all `limits`.
 
-    `worth` >= 0 (n_channels,) of each free group, comparable across groups (`channel_worth`, or `Sparsifier.worth`);
-    infinite for groups that stay whole. `limits` are shares of the dense model's "latency" (`measure_layers` comes
-    first), "macs", "params" or "channels", in (0, 1].
-    `rounding` gives for each group in multiples of how many channels it is cut, and how many stay at least
-    (`ChannelGroup.rounding`).
+    `importance` >= 0 is (n_channels,) for each free group, comparable across groups (`sparsekit.importance`,
+    `Sparsifier.importance`), and infinite for groups that stay whole. `limits` are shares in (0, 1] of the dense
+    model's "macs", "params", "channels" or "latency" (that needs groups from `measure_layers`). Groups keep the numbers
+    of channels that their `rounding` allows.
 
-    Greedy from the whole model down, the block (or run of blocks: on a staircase the first may save nothing) with the
-    least worth for its cost first; then pairs of groups trade until no pair gains, which makes up for what the last
-    step overshot. Costs are those at the widths that the other groups have by then. Channels that are worth nothing but
-    cost nothing either may stay. Raises InputError for limits out of reach, or arguments that make no sense.
+    Greedy from the whole model down: what goes next is the step, or run of steps, with the least importance for its
+    cost (on a staircase the first may save nothing). Then pairs of groups trade until no pair gains, which makes up for
+    what the last step overshot. Costs are those at the widths that the other groups have by then. Channels of no
+    importance that cost nothing may stay. Raises InputError for limits out of reach, or arguments that make no sense.
     """
-    return Choice(groups, worth, rounding).under(limits)
+    return Knapsack(groups, importance).under(limits)
 
 
-class Choice:
-    """Finds masks for one model and one worth of its channels, under any limits.
+class Knapsack:
+    """Finds masks for one model and one importance of its channels, under any limits.
 
-    Raises InputError for worth that does not fit the groups.
+    Raises InputError for importance that does not fit the groups.
     """
 
-    def __init__(self, groups: ChannelGroups, worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, groups: ChannelGroups, importance: Scores) -> None:
         self._groups = groups
-        self._terms = {quantity: cost_terms(groups, quantity) for quantity in get_args(Quantity)}
+        self._costs = CostModel(groups)
         self._order: dict[str, torch.Tensor] = {}
         self._options: dict[str, NDArray[np.int64]] = {}
-        self._value: dict[str, Array] = {}  # of each option
+        self._objective: dict[str, Array] = {}  # of each option
         for group in groups.free:
-            values = _checked(group, worth).double().cpu()
+            values = _checked(group, importance).double().cpu()
             order = values.argsort(descending=True, stable=True)
             sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
-            multiple, least = rounding[group.name]
-            options = _counts(group.n_channels, multiple, least)
+            options = _counts(group)
             if not bool(values.isfinite().all()):
                 options, sums = options[-1:], np.zeros_like(sums)
             self._order[group.name], self._options[group.name] = order, options
-            self._value[group.name] = _value(sums[options])
+            self._objective[group.name] = _objective(sums[options])
         self._dense = {name: len(options) - 1 for name, options in self._options.items()}
-        self._all_worth = sum(float(value[-1]) for value in self._value.values())
+        self._all = sum(float(objective[-1]) for objective in self._objective.values())
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
         """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
         for quantity, share in limits.items():
-            if quantity not in self._terms or not 0 < share <= 1:
+            if quantity not in get_args(Quantity) or not 0 < share <= 1:
                 raise InputError(
-                    f"limits must be shares in (0, 1] of {', '.join(self._terms)}, got {quantity}: {share}"
+                    f"limits must be shares in (0, 1] of {', '.join(get_args(Quantity))}, got {quantity}: {share}"
                 )
         chosen = self._traded(self._greedy(limits), limits)
         masks = {}
@@ -102,15 +97,7 @@ class Choice:
 
     def _cost(self, quantity: Quantity, chosen: Mapping[str, int]) -> float:
         counts = {name: float(self._options[name][option]) for name, option in chosen.items()}
-        return float(sum(term.at(counts) for term in self._measured_terms(quantity)))
-
-    def _measured_terms(self, quantity: Quantity) -> Sequence[CostTerm]:
-        terms = self._terms[quantity]
-        if terms is None:
-            raise InputError(
-                "a limit on latency needs the layers' latencies; take the groups that sparsekit.measure_layers returns"
-            )
-        return terms
+        return self._costs.of(quantity, counts)
 
     def _greedy(self, limits: Mapping[Quantity, float]) -> dict[str, int]:
         """Down from the dense model until all limits are met, the lowest first."""
@@ -121,8 +108,8 @@ class Choice:
         return chosen
 
     def _descend(self, chosen: dict[str, int], quantity: Quantity, allowed: float) -> None:
-        terms = self._measured_terms(quantity)
-        touching = terms_by_group(terms)
+        terms = self._costs.terms(quantity)
+        touching = _by_group(terms)
         cost = self._cost(quantity, chosen)
         version = dict.fromkeys(chosen, 0)
         heap: list[tuple[float, str, int, int, float]] = []
@@ -150,13 +137,13 @@ class Choice:
     def _best_drop(
         self, name: str, chosen: Mapping[str, int], terms: Sequence[CostTerm]
     ) -> tuple[float, int, float] | None:
-        """The drop to fewer channels that loses the least worth for its cost: that ratio, the option, the saving."""
+        """The drop that loses the least importance for its cost: that ratio, the option dropped to, the saving."""
         option = chosen[name]
         if option == 0 or not terms:
             return None
         costs = self._costs_of_options(name, chosen, terms)
         saved = costs[option] - costs[:option]
-        lost = self._value[name][option] - self._value[name][:option]
+        lost = self._objective[name][option] - self._objective[name][:option]
         helps = saved > _NOTHING * abs(costs[option])
         if not helps.any():
             return None
@@ -173,7 +160,7 @@ class Choice:
         """Better by trades between two groups (or one alone), until there is none."""
         allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
         costs = {q: self._cost(q, chosen) for q in allowed}
-        touching = {q: terms_by_group(self._measured_terms(q)) for q in allowed}
+        touching = {q: _by_group(self._costs.terms(q)) for q in allowed}
         names = [name for name in chosen if len(self._options[name]) > 1]
         pairs = list(combinations(names, 2)) or [(name, name) for name in names]
         changed = set(names)
@@ -209,13 +196,13 @@ class Choice:
     ) -> dict[str, int] | None:
         first, second = pair
         rows, columns = self._options[first].astype(float), self._options[second].astype(float)
-        kept = self._value[first][:, None] + self._value[second][None]
+        kept = self._objective[first][:, None] + self._objective[second][None]
         here = chosen[first], chosen[second]
         if first == second:
-            kept, here = self._value[first][:, None], (chosen[first], 0)
+            kept, here = self._objective[first][:, None], (chosen[first], 0)
             columns = np.zeros(1)
         gain = kept - kept[here]
-        possible = gain > _NOTHING * max(self._all_worth, _NOTHING)
+        possible = gain > _NOTHING * max(self._all, _NOTHING)
         counts: dict[str, Array | float] = {n: float(self._options[n][o]) for n, o in chosen.items()}
         for quantity, by_group in touching.items():
             if not possible.any():
@@ -241,8 +228,8 @@ class Choice:
         )
 
 
-def _checked(group: ChannelGroup, worth: Masks) -> torch.Tensor:
-    values = worth.get(group.name)
+def _checked(group: ChannelGroup, importance: Scores) -> torch.Tensor:
+    values = importance.get(group.name)
     if values is None or values.shape != (group.n_channels,) or bool((values.isnan() | (values < 0)).any()):
         got = (
             "none"
@@ -250,22 +237,32 @@ def _checked(group: ChannelGroup, worth: Masks) -> torch.Tensor:
             else f"shape {tuple(values.shape)}, values {values.flatten()[:3].tolist()} ..."
         )
         raise InputError(
-            f"worth must be {group.n_channels} numbers >= 0 for the group {group.name}, got {got}"
+            f"importance must be {group.n_channels} numbers >= 0 for the group {group.name}, got {got}"
         )
     return values.detach()
 
 
-def _value(kept: Array) -> Array:
-    """W (1 + log(kept / W)) of each option, W being the last; of a whole block, which has the option 0, the worth."""
+def _objective(kept: Array) -> Array:
+    """W (1 + log(kept / W)) of each option, W being the last; of a block, which has the option 0, what is kept."""
     whole = kept[-1]
     if whole <= 0 or kept[0] == 0:
         return kept
-    value: Array = whole * (1 + np.log(kept / whole))
-    return value
+    objective: Array = whole * (1 + np.log(kept / whole))
+    return objective
 
 
-def _counts(n: int, multiple: int, least: int) -> NDArray[np.int64]:
-    """How many of n channels a group may keep, ascending: multiples, from the least on, and all."""
+def _counts(group: ChannelGroup) -> NDArray[np.int64]:
+    """How many channels a group may keep, ascending: multiples, from the least on, and all."""
+    n, multiple, least = group.n_channels, group.rounding.multiple, group.rounding.least
     multiple = max(multiple, -(-n // _MAX_OPTIONS // multiple) * multiple)
     first = -(-least // multiple) * multiple
     return np.unique([*range(first, n, multiple), n])
+
+
+def _by_group(terms: Sequence[CostTerm]) -> dict[str, list[CostTerm]]:
+    """By group the terms that depend on it."""
+    touching: dict[str, list[CostTerm]] = {}
+    for term in terms:
+        for name in term.names:
+            touching.setdefault(name, []).append(term)
+    return touching

@@ -1,26 +1,29 @@
-"""How keep-masks are rounded."""
+"""How keep-masks are rounded: channels between two multiples cost nothing, so they are given back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sparsekit.structure.groups import Rounding
 
-def round_up(mask: Tensor, ranks: Tensor, multiple: int, min_channels: int) -> Tensor:
-    """Keep as many more of the best-ranked channels as it takes to reach a multiple and the minimum.
 
-    Channels between two multiples cost nothing in ONNX Runtime, so they are given back rather than wasted.
+def round_up(mask: Tensor, importance: Tensor, rounding: Rounding) -> Tensor:
+    """Keep as many more of the most important channels as it takes to reach a multiple, and the least.
+
+    ONNX Runtime takes as long for the channels between two multiples as for the upper one. `mask` bool and
+    `importance` are (n_channels,). Never more than all channels are kept.
     """
     n = mask.numel()
-    wanted = max(int(mask.sum()), min(min_channels, n))
-    wanted = min(-(-wanted // multiple) * multiple, n)
-    order = torch.where(mask, torch.inf, ranks).argsort(descending=True, stable=True)
+    wanted = max(int(mask.sum()), min(rounding.least, n))
+    wanted = min(-(-wanted // rounding.multiple) * rounding.multiple, n)
+    order = torch.where(mask, torch.inf, importance).argsort(descending=True, stable=True)
     rounded = torch.zeros_like(mask)
     rounded[order[:wanted]] = True
     return rounded
 
 
-def keep_too(mask: Tensor, channel: int, spare: Tensor, ranks: Tensor, multiple: int) -> Tensor:
+def keep_too(mask: Tensor, channel: int, spare: Tensor, importance: Tensor, multiple: int) -> Tensor:
     """Keep `channel` as well: in the place of a kept channel that is `spare`, if there is one.
 
     Otherwise one more is kept, and the number rounded up again as in `round_up`.
@@ -29,6 +32,6 @@ def keep_too(mask: Tensor, channel: int, spare: Tensor, ranks: Tensor, multiple:
     kept[channel] = True
     replaceable = (mask & spare).nonzero().flatten()
     if not len(replaceable):
-        return round_up(kept, ranks, multiple, 1)
+        return round_up(kept, importance, Rounding(multiple))
     kept[replaceable[-1]] = False
     return kept

@@ -1,4 +1,8 @@
-"""One threshold for all groups, found so that a share is met."""
+"""One threshold for all groups, found by bisection so that the share of one quantity is met.
+
+For those who choose again and again while importance changes, such as the automatic strength: it costs a few looks at
+the cost model. `knapsack` takes longer, keeps more, and knows several limits and latencies.
+"""
 
 from __future__ import annotations
 
@@ -9,81 +13,91 @@ import torch
 
 from sparsekit.errors import InputError
 from sparsekit.options import Quantity
-from sparsekit.selection.costs import kept_share
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups
-from sparsekit.structure.masks import Masks
+from sparsekit.selection.costs import CostModel
+from sparsekit.structure.groups import ChannelGroups, Rounding
+from sparsekit.structure.masks import Masks, Scores
 
 
-def over_group_mean(ranks: Masks) -> Masks:
-    """Scores divided by their group's mean over live channels, so that groups can be ranked together."""
+def over_group_mean(importance: Scores) -> Scores:
+    """Importance over its group's mean over live channels, so that groups can be compared."""
     return {
-        name: rank / rank[rank > 0].mean() if bool((rank > 0).any()) else rank for name, rank in ranks.items()
+        name: values / values[values > 0].mean() if bool((values > 0).any()) else values
+        for name, values in importance.items()
     }
 
 
-def relative_worth(ranks: Masks) -> Masks:
-    """Squared scores over their group's mean, so that groups can be ranked together; 0 for zeros."""
-    return {name: rank.clamp_min(0).square() for name, rank in over_group_mean(ranks).items()}
+def relative_importance(importance: Scores) -> Scores:
+    """(importance / mean of its group)^2, comparable across groups; 0 for zeros."""
+    return {name: values.clamp_min(0).square() for name, values in over_group_mean(importance).items()}
 
 
-def block_worth(worth: Masks, rounding: Mapping[str, tuple[int, int]]) -> Masks:
-    """For each channel the mean worth of its block; infinite for blocks that stay in any case.
+def step_importance(importance: Scores, rounding: Mapping[str, Rounding]) -> Scores:
+    """For each channel the mean importance of its step; infinite for steps that stay in any case.
 
-    A cut keeps whole blocks of channels, so one that goes alone saves nothing. Blocks are counted from the most
-    valuable channel of a group down and have as many channels as `rounding`'s first number (the last may have fewer);
-    at least as many as its second stay.
+    A cut keeps whole steps of channels, so a channel that goes alone saves nothing. Steps are counted from the most
+    important channel of a group down and have `multiple` channels each (the last may have fewer); `least` channels
+    stay.
     """
-    ranked = {}
-    for name, values in worth.items():
-        multiple, least = rounding[name]
+    found = {}
+    for name, values in importance.items():
+        multiple, least = rounding[name].multiple, rounding[name].least
         order = values.argsort(descending=True, stable=True)
-        sorted_values = values[order]
+        ordered = values[order]
         full = len(values) // multiple * multiple
-        whole, rest = sorted_values[:full], sorted_values[full:]
+        whole, rest = ordered[:full], ordered[full:]
         means = [whole.view(-1, multiple).mean(1).repeat_interleave(multiple)]
         if len(rest):
             means.append(rest.mean().expand(len(rest)))
-        ranked[name] = torch.empty_like(values)
-        ranked[name][order] = torch.cat(means)
-        ranked[name][order[: -(-least // multiple) * multiple]] = torch.inf
-    return ranked
+        found[name] = torch.empty_like(values)
+        found[name][order] = torch.cat(means)
+        found[name][order[: -(-least // multiple) * multiple]] = torch.inf
+    return found
 
 
-def budget_threshold(
-    groups: ChannelGroups, ranks: Masks, target: Mapping[Quantity, float], finish: Callable[[Masks], Masks]
+def threshold_for_share(
+    costs: CostModel,
+    groups: ChannelGroups,
+    importance: Scores,
+    target: Mapping[Quantity, float],
+    finish: Callable[[Masks], Masks],
 ) -> float:
-    """The smallest number such that keeping every channel ranked above it meets the target.
+    """The smallest number such that keeping every channel of more importance meets the target.
 
-    `ranks` are comparable across groups; `finish` rounds masks as the cut will. The cost falls as the threshold
-    rises, so bisection over the ranks finds it. Raises InputError if even the largest does not meet the target.
+    `importance` is comparable across groups; `target` is one quantity with its share; `finish` rounds masks as the cut
+    will. The cost falls as the threshold rises, so bisection over the values finds it. Raises InputError if even the
+    largest does not meet the target.
     """
     ((quantity, wanted),) = target.items()
 
-    def share_at(cut: float) -> float:
-        return float(getattr(kept_share(groups, finish(ranked_above(ranks, cut))), quantity))
+    def share_at(threshold: float) -> float:
+        return costs.share(quantity, finish(kept_above(importance, threshold)))
 
-    # Below the lowest rank nothing goes: a target that the whole model meets costs no channel.
-    cuts: list[float] = [-math.inf, *sorted({cut for rank in ranks.values() for cut in rank.tolist()})]
-    least = share_at(cuts[-1])
+    # Below the lowest value nothing goes: a target that the whole model meets costs no channel.
+    thresholds: list[float] = [
+        -math.inf,
+        *sorted({v for values in importance.values() for v in values.tolist()}),
+    ]
+    least = share_at(thresholds[-1])
     if least > wanted:
         raise InputError(
             f"a target of {quantity} {wanted} is out of reach: keeping the fewest channels allowed leaves "
-            f"{least:.3f}. {_limits(groups.groups)} Raise the target, lower min_channels or round_to."
+            f"{least:.3f}. {_frozen_note(groups)} Raise the target, lower min_channels or round_to."
         )
-    low, high = -1, len(cuts) - 1  # share_at(cuts[high]) meets the target throughout
+    low, high = -1, len(thresholds) - 1  # share_at(thresholds[high]) meets the target throughout
     while high - low > 1:
         middle = (low + high) // 2
-        if share_at(cuts[middle]) <= wanted:
+        if share_at(thresholds[middle]) <= wanted:
             high = middle
         else:
             low = middle
-    return cuts[high]
+    return thresholds[high]
 
 
-def ranked_above(ranks: Masks, cut: float) -> Masks:
-    return {name: rank > cut for name, rank in ranks.items()}
+def kept_above(importance: Scores, threshold: float) -> Masks:
+    """Keep-masks of the channels whose importance is above the threshold."""
+    return {name: values > threshold for name, values in importance.items()}
 
 
-def _limits(groups: tuple[ChannelGroup, ...]) -> str:
+def _frozen_note(groups: ChannelGroups) -> str:
     frozen = [group for group in groups if group.frozen]
     return f"{len(frozen)} of {len(groups)} groups are frozen." if frozen else ""

@@ -61,7 +61,7 @@ class Largest:
         return torch.where(self._counted, self._rows.gather(1, columns), self._behind).flatten()
 
 
-class Holdings:
+class OwnedWeights:
     """The positions that the channels of `groups` own in `tensors`: those of the members that `members` picks.
 
     Every group has to have one. All results and arguments over channels are (n,), in the order of `ChannelNumbers`, on

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from sparsekit.sparsify.sparsifier import Sparsifier
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 
 
-class Settling:
-    """Passes everything on to a Sparsifier of strength "auto", and has it settle before step number `at`.
+class LateChoice:
+    """Passes everything on to a Sparsifier of automatic strength, and has it settle before step number `at`.
 
-    `choose` is given what the channels are worth by then and returns keep-masks, with notes on how they were found
+    `choose` is given how important the channels are by then and returns keep-masks, with notes on how they were found
     (plain data). `masks` and `notes` are empty until then.
     """
 
@@ -23,7 +23,7 @@ class Settling:
         self,
         sparsifier: Sparsifier,
         at: int,
-        choose: Callable[[Masks], tuple[Masks, Mapping[str, Any]]],
+        choose: Callable[[Scores], tuple[Masks, Mapping[str, Any]]],
     ) -> None:
         self.masks: Masks = {}
         self.notes: Mapping[str, Any] = {}
@@ -33,7 +33,7 @@ class Settling:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """The Sparsifier's step; before it, if it is time, the choice."""
         if not self.masks and self._steps >= self._at:
-            self.masks, self.notes = self._choose(self._sparsifier.worth())
+            self.masks, self.notes = self._choose(self._sparsifier.importance())
             self._sparsifier.settle(self.masks)
         self._steps += 1
         self._sparsifier.step(optimizer)

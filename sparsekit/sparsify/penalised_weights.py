@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import InputError
 from sparsekit.options import Penalty
-from sparsekit.sparsify.channel_vectors import ChannelNumbers, Holdings, multiply_
+from sparsekit.sparsify.channel_vectors import ChannelNumbers, OwnedWeights, multiply_
 from sparsekit.sparsify.penalties import (
     BLOCKWISE,
     ELEMENTWISE,
@@ -46,8 +46,8 @@ class PenalisedWeights:
                 f"the penalised weights lie on several devices ({', '.join(sorted(map(str, devices)))}); "
                 "train the whole model on one, in as many processes as there are devices"
             )
-        self.shrunk = Holdings(self.tensors, self.groups, lambda group: penalised_members(group, penalty))
-        self.held = Holdings(self.tensors, self.groups, held)
+        self.shrunk = OwnedWeights(self.tensors, self.groups, lambda group: penalised_members(group, penalty))
+        self.held = OwnedWeights(self.tensors, self.groups, held)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +64,7 @@ class PenalisedWeights:
         return self.shrunk.norms(self.tensors)
 
     @torch.no_grad()
-    def reach(self) -> Tensor:
+    def distances(self) -> Tensor:
         """The threshold up to which one proximal step leaves each channel alive."""
         return distances_to_zero(self.shrunk, self.tensors, self.penalty)
 
@@ -74,18 +74,18 @@ class PenalisedWeights:
         return torch.ones_like(sizes) if self.penalty in ELEMENTWISE else sizes.sqrt()
 
     @torch.no_grad()
-    def shrink_(self, thresholds: Tensor, reach: Tensor, alive: Tensor, rate: Tensor | float) -> Tensor:
-        """One proximal step, `reach` being what `self.reach` says now; returns factors to hold.
+    def shrink_(self, thresholds: Tensor, distances: Tensor, alive: Tensor, rate: Tensor | float) -> Tensor:
+        """One proximal step, `distances` being what `self.distances` says now; returns factors to hold.
 
         `alive` is set to 0, in place, for channels that have died; where the rate is 0 none does. The factors are what
         the held weights are still to be multiplied by.
         """
-        if self.penalty in BLOCKWISE:  # there `reach` is the norm, which saves a look at the weights
-            factors = block_factors(self.penalty, reach, thresholds, rate)
-            left = (reach * factors).square() > 0  # squared: a norm that underflows is none
+        if self.penalty in BLOCKWISE:  # there `distances` is the norm, which saves a look at the weights
+            factors = block_factors(self.penalty, distances, thresholds, rate)
+            left = (distances * factors).square() > 0  # squared: a norm that underflows is none
         else:
             shrink_(self.shrunk, self.tensors, self.penalty, thresholds, rate=rate)
-            factors, left = torch.ones_like(reach), self.norms() > 0
+            factors, left = torch.ones_like(distances), self.norms() > 0
         alive.mul_(left if isinstance(rate, float) else left | (rate == 0))
         return factors * alive
 

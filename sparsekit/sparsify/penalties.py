@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.options import Penalty
-from sparsekit.sparsify.channel_vectors import Holdings
+from sparsekit.sparsify.channel_vectors import OwnedWeights
 from sparsekit.sparsify.prox import block_shrinkage, mcp_shrinkage
 from sparsekit.structure.groups import ChannelGroup, Member
 
@@ -48,7 +48,7 @@ def held_members(group: ChannelGroup, penalty: Penalty) -> tuple[Member, ...]:
     return group.penalised
 
 
-def distances_to_zero(held: Holdings, tensors: Mapping[str, Tensor], penalty: Penalty) -> Tensor:
+def distances_to_zero(held: OwnedWeights, tensors: Mapping[str, Tensor], penalty: Penalty) -> Tensor:
     """The threshold (n,) up to which one proximal step leaves each channel alive.
 
     Largest absolute weight for the elementwise penalties, else the channel's Euclidean norm v. For a sparse group
@@ -66,7 +66,7 @@ def distances_to_zero(held: Holdings, tensors: Mapping[str, Tensor], penalty: Pe
 
 
 def shrink_(
-    held: Holdings,
+    held: OwnedWeights,
     tensors: Mapping[str, Tensor],
     penalty: Penalty,
     thresholds: Tensor,

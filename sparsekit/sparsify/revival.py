@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.options import Penalty
-from sparsekit.sparsify.channel_vectors import Holdings
+from sparsekit.sparsify.channel_vectors import OwnedWeights
 from sparsekit.sparsify.penalties import distances_to_zero
 
 # Of a running mean, how much the newest step counts: it remembers about a hundred steps, and waits for as many.
@@ -18,7 +18,7 @@ _NEWEST = 0.01
 _ERRORS = 3.0
 
 
-class Pull:
+class Revival:
     """Running means of the gradients of the penalised weights, and what they say about channels at zero.
 
     At zero a channel is at its optimum iff a proximal step from there, against the mean gradient, ends there. So it is
@@ -30,7 +30,7 @@ class Pull:
     Holds two copies of the penalised weights. Nothing here waits for the device.
     """
 
-    def __init__(self, held: Holdings, tensors: Mapping[str, Tensor], penalty: Penalty) -> None:
+    def __init__(self, held: OwnedWeights, tensors: Mapping[str, Tensor], penalty: Penalty) -> None:
         self._held, self._tensors, self._penalty = held, tensors, penalty
         self._seen = 0
         self._means = {name: torch.zeros_like(tensors[name], dtype=held.dtype) for name in held.names}

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsekit.errors import InputError, TrainingError
-from sparsekit.options import Importance, Penalty, Quantity
-from sparsekit.selection.importance import channel_scores
-from sparsekit.selection.keep_masks import check_target
+from sparsekit.options import Penalty, Quantity
+from sparsekit.selection.importance import filter_norms
 from sparsekit.sparsify.channel_vectors import Largest
 from sparsekit.sparsify.penalised_weights import GroupRates, PenalisedWeights, takes_plain_steps
-from sparsekit.sparsify.revival import Pull
-from sparsekit.sparsify.schedules import PhaseShares
-from sparsekit.sparsify.steering import Controller, Decision
+from sparsekit.sparsify.revival import Revival
+from sparsekit.sparsify.steering import Decision, Steering
+from sparsekit.sparsify.strength import AutoStrength, ConstantStrength, Strength, as_strength
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 
 # The channels that are held back are not halved for ever: below this they would be zero one day.
 _NEARLY_NOTHING = 1e-8
@@ -30,126 +29,88 @@ _NEARLY_NOTHING = 1e-8
 class Sparsifier:
     """Shrinks whole coupled channels (or single weights) to exact zeros while a model trains.
 
-    `penalty` says which weights and how: see `penalties`, whose table has all of them.
-
     Call `step(optimizer)` after every `optimizer.step()`, or `attach(optimizer)` once. `model` may be wrapped by
-    torch.compile or DistributedDataParallel. The threshold of channel g is
+    torch.compile or DistributedDataParallel. `penalty` says which weights are shrunk and how (`penalties` has the
+    table); `strength` is a number, a `ConstantStrength`, or an `AutoStrength` with its target. In each step the
+    threshold of channel g is
 
         t_g = rate x strength x factor(progress) x w_g
 
-    with w_g = sqrt(p_g), p_g its number of penalised weights (w_g = 1 for "l1" and "scale_l1"), and `rate` the
-    optimizer's current learning rate of those weights (the mean over their tensors), for SGD times (1 - dampening)
-    / (1 - momentum): torch does not dampen momentum unless asked to, so a steady step is that much longer. For Adam and
-    its kin the rate is taken as it is, which is decoupled shrinkage like AdamW's decay: a fixed point has mean
-    gradient = -strength x (root mean square of the gradient), coordinate by coordinate.
+    `rate` is the optimizer's learning rate of the penalised weights (the mean over their tensors), for SGD times (1 -
+    dampening) / (1 - momentum), the length of a steady step. For Adam and its kin it is taken as it is, which is
+    decoupled shrinkage like AdamW's decay. `factor` is 1 or follows the parts of the phase (`PhaseShares`). The
+    multiplier w_g is, at a constant strength, the square root of the number of penalised weights (1 for "l1" and
+    "scale_l1"); with `adaptive` > 0
 
-    `strength` is the coefficient, or "auto": then blocks of `round_to` channels are chosen whose removal leaves the
-    share `target` ({"macs": 0.5}: half of the multiply-accumulates), those that are worth least for their cost, and
-    only they are shrunk, evenly, so that they are zero by the end of the penalised part (`Controller`, which plans that
-    anew a hundred times). What channels are worth is, by `importance`, "taylor": their effect on the loss, learned from
-    the gradients, so `step` has to come before `zero_grad`; or "magnitude": their filters' size at the start. Once the
-    target is met the strength is 0 and the zeros are held; `shortfall` tells if it is not. "auto" needs `total_steps`
-    and `target`. With `total_steps` the phase has the parts of `shares`; without, the strength is constant.
+        w_g = mean norm x clamp((mean filter norm / filter norm of g) ^ adaptive, 0.05, 20)
 
-    Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta
-    cleared, so neither momentum nor gradient brings them back ("scale_l1" then holds the norm's shift at 0 too).
-    The `min_channels` channels of each group that are furthest from zero lose at most half of what is left of them in
-    a step: no layer dies out. `min_channels` = 0 turns that off. Weights that are zero before any penalty acted (timm
-    initialises some BatchNorm scales so) are not held. Only groups whose penalised weights all require
-    gradients, and are all in the optimizer, are penalised. At a constant strength, with `adaptive` > 0 (adaptive lasso,
-    Zou 2006)
+    with norms at the start and means over the channel's group; and with costs times sqrt(cost / mean cost). At an
+    automatic strength it is what `Steering` decides.
 
-        w_g = mean norm x clamp((mean score / score_g) ^ adaptive, 0.05, 20)
+    Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta cleared
+    ("scale_l1" then holds the norm's shift at 0 too), unless `ConstantStrength.revive` lets them come back. As many
+    channels of each group as its rounding keeps at least lose at most half of what is left of them in a step, those
+    furthest from zero: no layer dies out (`min_channels` = 0 turns that off). Weights that are zero before any penalty
+    acted are not held. Only groups whose penalised weights all require gradients, and are all in the optimizer, are
+    penalised.
 
-    takes that place, with norms and scores at the start and means over the channel's group: weak channels fall early
-    and one after another, strong ones are shrunk less, and every group is shrunk at the same relative pace. `costs`
-    (what one channel of each group costs: `channel_macs`, `channel_latencies`) make zeros appear where they save most:
-    by them "auto" divides what channels are worth; a constant strength is multiplied by sqrt(cost / mean cost).
-
-    With `revive` zeros of a constant strength are not for good: a channel that fell early, or in a noisy step, comes
-    back when the loss pulls at it harder than the penalty holds it there, which is that zero is not its optimum
-    (`Pull`). The momenta of channels at zero are kept until the penalised part is over, gradients are needed as for
-    "taylor", and a step costs some passes over the penalised weights more. Behind BatchNorm and ReLU nothing comes
-    back: with scale and shift at zero there is no gradient.
-
-    Raises InputError for a strength below 0, "auto" without total_steps or target or with "group_mcp" or `revive`, a
-    target out of reach, groups of another model, or groups with nothing free.
+    Raises InputError for an unknown penalty, an automatic strength with "group_mcp", a target out of reach, groups of
+    another model, or groups with nothing free.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: ChannelGroups,
-        *,
         penalty: Penalty = "group_lasso",
-        strength: float | Literal["auto"] = 1e-3,
-        total_steps: int | None = None,
-        shares: PhaseShares | None = None,
-        target: Mapping[Quantity, float] | None = None,
-        round_to: int = 1,
-        min_channels: int = 1,
-        adaptive: float = 0.0,
-        importance: Importance = "taylor",
-        costs: Mapping[str, float] | None = None,
-        revive: bool = False,
+        *,
+        strength: Strength,
     ) -> None:
-        _check_arguments(penalty, strength, total_steps, target, round_to, importance, revive)
-        check_target(groups, target)
+        strength = as_strength(strength)
+        _check_penalty(penalty, strength)
         model = _unwrapped(model)
         self._groups = groups
         self._penalised = PenalisedWeights(model, groups, penalty)
-        self._total_steps = total_steps
-        self._shares = shares or (PhaseShares() if total_steps else PhaseShares(0.0, 0.0, 0.0))
-        self._strength = 0.0 if strength == "auto" else float(strength)
+        self._total_steps, self._shares = strength.total_steps, strength.phase
+        self._strength = 0.0
         self._steps = 0
         self._met = False
         self._warned = False
         # Over channels everything is one vector (n,), in the order of `PenalisedWeights.numbers`.
         self._alive = torch.ones_like(self._penalised.norms())
-        relative_costs = _relative_costs(self._penalised.groups, costs)
-        self._weights = self._channel_weights(model, adaptive, relative_costs)
-        self._least = [
-            0 if g.bypass else min(g.units(min_channels), g.n_channels) for g in self._penalised.groups
-        ]
+        self._least = [_least_alive(group, groups) for group in self._penalised.groups]
         self._best = (
             Largest(self._penalised.numbers, self._least, self._penalised.device)
             if any(self._least)
             else None
         )
         self._rates = GroupRates(self._penalised)
-        self._pull = Pull(self._penalised.shrunk, self._penalised.tensors, penalty) if revive else None
         self._acted = False
-        self._controller: Controller | None = None
-        if strength == "auto":
-            assert target
-            assert total_steps
-            self._controller = Controller(
-                model,
-                groups,
-                self._penalised,
-                target=target,
-                rounding={group.name: group.rounding(round_to, min_channels) for group in groups.free},
-                costs=relative_costs,
-                importance=importance,
-                first=total_steps * self._shares.warmup,
-                length=total_steps * (1 - self._shares.debias - self._shares.warmup),
-            )
+        self._revival: Revival | None = None
+        self._steering: Steering | None = None
+        costs = _relative_costs(self._penalised.groups, strength.costs)
+        if isinstance(strength, AutoStrength):
+            self._multipliers = torch.zeros_like(self._alive)
+            self._steering = Steering(model, groups, self._penalised, strength, costs)
+        else:
+            self._strength = float(strength.value)
+            self._multipliers = self._constant_multipliers(model, strength.adaptive, costs)
+            if strength.revive:
+                self._revival = Revival(self._penalised.shrunk, self._penalised.tensors, penalty)
 
     @torch.no_grad()
-    def _channel_weights(
-        self, model: nn.Module, adaptive: float, relative_costs: Mapping[str, float]
-    ) -> Tensor:
+    def _constant_multipliers(self, model: nn.Module, adaptive: float, costs: Mapping[str, float]) -> Tensor:
         split, norms = self._penalised.numbers.split, self._penalised.norms()
-        weights = self._penalised.root_sizes()
+        multipliers = self._penalised.root_sizes()
         if adaptive > 0:
-            scores = channel_scores(model, self._groups)
-            of_group, norms_of_group = split(weights), split(norms)
+            of_filters = filter_norms(model, self._groups)
+            of_group, norms_of_group = split(multipliers), split(norms)
             for name, values in of_group.items():
-                # What has no filters to score is compared by its norms.
-                score = scores[name].to(norms) if scores[name].any() else norms_of_group[name]
-                relative = (score.mean() / score.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
+                # What has no filters is compared by its penalised weights.
+                own = of_filters[name].to(norms) if of_filters[name].any() else norms_of_group[name]
+                relative = (own.mean() / own.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
                 values.copy_(norms_of_group[name].mean() * relative)
-        return weights * self._penalised.numbers.join(relative_costs).to(norms).sqrt()
+        return multipliers * self._penalised.numbers.join(costs).to(norms).sqrt()
 
     @property
     def strength(self) -> float:
@@ -166,24 +127,24 @@ class Sparsifier:
         Raises InputError if the optimizer has none of the penalised weights.
         """
         rates = self._rates.of(optimizer)
-        if self._controller is not None and not self._met:
-            self._controller.observe(self._steps)
-            self._follow(self._controller.decide(self._steps, self._alive, rates))
+        if self._steering is not None and not self._met:
+            self._steering.observe(self._steps)
+            self._follow(self._steering.decide(self._steps, self._alive, rates))
         strength, rate = self._current_strength(self._steps), self._rates.by_channel(rates)
         self._steps += 1
-        if self._pull is not None and strength > 0:
-            self._pull.observe()
-            pulls = self._pull.of_channels(relative=not takes_plain_steps(optimizer))
-            self._alive.masked_fill_(pulls > strength * self._weights, 1.0)
+        if self._revival is not None and strength > 0:
+            self._revival.observe()
+            pulls = self._revival.of_channels(relative=not takes_plain_steps(optimizer))
+            self._alive.masked_fill_(pulls > strength * self._multipliers, 1.0)
         factors = self._alive
         if strength > 0 and (isinstance(rate, Tensor) or rate > 0):
             self._acted = True
-            reach = self._penalised.reach()
-            thresholds = self._thresholds(rate * strength, reach)
-            factors = self._penalised.shrink_(thresholds, reach, self._alive, rate)
+            distances = self._penalised.distances()
+            thresholds = self._thresholds(rate * strength, distances)
+            factors = self._penalised.shrink_(thresholds, distances, self._alive, rate)
         if self._acted:  # before that nothing has died
             self._penalised.hold_(factors)
-            if self._pull is None or strength == 0:  # what may come back goes on from its momenta
+            if self._revival is None or strength == 0:  # what may come back goes on from its momenta
                 self._penalised.clear_momenta_(optimizer, self._alive)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -212,14 +173,14 @@ class Sparsifier:
                 "(DistributedDataParallel)"
             )
 
-    def _thresholds(self, step_length: Tensor | float, reach: Tensor) -> Tensor:
-        """The channels' thresholds in this step; those of the best `min_channels` cannot take them to zero."""
-        thresholds = self._weights * step_length
+    def _thresholds(self, step_length: Tensor | float, distances: Tensor) -> Tensor:
+        """The channels' thresholds in this step; those of the channels that have to stay cannot take them to zero."""
+        thresholds = self._multipliers * step_length
         if self._best is None:
             return thresholds
-        best = self._best(torch.where(self._weights > 0, reach, torch.inf))
-        most = torch.where(reach > _NEARLY_NOTHING, reach / 2, 0.0)
-        spared = torch.zeros(len(reach) + 1, dtype=torch.bool, device=reach.device)
+        best = self._best(torch.where(self._multipliers > 0, distances, torch.inf))
+        most = torch.where(distances > _NEARLY_NOTHING, distances / 2, 0.0)
+        spared = torch.zeros(len(distances) + 1, dtype=torch.bool, device=distances.device)
         spared.index_fill_(0, best, True)
         return torch.where(spared[:-1], torch.minimum(thresholds, most), thresholds)
 
@@ -230,14 +191,14 @@ class Sparsifier:
         self._warned = True
         warnings.warn(
             f"after {self._steps} steps the strength of {self._strength:.3g} has taken every channel to zero, except "
-            "for the min_channels of each group that are held back; take a far smaller one, or 'auto' with a target",
+            "for those of each group that are held back; take a far smaller one, or an AutoStrength with a target",
             stacklevel=3,
         )
 
     def _follow(self, decision: Decision | None) -> None:
         if decision is not None:
             self._strength, self._met = decision.strength, decision.met
-            self._weights.copy_(decision.weights)
+            self._multipliers.copy_(decision.multipliers)
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
@@ -245,52 +206,52 @@ class Sparsifier:
         tensors = dict(_unwrapped(model).named_parameters())
         self._penalised.hold_(self._alive, tensors)
 
-    def worth(self) -> Masks:
-        """With strength "auto", what the channels of each free group are worth by now, on the CPU; >= 0, comparable.
+    def importance(self) -> Scores:
+        """With an automatic strength, how important the channels of each free group are by now; >= 0, comparable.
 
-        Infinite for groups that the penalty does not act on: they stay. For `choose_channels` and `search_speed`, whose
-        masks `settle` takes. Waits for the device. Raises InputError without "auto".
+        On the CPU. Infinite for groups that the penalty does not act on: they stay. For `choose_channels` and
+        `search_speed`, whose masks `settle` takes. Waits for the device. Raises InputError at a constant strength.
         """
-        learned = self._planning().worth(self._alive)
+        learned = self._steered().importance(self._alive)
         return {g.name: learned.get(g.name, torch.full((g.n_channels,), math.inf)) for g in self._groups.free}
 
-    def planned_masks(self) -> Masks:
-        """With strength "auto", keep-masks of what would be left if the phase ended as it is planned now.
+    def expected_masks(self) -> Masks:
+        """With an automatic strength, keep-masks of what would be left if the phase ended as it is decided now.
 
         Cut a copy of the model by them to see, early in a phase, how fast the outcome will be. Waits for the device.
-        Raises InputError without "auto".
+        Raises InputError at a constant strength.
         """
-        return self._planning().planned_masks(self._alive)
+        return self._steered().expected_masks(self._alive)
 
     def retarget(self, target: Mapping[Quantity, float]) -> None:
-        """With strength "auto", go for another share of the same quantity from the next plan on.
+        """With an automatic strength, go for another share of the same quantity from the next decision on.
 
-        Raises InputError without "auto", for another quantity, or for a share that is out of reach.
+        Raises InputError at a constant strength, for another quantity, or for a share that is out of reach.
         """
-        self._planning().retarget(target, self._alive)
+        self._steered().retarget(target, self._alive)
         self._met = False
 
     def settle(self, masks: Masks) -> None:
-        """With strength "auto", let exactly the channels die that keep-masks drop, and choose no others.
+        """With an automatic strength, let exactly the channels die that keep-masks drop, and choose no others.
 
-        For an outcome that was cut and timed before it was trained: `planned_masks`, perhaps with some entries changed,
-        to `make_plan` and `apply_plan`, and here what was fast enough. The target becomes what the masks leave.
-        Raises InputError without "auto", or for masks of other groups.
+        For an outcome that was cut and timed before it was trained: `expected_masks`, perhaps with some entries
+        changed, to `make_plan` and `apply_plan`, and here what was fast enough. The target becomes what the masks
+        leave. Raises InputError at a constant strength, or for masks of other groups.
         """
-        self._planning().settle(masks)
+        self._steered().settle(masks)
         self._met = False
 
-    def _planning(self) -> Controller:
-        if self._controller is None:
-            raise InputError("a penalty of constant strength has no plan and no target; take strength 'auto'")
-        return self._controller
+    def _steered(self) -> Steering:
+        if self._steering is None:
+            raise InputError("a penalty of constant strength has no target; give strength=AutoStrength(...)")
+        return self._steering
 
     def shortfall(self) -> str:
-        """With strength "auto", how far from its target the phase is; "" once it is met, or without one.
+        """How far from its target the phase is; "" once it is met, or without one.
 
         Waits for the device.
         """
-        return "" if self._controller is None else self._controller.shortfall(self._alive)
+        return "" if self._steering is None else self._steering.shortfall(self._alive)
 
     def progress(self) -> dict[str, float]:
         """`zero_share`: fraction of penalised channels that are exactly zero; `strength`: as used last.
@@ -298,7 +259,7 @@ class Sparsifier:
         Waits for the device, so not for every step.
         """
         alive = self._alive.cpu()
-        if self._controller is None:
+        if self._steering is None:
             self._warn_if_absurd(self._penalised.numbers.split(alive))
         return {"zero_share": float((alive == 0).float().mean()), "strength": self.strength}
 
@@ -310,9 +271,9 @@ class Sparsifier:
             "strength": self._strength,
             "met": self._met,
             "alive": split(self._alive.clone()),
-            "weights": split(self._weights.clone()),
-            "controller": {} if self._controller is None else self._controller.state_dict(),
-            "pull": {} if self._pull is None else self._pull.state_dict(),
+            "multipliers": split(self._multipliers.clone()),
+            "steering": {} if self._steering is None else self._steering.state_dict(),
+            "revival": {} if self._revival is None else self._revival.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -321,54 +282,37 @@ class Sparsifier:
         sizes = dict(zip(numbers.names, numbers.sizes, strict=True))
         if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
             raise InputError("the sparsifier's state belongs to a model with other channel groups")
-        if bool(state["controller"]) != (self._controller is not None):
+        if bool(state["steering"]) != (self._steering is not None):
             raise InputError(
                 "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
             )
-        if bool(state.get("pull")) != (self._pull is not None):
+        if bool(state.get("revival")) != (self._revival is not None):
             raise InputError(
                 "the sparsifier's state belongs to one that revives channels, or this one does and it did not"
             )
         self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
         self._alive.copy_(numbers.join(state["alive"]))
-        self._weights.copy_(numbers.join(state["weights"]))
+        self._multipliers.copy_(numbers.join(state["multipliers"]))
         self._acted = True
-        if self._controller is not None:
-            self._controller.load_state_dict(state["controller"])
-        if self._pull is not None:
-            self._pull.load_state_dict(state["pull"])
+        if self._steering is not None:
+            self._steering.load_state_dict(state["steering"])
+        if self._revival is not None:
+            self._revival.load_state_dict(state["revival"])
 
 
-def _check_arguments(
-    penalty: str,
-    strength: float | str,
-    total_steps: int | None,
-    target: Mapping[Quantity, float] | None,
-    round_to: int,
-    importance: Importance,
-    revive: bool,
-) -> None:
+def _check_penalty(penalty: str, strength: ConstantStrength | AutoStrength) -> None:
     if penalty not in get_args(Penalty):
         raise InputError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}")
-    if importance not in get_args(Importance):
-        raise InputError(f"importance must be one of {', '.join(get_args(Importance))}, got {importance!r}")
-    if strength == "auto" and (total_steps is None or not target):
-        raise InputError("strength 'auto' needs total_steps and a target such as {'macs': 0.5}")
-    if strength == "auto" and penalty == "group_mcp":
+    if penalty == "group_mcp" and isinstance(strength, AutoStrength):
         raise InputError(
-            "penalty 'group_mcp' spares what is far from zero, so strength 'auto' cannot take it there; 'auto' shrinks "
-            "no channel that is to stay, so take 'group_lasso', or give a strength"
+            "penalty 'group_mcp' spares what is far from zero, so an automatic strength cannot take it there; it "
+            "shrinks no channel that is to stay, so take 'group_lasso', or give a strength"
         )
-    if strength == "auto" and revive:
-        raise InputError(
-            "revive is for a constant strength; 'auto' chooses anew, until it has met its target, which channels go"
-        )
-    if strength != "auto" and not (isinstance(strength, (int, float)) and 0 <= strength < math.inf):
-        raise InputError(f"strength must be a finite number >= 0 or 'auto', got {strength!r}")
-    if total_steps is not None and total_steps < 1:
-        raise InputError(f"total_steps must be at least 1, got {total_steps}")
-    if round_to < 1:
-        raise InputError(f"round_to must be at least 1, got {round_to}")
+
+
+def _least_alive(group: ChannelGroup, groups: ChannelGroups) -> int:
+    """How many channels of a group the penalty may not take to zero."""
+    return 0 if group.bypass or groups.min_channels == 0 else min(group.rounding.least, group.n_channels)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Choosing the strength so that a target is met: which channels have to die for it, and how fast."""
+"""How an automatic strength is steered so that its target is met: which channels have to die for it, and how fast."""
 
 from __future__ import annotations
 
@@ -10,56 +10,59 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError, TrainingError
-from sparsekit.options import Importance, Quantity
-from sparsekit.selection.costs import kept_share
-from sparsekit.selection.importance import channel_scores
+from sparsekit.options import Quantity
+from sparsekit.selection.costs import CostModel
+from sparsekit.selection.importance import filter_norms
+from sparsekit.selection.keep_masks import check_target
 from sparsekit.selection.rounding import round_up
-from sparsekit.selection.threshold import block_worth, budget_threshold, relative_worth
-from sparsekit.sparsify.learned_importance import note_sensitivities_
+from sparsekit.selection.threshold import relative_importance, step_importance, threshold_for_share
+from sparsekit.sparsify.learned_importance import note_effects_
 from sparsekit.sparsify.penalised_weights import PenalisedWeights
+from sparsekit.sparsify.strength import AutoStrength
 from sparsekit.structure.groups import ChannelGroups
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 
-# How often the penalised part of a phase is planned anew.
-_PLANS = 100
-# A plan aims to be done a little before the penalised part ends: what gradients held up dies in the rest.
-_PLANNED_SHARE = 0.9
+# How often in the penalised part of a phase a new decision is made.
+_DECISIONS = 100
+# The aim is to be done a little before the penalised part ends: what gradients held up dies in the rest.
+_AIMED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its weight.
+    """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its multiplier.
 
-    `weights` (n,), in the order of `PenalisedWeights.numbers`: 0 for channels that are to live. `strength` is 0 once
-    the target is met.
+    `multipliers` (n,), in the order of `PenalisedWeights.numbers`: 0 for channels that are to live. `strength` is 0
+    once the target is met.
     """
 
-    weights: Tensor
+    multipliers: Tensor
     strength: float
     met: bool = False
 
 
-class Controller:
-    """Plans a phase so that channels die until what is left, rounded as a cut rounds it, meets `target`.
+class Steering:
+    """Decides what dies until what is left, rounded as a cut rounds it, meets the target of an automatic strength.
 
-    The blocks of `rounding` channels that are worth least for what they cost have to die, and nothing else is shrunk.
-    The *shrink budget*: without a gradient a channel loses rate x strength x weight of its distance to zero in each
-    step. With the distance at the start as its weight, one that is the share d of it away dies in n more steps at
+    The steps of channels that are least important for what they cost have to die, and nothing else is shrunk. The
+    *shrink budget*: without a gradient a channel loses rate x strength x multiplier of its distance to zero in each
+    step. With its distance at the start as the multiplier, one that is the share d of that away dies in n more steps at
 
         strength = d / (n x rate)
 
-    so all that are chosen fall evenly, and together. The choice and the pace are made anew a hundred times between the
-    steps `first` and `first + length`; the pace never falls, because what is nearly zero would else be shrunk less and
-    less and stay in the noise of the gradients.
+    so all that are chosen fall evenly, and together. Choice and pace are decided anew a hundred times between the
+    warm-up and the debias part. The pace never falls, because what is nearly zero would else be shrunk less and less
+    and stay in the noise of the gradients.
 
-    A channel's worth is, by `importance`, "magnitude": (score / mean score of its group)^2, as the model was at the
-    start (of a block, (root mean square of its scales / mean of that over the blocks)^2); "taylor": the running mean of
-    its squared first-order effect on the loss, from the gradients that `observe` sees
-    (`importance.note_sensitivities_`). `costs` divide it.
+    A channel's importance is, by `AutoStrength.importance`,
 
-    `settle` ends the choosing: exactly what its masks drop goes, at the pace that is left.
+    - "magnitude": (norm of its filters / mean of its group)^2, as the model was at the start; of a block, (root mean
+      square of its scales / mean of that over the blocks)^2;
+    - "taylor": the running mean of its squared first-order effect on the loss, from the gradients that `observe` sees
+      (`learned_importance`).
 
-    Raises InputError if the target is out of reach.
+    The strength's `costs` divide it. `settle` ends the choosing: exactly what its masks drop goes, at the pace that is
+    left. Raises InputError if the target is out of reach.
     """
 
     def __init__(
@@ -67,34 +70,32 @@ class Controller:
         model: nn.Module,
         groups: ChannelGroups,
         penalised: PenalisedWeights,
-        *,
-        target: Mapping[Quantity, float],
-        rounding: Mapping[str, tuple[int, int]],
-        costs: Mapping[str, float],
-        importance: Importance,
-        first: float,
-        length: float,
+        strength: AutoStrength,
+        relative_costs: Mapping[str, float],
     ) -> None:
+        check_target(groups, strength.target)
         self._groups, self._penalised = groups, penalised
-        ((self._quantity, self._target),) = target.items()
-        self._rounding = rounding
-        self._first, self._length = first, length
+        self._cost_model = CostModel(groups)
+        ((self._quantity, self._target),) = strength.target.items()
+        self._rounding = {group.name: group.rounding for group in groups.free}
+        self._first = strength.total_steps * strength.shares.warmup
+        self._length = strength.total_steps * (1 - strength.shares.debias - strength.shares.warmup)
         self._pace = 0.0
         self._settled: Masks = {}
         self._split = penalised.numbers.split
-        self._start = penalised.reach()
-        self._costs = penalised.numbers.join(costs).to(self._start)
-        self._worth = self._magnitudes(model)
+        self._start = penalised.distances()
+        self._costs = penalised.numbers.join(relative_costs).to(self._start)
+        self._importance = self._magnitudes(model)
         self._choose([group.name for group in penalised.groups], torch.ones_like(self._start))
-        self._learns = importance == "taylor"
+        self._learns = strength.importance == "taylor"
         if self._learns:
-            self._worth.zero_()
+            self._importance.zero_()
 
     def _magnitudes(self, model: nn.Module) -> Tensor:
-        scores, reach = channel_scores(model, self._groups), self._split(self._start)
-        # Groups of bare parameters have no filters to score.
-        known = {name: scores[name].to(r) if scores[name].any() else r for name, r in reach.items()}
-        worth = {name: relative_worth({name: score})[name] for name, score in known.items()}
+        norms, distances = filter_norms(model, self._groups), self._split(self._start)
+        # Groups of bare parameters have no filters.
+        known = {name: norms[name].to(d) if norms[name].any() else d for name, d in distances.items()}
+        found = {name: relative_importance({name: norm})[name] for name, norm in known.items()}
         # A block is alone in its group: blocks are compared with each other, and of equal ones the last goes first.
         blocks = [group.name for group in self._penalised.groups if group.bypass]
         if blocks:
@@ -104,13 +105,13 @@ class Controller:
             relative = (sizes / sizes.mean().clamp_min(tiny)).square() * (
                 1 - 1e-5 * torch.arange(len(sizes)).to(sizes)
             )
-            worth.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
-        return self._penalised.numbers.join(worth)
+            found.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
+        return self._penalised.numbers.join(found)
 
     def observe(self, step: int) -> None:
-        """Learn from the gradients of a step what the channels are worth."""
+        """Learn from the gradients of a step how important the channels are."""
         if self._learns and not self._settled and step < self._first + self._length:
-            note_sensitivities_(self._worth, self._penalised.tensors, self._penalised.shrunk)
+            note_effects_(self._importance, self._penalised.tensors, self._penalised.shrunk)
 
     @torch.no_grad()
     def decide(self, step: int, alive: Tensor, rates: Mapping[str, float]) -> Decision | None:
@@ -120,30 +121,30 @@ class Controller:
         Raises TrainingError if there were no gradients to learn from.
         """
         past = step - self._first
-        interval = max(int(self._length / _PLANS), 1)
+        interval = max(int(self._length / _DECISIONS), 1)
         if not 0 <= past < self._length or step % interval:
             return None
         if self._is_met(alive):
             return Decision(torch.zeros_like(alive), 0.0, met=True)
-        worth = self._split(self._worth)
-        if self._learns and not self._settled and not any(bool(worth[name].any()) for name in rates):
+        importance = self._split(self._importance)
+        if self._learns and not self._settled and not any(bool(importance[name].any()) for name in rates):
             raise TrainingError(
                 "importance 'taylor' learns from gradients, and there were none when the Sparsifier's step was called; "
                 "call it after optimizer.step() and before zero_grad(), or take importance 'magnitude'"
             )
-        weights, furthest = self._choose(list(rates), alive)
-        steps_left = max(_PLANNED_SHARE * self._length - past, interval)
+        multipliers, furthest = self._choose(list(rates), alive)
+        steps_left = max(_AIMED_SHARE * self._length - past, interval)
         self._pace = max(self._pace, furthest / steps_left)
         rate = sum(rates.values()) / len(rates)
-        return Decision(weights, self._pace / rate if rate > 0 else 0.0)
+        return Decision(multipliers, self._pace / rate if rate > 0 else 0.0)
 
-    def worth(self, alive: Tensor) -> Masks:
-        """What the channels of each group are worth by now, on the CPU; 0 of those at zero."""
-        return self._split((self._worth * (alive > 0)).cpu())
+    def importance(self, alive: Tensor) -> Scores:
+        """How important the channels of each group are by now, on the CPU; 0 of those at zero."""
+        return self._split((self._importance * (alive > 0)).cpu())
 
     @torch.no_grad()
-    def planned_masks(self, alive: Tensor) -> Masks:
-        """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is planned now."""
+    def expected_masks(self, alive: Tensor) -> Masks:
+        """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is decided now."""
         doomed = self._doomed(self._penalised.numbers.names, alive)
         return self._rounded(self._split(((alive > 0) & ~doomed).cpu()))
 
@@ -155,7 +156,7 @@ class Controller:
         before = self._target, self._settled
         self._target, self._settled = target[self._quantity], {}
         try:
-            self.planned_masks(alive)
+            self.expected_masks(alive)
         except InputError:
             self._target, self._settled = before
             raise
@@ -165,10 +166,10 @@ class Controller:
 
         Raises InputError if they are not those of the groups that are penalised, or drop channels of others as well.
         """
-        sizes = {name: worth.shape for name, worth in self._split(self._worth).items()}
+        sizes = {name: values.shape for name, values in self._split(self._importance).items()}
         if {name: mask.shape for name, mask in masks.items() if name in sizes} != sizes:
             raise InputError(
-                "the masks to settle on are of other channel groups; take those that planned_masks returns, or change "
+                "the masks to settle on are of other channel groups; take those that expected_masks returns, or change "
                 "some of their entries"
             )
         lasting = sorted(name for name, mask in masks.items() if name not in sizes and not bool(mask.all()))
@@ -210,13 +211,13 @@ class Controller:
         )
 
     def _share(self, masks: Masks) -> float:
-        return float(getattr(kept_share(self._groups, self._rounded(masks)), self._quantity))
+        return self._cost_model.share(self._quantity, self._rounded(masks))
 
     def _choose(self, trained: Sequence[str], alive: Tensor) -> tuple[Tensor, float]:
-        """Weights of the channels, and how far the furthest of the chosen is, as a share of where it started."""
-        reach, doomed = self._penalised.reach(), self._doomed(trained, alive)
-        size = torch.maximum(reach, self._start).clamp_min(torch.finfo(reach.dtype).tiny)
-        furthest = torch.where(doomed, reach / size, 0.0).max()
+        """Multipliers of the channels, and how far the furthest of the chosen is, as a share of where it started."""
+        distances, doomed = self._penalised.distances(), self._doomed(trained, alive)
+        size = torch.maximum(distances, self._start).clamp_min(torch.finfo(distances.dtype).tiny)
+        furthest = torch.where(doomed, distances / size, 0.0).max()
         return torch.where(doomed, size, 0.0), float(furthest)
 
     def _doomed(self, trained: Sequence[str], alive: Tensor) -> Tensor:
@@ -224,20 +225,22 @@ class Controller:
         if self._settled:
             doomed = {name: ~self._settled[name] for name in trained}
         else:
-            worth = self._split((self._worth * (alive > 0) / self._costs).cpu())
-            ranks = block_worth({name: worth[name] for name in trained}, self._rounding)
-            threshold = budget_threshold(self._groups, ranks, {self._quantity: self._target}, self._rounded)
-            doomed = {name: values <= threshold for name, values in ranks.items()}
+            values = self._split((self._importance * (alive > 0) / self._costs).cpu())
+            importance = step_importance({name: values[name] for name in trained}, self._rounding)
+            threshold = threshold_for_share(
+                self._cost_model, self._groups, importance, {self._quantity: self._target}, self._rounded
+            )
+            doomed = {name: values <= threshold for name, values in importance.items()}
         return self._penalised.numbers.join(doomed).to(alive.device) > 0
 
     def _rounded(self, masks: Masks) -> Masks:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
-        return {name: round_up(mask, mask.double(), *self._rounding[name]) for name, mask in masks.items()}
+        return {name: round_up(mask, mask.double(), self._rounding[name]) for name, mask in masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to plan on as if it had not stopped."""
+        """Everything a resumed run needs to decide as if it had not stopped."""
         return {
-            "worth": self._split(self._worth.clone()),
+            "importance": self._split(self._importance.clone()),
             "start": self._split(self._start.clone()),
             "pace": self._pace,
             "costs": self._split(self._costs.clone()),
@@ -249,5 +252,6 @@ class Controller:
         """Inverse of `state_dict`."""
         self._pace, self._target = state["pace"], state["target"]
         self._settled = {name: mask.cpu() for name, mask in state["settled"].items()}
-        for key, vector in (("worth", self._worth), ("start", self._start), ("costs", self._costs)):
+        own = (("importance", self._importance), ("start", self._start), ("costs", self._costs))
+        for key, vector in own:
             vector.copy_(self._penalised.numbers.join(state[key]))

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import gcd
+from dataclasses import dataclass, field, replace
+from math import gcd, lcm
 from typing import Literal
 
+from sparsekit.errors import InputError
+from sparsekit.machine import channel_multiple
 from sparsekit.structure.latency_curve import LatencyCurve
 from sparsekit.structure.places import Place
 
 Role = Literal[
     "producer", "norm", "depthwise", "consumer", "parameter", "response", "layer_norm", "size", "inside"
 ]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """In multiples of how many channels a group is kept, and how many of them stay at least.
+
+    A group keeps a multiple of `multiple`, or all it has. `least` is 0 for a block, which can go as a whole.
+    """
+
+    multiple: int = 1
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,8 @@ class ChannelGroup:
     `n_channels` counts what can go on its own; where several indices of a layer can only go together (a chunk
     multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed. `rewrites`
     are the places in the model's code that have to leave a size to torch once something is removed. `bypass` is empty,
-    or names the residual block that the group's one channel is: without it the block passes its input on.
+    or names the residual block that the group's one channel is: without it the block passes its input on. `rounding`
+    says how many channels a cut may keep.
     """
 
     name: str
@@ -63,6 +77,7 @@ class ChannelGroup:
     frozen: str = ""
     rewrites: tuple[Place, ...] = ()
     bypass: str = ""
+    rounding: Rounding = Rounding()
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members with this role, in model order."""
@@ -77,15 +92,15 @@ class ChannelGroup:
         """How many of the group's channels make up `n` channels of its layers, rounded up."""
         return -(-n // max(self.width, 1))
 
-    def multiple(self, round_to: int) -> int:
-        """Of which multiples of the group's channels are the layers' channels multiples of `round_to`."""
-        return round_to // gcd(round_to, self.width)
+    def rounded_to(self, multiple: int, min_channels: int) -> ChannelGroup:
+        """The group with a rounding that leaves its layers a multiple of `multiple` channels, `min_channels` at least.
 
-    def rounding(self, round_to: int, min_channels: int) -> tuple[int, int]:
-        """In multiples of how many of its channels the group is cut, and how many stay at least: 0 of a block."""
+        Both count channels of the layers: a head of 64 channels is one of the group's.
+        """
         if self.bypass:
-            return 1, 0
-        return self.multiple(round_to), max(self.units(min_channels), 1)
+            return replace(self, rounding=Rounding(1, 0))
+        own = multiple // gcd(multiple, self.width)
+        return replace(self, rounding=Rounding(own, max(self.units(min_channels), 1)))
 
     def lies_in(self, module: str) -> bool:
         """Whether all tensors of the group are of that module, or of what it holds."""
@@ -148,7 +163,8 @@ class ChannelGroups:
 
     `input_shapes` are those of the example inputs; `layers` has a cost for every convolution and linear layer;
     `tensor_shapes` has the shape of every parameter and buffer, `parameters` the names of those that are trained,
-    `attributes` the value or values of each integer attribute that some group sizes.
+    `attributes` the value or values of each integer attribute that some group sizes. `round_to` and `min_channels` are
+    what the groups' rounding was made of.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -157,6 +173,34 @@ class ChannelGroups:
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    round_to: int | Literal["auto"] = 1
+    min_channels: int = 1
+
+    def with_rounding(self, round_to: int | Literal["auto"], min_channels: int) -> ChannelGroups:
+        """The same groups, kept in multiples of `round_to` channels of their layers, `min_channels` at least.
+
+        "auto" is the step in which a group's layers were measured to get faster (`measure_layers`), and until then the
+        step of this processor: 16 channels with AVX-512, else 8. Raises InputError for a number below 1 (0 channels
+        may stay).
+        """
+        if (round_to != "auto" and round_to < 1) or min_channels < 0:
+            raise InputError(
+                "round_to must be 'auto' or at least 1, and min_channels at least 0, got "
+                f"{round_to!r} and {min_channels}"
+            )
+        steps = self._measured_steps() if round_to == "auto" else {}
+        default = channel_multiple() if round_to == "auto" else round_to
+        rounded = tuple(g.rounded_to(steps.get(g.name, default), min_channels) for g in self.groups)
+        return replace(self, groups=rounded, round_to=round_to, min_channels=min_channels)
+
+    def _measured_steps(self) -> dict[str, int]:
+        """By group the smallest number of channels that is a whole step of all its layers; {} if not measured."""
+        steps: dict[tuple[str, int], int] = {}
+        for layer in self.layers:
+            if layer.curve is None:
+                return {}
+            steps |= {(layer.weight, dim): step for dim, step in enumerate(layer.curve.steps)}
+        return {g.name: lcm(*(steps.get((m.tensor, m.dim), 1) for m in g.members)) for g in self.groups}
 
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)

@@ -17,16 +17,16 @@ class LatencyCurve:
     """Milliseconds of a layer, measured at some sizes of its weight's first two dimensions.
 
     `sizes` are those of each dimension, ascending, the last one the whole; `ms` has a row for each of the first, a
-    column for each of the second. In a dimension of `blocks` b > 1 only multiples of b count: a channel too many costs
-    as much as the whole block. Between two sizes the time is a straight line. A dimension with one size was not
-    expected to shrink; where it does, time shrinks in proportion. `beside_ms` is what other operators take (norms,
+    column for each of the second. In a dimension with steps of b > 1 channels only multiples of b count: a channel too
+    many costs as much as the whole step. Between two sizes the time is a straight line. A dimension with one size was
+    not expected to shrink; where it does, time shrinks in proportion. `beside_ms` is what other operators take (norms,
     activations, attention scores): it is shared out by what the layers give them to do, and follows the first dimension
     (`outputs`) of the layer.
     """
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
     ms: tuple[tuple[float, ...], ...]
-    blocks: tuple[int, int] = (1, 1)
+    steps: tuple[int, int] = (1, 1)
     beside_ms: float = 0.0
     outputs: int = 0
 
@@ -58,10 +58,10 @@ class LatencyCurve:
 
     def _between(self, dim: int, counts: NDArray[np.float64]) -> tuple[NDArray[np.intp], Any, Any]:
         """Which interval each count lies in, how far into it as a share, and what to multiply by."""
-        sizes, block = np.array(self.sizes[dim], float), self.blocks[dim]
+        sizes, step = np.array(self.sizes[dim], float), self.steps[dim]
         if len(sizes) == 1:
             return np.zeros(counts.shape, np.intp), 0.0, counts / sizes[0]
-        rounded = np.minimum(np.ceil(counts / block) * block, sizes[-1])
+        rounded = np.minimum(np.ceil(counts / step) * step, sizes[-1])
         index = np.clip(np.searchsorted(sizes, rounded, side="left") - 1, 0, len(sizes) - 2)
         share = (rounded - sizes[index]) / (sizes[index + 1] - sizes[index])
         return index, share, 1.0

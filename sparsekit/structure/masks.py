@@ -4,4 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+# Bool (n_channels,) of each group, True = keep.
 Masks = dict[str, Tensor]
+# Float (n_channels,) >= 0 of each group: how important each channel is.
+Scores = dict[str, Tensor]

@@ -38,7 +38,7 @@ def members_of(name: str, group: str) -> dict[tuple[str, int], Member]:
         ("LayerNormMlp", {"up": 10}),
         ("GroupedConv", {"before": 4, "grouped": 4, "after": 6}),
         ("Attention", {"proj": 8, "up": 10}),
-        # A block of two inputs and three outputs is a unit.
+        # A conv group of two inputs and three outputs is a unit.
         ("GroupedConvOfFour", {"grouped": 4}),
         # Channels c and c + 4 are neighbours after the shuffle; one without the other would leave no halves.
         ("ChannelShuffle", {"before": 4, "after": 6}),

@@ -10,11 +10,11 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.errors import FileError
-from sparsekit.export.graph_summary import GraphCensus, take_census
+from sparsekit.export.graph_summary import GraphSummary, summarise_graph
 
 
-def _census(model: nn.Module, folder: Path) -> GraphCensus:
-    return take_census(sk.export_onnx(model, folder / "model.onnx", torch.zeros(1, 3, 16, 16)))
+def _census(model: nn.Module, folder: Path) -> GraphSummary:
+    return summarise_graph(sk.export_onnx(model, folder / "model.onnx", torch.zeros(1, 3, 16, 16)))
 
 
 def _stack(width: int, activation: type[nn.Module]) -> nn.Sequential:
@@ -45,4 +45,4 @@ def test_what_is_not_fused_is_counted(tmp_path: Path) -> None:
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("no graph")
     with pytest.raises(FileError, match="cannot be loaded"):
-        take_census(tmp_path / "model.onnx")
+        summarise_graph(tmp_path / "model.onnx")

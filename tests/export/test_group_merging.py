@@ -9,12 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from plain import find_groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
 from sparsekit.export import onnx_file as export
-from sparsekit.export.graph_summary import take_census
+from sparsekit.export.graph_summary import summarise_graph
 from sparsekit.export.group_merging import merge_factor, merge_groups_
 from sparsekit.export.session import open_session
 from sparsekit.latency import layers as layer_latency
@@ -147,7 +148,7 @@ def _regular() -> nn.Sequential:
 def test_merged_groups_lie_in_the_blocked_layout(tmp_path: Path) -> None:
     if conv_block() != 16:
         pytest.skip("blocks of another size on this processor")
-    plain, merged = (take_census(file) for file in _files(_regular(), torch.zeros(1, 3, 8, 8), tmp_path))
+    plain, merged = (summarise_graph(file) for file in _files(_regular(), torch.zeros(1, 3, 8, 8), tmp_path))
     assert (plain.plain, merged.plain) == (1, 0)
     assert merged.reorders < plain.reorders
 
@@ -174,7 +175,7 @@ def test_layers_are_timed_as_they_are_exported(tmp_path: Path) -> None:
     """The operators of the whole model are those of its file; the sizes in between are whole merged groups."""
     model, example = _regular(), torch.zeros(1, 3, 8, 8)
     table = Noting(cache=tmp_path)
-    measured = sk.measure_layers(model, sk.find_groups(model, example), example, table=table)
+    measured = sk.measure_layers(model, find_groups(model, example), example, table=table)
     timed = {(operator.weight_shape, operator.conv_groups) for operator in table.asked if operator.strides}
     graph = onnx.load(sk.export_onnx(model, tmp_path / "model.onnx", example)).graph
     dims = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
@@ -201,7 +202,7 @@ def test_a_number_of_groups_that_does_not_fit_is_timed_as_it_stands(tmp_path: Pa
     ).eval()
     example = torch.zeros(1, 3, 8, 8)
     table = Noting(cache=tmp_path)
-    measured = sk.measure_layers(model, sk.find_groups(model, example), example, table=table)
+    measured = sk.measure_layers(model, find_groups(model, example), example, table=table)
     grouped = {
         (operator.weight_shape[:2], operator.conv_groups)
         for operator in table.asked

@@ -11,6 +11,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -48,8 +50,8 @@ def images(n: int = 128) -> tuple[Tensor, Tensor]:
 
 def sparsified(model: nn.Module, **arguments: Any) -> sk.Sparsifier:
     plain = getattr(model, "_orig_mod", model)
-    groups = sk.find_groups(plain, EXAMPLE)
-    return sk.Sparsifier(model, groups, **{"strength": 0.05, **arguments})
+    groups = find_groups(plain, EXAMPLE)
+    return sparsifier_of(model, groups, **{"strength": 0.05, **arguments})
 
 
 def train(model: nn.Module, after: Callable[[torch.optim.Optimizer], object], steps: int = 6) -> None:
@@ -125,9 +127,9 @@ import sparsekit as sk, sparsekit.errors
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = convnet()
-groups = sk.find_groups(model, EXAMPLE)
+groups = find_groups(model, EXAMPLE)
 wrapped = DistributedDataParallel(model)
-hook = sk.Sparsifier(wrapped, groups, strength="auto", total_steps=30, target={"macs": 0.5})
+hook = sparsifier_of(wrapped, groups, strength="auto", total_steps=30, target={"macs": 0.5})
 optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
 hook.attach(optimizer)
 x, y = images()
@@ -179,9 +181,9 @@ class Module(lightning.LightningModule):
 
 def lightning_run(epochs: int, folder: Path, **arguments: Any) -> tuple[Module, Any]:
     module = Module()
-    groups = sk.find_groups(module.net, EXAMPLE)
+    groups = find_groups(module.net, EXAMPLE)
     callback = for_lightning.SparsifierCallback(
-        lambda module, total: sk.Sparsifier(
+        lambda module, total: sparsifier_of(
             module.net, groups, strength="auto", total_steps=32, target={"macs": 0.5}
         )
     )
@@ -207,7 +209,7 @@ def lightning_run(epochs: int, folder: Path, **arguments: Any) -> tuple[Module, 
 def test_lightning_steps_once_an_update_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     whole, callback = lightning_run(8, tmp_path)
     assert callback.sparsifier.state_dict()["steps"] == 32
-    groups = sk.find_groups(whole.net, EXAMPLE)
+    groups = find_groups(whole.net, EXAMPLE)
     plan = sk.make_plan(groups, sk.keep_masks(whole.net, groups, method="zeros"))
     assert plan.cuts
     lightning_run(4, tmp_path)
@@ -231,9 +233,9 @@ class Model(nn.Module):
 
 def hugging_face_run(folder: Path, resume: str | None = None) -> tuple[Model, Any]:
     model = Model()
-    groups = sk.find_groups(model.net, EXAMPLE)
+    groups = find_groups(model.net, EXAMPLE)
     callback = for_transformers.SparsifierCallback(
-        lambda model, total: sk.Sparsifier(
+        lambda model, total: sparsifier_of(
             model.net, groups, strength="auto", total_steps=total, target={"macs": 0.5}
         )
     )
@@ -263,7 +265,7 @@ def hugging_face_run(folder: Path, resume: str | None = None) -> tuple[Model, An
 def test_hugging_face_steps_once_an_update_and_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     whole, trainer = hugging_face_run(tmp_path)
     assert any("zero_share" in entry for entry in trainer.state.log_history)
-    groups = sk.find_groups(whole.net, EXAMPLE)
+    groups = find_groups(whole.net, EXAMPLE)
     assert sk.make_plan(groups, sk.keep_masks(whole.net, groups, method="zeros")).cuts
     resumed, _ = hugging_face_run(tmp_path, str(tmp_path / "checkpoint-16"))
     for ours, expected in zip(resumed.parameters(), whole.parameters(), strict=True):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from torch import nn
 
 import sparsekit as sk
@@ -81,7 +83,7 @@ def _network() -> nn.Sequential:
 
 def test_layers_are_really_measured(tmp_path: Path) -> None:
     model = _network()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     measured = sk.measure_layers(model, groups, EXAMPLE, table=LatencyTable(cache=tmp_path))
     assert all(layer.ms is not None and layer.ms > 0 for layer in measured.layers)
     assert [layer.weight for layer in measured.layers] == [layer.weight for layer in groups.layers]
@@ -93,7 +95,7 @@ def test_layers_are_really_measured(tmp_path: Path) -> None:
 def test_the_sizes_that_groups_can_leave_are_timed_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     _whole_takes(1e9, monkeypatch)
     model, table = _network(), Stopwatch()
-    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=table)
+    groups = sk.measure_layers(model, find_groups(model, EXAMPLE), EXAMPLE, table=table)
     curves = [layer.curve for layer in groups.layers]
     assert [curve and curve.sizes for curve in curves] == [
         ((4, 8), (3,)),
@@ -107,7 +109,7 @@ def test_the_sizes_that_groups_can_leave_are_timed_and_no_others(monkeypatch: py
 
 def test_the_whole_models_time_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, table = _network(), Stopwatch()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     kernels = [2 * 64 * 8 * 27, 2 * 64 * 8 * 72, 2 * 64 * 8 * 72, 2 * 32]
     elements = [2 * 8 * 64] * 3 + [2 * 4]
     for more in (0.0, 1000.0):
@@ -124,7 +126,7 @@ def test_predicted_shares_are_those_of_the_operators(monkeypatch: pytest.MonkeyP
     """Times that are products of sizes are interpolated exactly: then latency is multiply-accumulates."""
     _whole_takes(2 * 64 * 8 * (27 + 72 + 72) + 2 * 32, monkeypatch)
     model = _network()
-    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch())
+    groups = sk.measure_layers(model, find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch())
     masks = {group.name: torch.arange(8) < 4 for group in groups.free}
     share = kept_share(groups, masks)
     assert share.latency == pytest.approx(share.macs)
@@ -144,7 +146,7 @@ def test_operators_do_what_the_layers_do(name: str, monkeypatch: pytest.MonkeyPa
     model = timm.create_model(name)
     size = model.pretrained_cfg["input_size"]
     example = torch.zeros(1, *size)
-    groups = sk.find_groups(model, example)
+    groups = find_groups(model, example)
     table = Stopwatch()
     sk.measure_layers(model, groups, example, table=table)
     timed = {operator.key: table._one(operator) for operator in table.asked}
@@ -164,7 +166,7 @@ def test_a_layer_that_runs_twice_takes_twice_as_long(monkeypatch: pytest.MonkeyP
 
     model, once = Twice(), 2 * 64 * 3 * 27
     _whole_takes(2 * once, monkeypatch)
-    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
+    (layer,) = sk.measure_layers(model, find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
     assert layer.ms == 2 * once
 
 
@@ -180,7 +182,7 @@ def test_a_grouped_convolution_is_timed_as_it_is_cut(pieces: bool, monkeypatch: 
     )
     _whole_takes(1e9, monkeypatch)
     table = Stopwatch()
-    groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=table)
+    groups = sk.measure_layers(model, find_groups(model, EXAMPLE), EXAMPLE, table=table)
     layer = next(layer for layer in groups.layers if layer.weight == "3.weight")
     assert layer.curve is not None
     curve = replace(layer.curve, beside_ms=0.0)
@@ -205,14 +207,14 @@ def test_a_layer_that_is_called_by_keyword_is_timed(monkeypatch: pytest.MonkeyPa
 
     model = Named()
     _whole_takes(24.0, monkeypatch)
-    (layer,) = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
+    (layer,) = sk.measure_layers(model, find_groups(model, EXAMPLE), EXAMPLE, table=Stopwatch()).layers
     assert layer.ms == 24.0
 
 
 def test_layers_of_other_kinds_get_time_by_their_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2))
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     _whole_takes(1.0, monkeypatch)
     conv, transposed = sk.measure_layers(model, groups, EXAMPLE, table=Stopwatch()).layers
     assert conv.ms is not None
@@ -223,13 +225,13 @@ def test_layers_of_other_kinds_get_time_by_their_multiplications(monkeypatch: py
 
 def test_latencies_that_were_not_measured_are_refused() -> None:
     model = _network()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     with pytest.raises(InputError, match="measure_layers"):
         sk.channel_latencies(groups)
     with pytest.raises(InputError, match="measure_layers"):
         sk.keep_masks(model, groups, method="budget", target={"latency": 0.5})
     with pytest.raises(InputError, match="measure_layers"):
-        sk.Sparsifier(model, groups, strength="auto", total_steps=10, target={"latency": 0.5})
+        sparsifier_of(model, groups, strength="auto", total_steps=10, target={"latency": 0.5})
     with pytest.raises(InputError, match="table is of 2 threads, and 1 were asked for"):
         sk.measure_layers(model, groups, EXAMPLE, table=Stopwatch(threads=2))
     with pytest.raises(InputError, match="no layer"):

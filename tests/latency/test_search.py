@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain import find_groups
 from torch import nn
 
 import sparsekit as sk
@@ -36,7 +37,7 @@ def _network(width: int = 64) -> nn.Sequential:
 
 def _measured(model: nn.Module) -> ChannelGroups:
     """Groups whose layers take as long as they multiply, 10 ms in all."""
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     total = sum(layer.macs for layer in groups.layers)
 
     def curve(out: int, into: int, macs: int) -> LatencyCurve:
@@ -170,14 +171,14 @@ def test_the_rounding_is_the_largest_block_of_the_groups_layers() -> None:
     rounding = block_rounding(replace(groups, layers=layers), 8)
     assert list(rounding.values()) == [(16, 8), (1, 8), (1, 8)]
     with pytest.raises(InputError, match="not measured"):
-        block_rounding(sk.find_groups(_network(), EXAMPLE))
+        block_rounding(find_groups(_network(), EXAMPLE))
 
 
 def test_a_real_cut_is_really_timed_and_the_model_stays_as_it_was(tmp_path: Path) -> None:
     """Three quarters of the channels gone are faster on any machine."""
     model = _network(128)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     groups = sk.measure_layers(model, groups, EXAMPLE, table=LatencyTable(cache=tmp_path))
     trial = time_masks(model, groups, {g.name: torch.arange(128) < 32 for g in groups.free}, EXAMPLE)
     assert trial.measured > 1.5

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from models_by_hand import BY_HAND, build
+from plain import find_groups
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError
 from sparsekit.selection.costs import kept_share
-from sparsekit.selection.importance import channel_scores, channel_worth, rows, zero_channels
+from sparsekit.selection.importance import channel_worth, filter_norms, rows, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.rounding import keep_too, round_up
-from sparsekit.selection.threshold import block_worth
+from sparsekit.selection.threshold import step_importance
 from sparsekit.structure.groups import ChannelGroups
 
 
@@ -45,7 +45,7 @@ def kept(masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
 def test_a_score_is_the_norm_of_the_filter_with_its_batch_norm_folded_in() -> None:
     model, inputs = build("Residual")
     groups = find_groups(model, inputs)
-    scores = channel_scores(model, groups)
+    scores = filter_norms(model, groups)
 
     def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         weight, _ = fuse_conv_bn_weights(
@@ -67,7 +67,7 @@ def test_the_score_of_a_gated_unit_folds_each_half_with_its_own_scale() -> None:
     norm = model.norm
     weight = model.up.weight.flatten(1) * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]
     expected = weight.detach().reshape(2, 6, -1).movedim(1, 0).flatten(1).norm(dim=1)
-    torch.testing.assert_close(channel_scores(model, groups)["up"], expected)
+    torch.testing.assert_close(filter_norms(model, groups)["up"], expected)
 
 
 def test_a_batch_norm_without_scale_or_without_statistics_folds_what_it_has() -> None:
@@ -82,13 +82,13 @@ def test_a_batch_norm_without_scale_or_without_statistics_folds_what_it_has() ->
                 factor = 1 / (norm.running_var.double() + norm.eps).sqrt()
         groups = find_groups(model, torch.randn(2, 3, 6, 6))
         expected = model[0].weight.detach().double().flatten(1).norm(dim=1) * factor
-        torch.testing.assert_close(channel_scores(model, groups)["0"], expected.detach())
+        torch.testing.assert_close(filter_norms(model, groups)["0"], expected.detach())
 
 
 def test_without_a_norm_the_score_is_the_norm_of_the_rows_also_of_a_transposed_convolution() -> None:
     model, inputs = build("Transposed")
     groups = find_groups(model, inputs)
-    scores = channel_scores(model, groups)
+    scores = filter_norms(model, groups)
     weight = model.further.weight.detach()  # inputs first
     torch.testing.assert_close(scores["further"], weight.movedim(1, 0).flatten(1).norm(dim=1))
 
@@ -96,10 +96,10 @@ def test_without_a_norm_the_score_is_the_norm_of_the_rows_also_of_a_transposed_c
 def test_the_gate_of_squeeze_and_excite_does_not_count() -> None:
     model, inputs = build("SqueezeExcite")
     groups = find_groups(model, inputs)
-    before = channel_scores(model, groups)
+    before = filter_norms(model, groups)
     with torch.no_grad():
         model.excite.weight *= 7
-    after = channel_scores(model, groups)
+    after = filter_norms(model, groups)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -107,7 +107,7 @@ def test_the_gate_of_squeeze_and_excite_does_not_count() -> None:
 def test_scores_are_non_negative_float64_one_a_channel_of_each_free_group(name: str) -> None:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
-    scores = channel_scores(model.float(), groups)
+    scores = filter_norms(model.float(), groups)
     assert list(scores) == [g.name for g in groups.free]
     for group in groups.free:
         assert scores[group.name].shape == (group.n_channels,)
@@ -246,8 +246,8 @@ def test_a_gap_of_just_more_than_half_a_decade_counts() -> None:
 @pytest.mark.parametrize("wanted", [1.0, 0.9, 0.75, 0.6])
 def test_a_budget_is_met_with_the_smallest_threshold(quantity: Any, round_to: int, wanted: float) -> None:
     model, groups = chain([0.5, 3.0, 0.1, 2.0, 0.7, 1.1, 0.9, 0.2], [4.0, 9.0, 1.0, 0.5, 6.0, 2.0])
-    masks = keep_masks(model, groups, method="budget", target={quantity: wanted}, round_to=round_to)
-    scores = channel_scores(model, groups)
+    masks = keep_masks(model, groups.with_rounding(round_to, 1), method="budget", target={quantity: wanted})
+    scores = filter_norms(model, groups)
     # By brute force: blocks of each group from the best score down, worth the mean square of their relative scores;
     # every threshold on that, from none upwards; the first block of a group stays.
     blocks = {}
@@ -287,9 +287,9 @@ def test_a_target_out_of_reach_says_what_is_in_reach() -> None:
     ):
         keep_masks(model, groups, method="budget", target={"channels": 0.1})
     with pytest.raises(InputError, match=r"leaves 0\.750"):
-        keep_masks(model, groups, target={"channels": 0.5}, min_channels=3)
+        keep_masks(model, groups.with_rounding(1, 3), target={"channels": 0.5})
     with pytest.raises(InputError, match=r"leaves 1\.000"):
-        keep_masks(model, groups, target={"macs": 0.9}, round_to=4)
+        keep_masks(model, groups.with_rounding(4, 1), target={"macs": 0.9})
 
 
 @pytest.mark.parametrize(
@@ -345,13 +345,13 @@ def test_rounding_reaches_a_multiple_with_the_best_of_what_was_dropped(
 
 def test_zeros_come_back_last() -> None:
     model, groups = chain([0.0, 0.1, 5.0, 0.0, 3.0, 0.2])
-    masks = keep_masks(model, groups, method="threshold", threshold=1.0, relative=False, round_to=4)
+    masks = keep_masks(model, groups.with_rounding(4, 1), method="threshold", threshold=1.0, relative=False)
     assert kept(masks) == {"0": [1, 2, 4, 5]}
     dead, dead_groups = chain([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     with torch.no_grad():
         dead[0].weight.zero_()
     assert int(keep_masks(dead, dead_groups, method="zeros")["0"].sum()) == 1
-    assert int(keep_masks(dead, dead_groups, method="zeros", round_to=4)["0"].sum()) == 4
+    assert int(keep_masks(dead, dead_groups.with_rounding(4, 1), method="zeros")["0"].sum()) == 4
 
 
 def test_a_channel_kept_too_takes_the_place_of_a_spare_one_or_is_rounded_up_with() -> None:
@@ -401,4 +401,4 @@ INF = float("inf")
 def test_blocks_are_counted_from_the_most_valuable_channel_down(
     values: list[float], multiple: int, least: int, worth: list[float]
 ) -> None:
-    assert block_worth({"g": torch.tensor(values)}, {"g": (multiple, least)})["g"].tolist() == worth
+    assert step_importance({"g": torch.tensor(values)}, {"g": (multiple, least)})["g"].tolist() == worth

@@ -7,8 +7,8 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
+from plain import find_groups
 
-import sparsekit as sk
 from sparsekit.errors import InputError
 from sparsekit.selection.costs import kept_share
 from sparsekit.selection.knapsack import choose_channels
@@ -99,7 +99,7 @@ def _conv_network() -> torch.nn.Sequential:
 
 @pytest.mark.parametrize("quantity", ["macs", "params", "channels"])
 def test_a_limit_is_met_as_the_masks_are_counted_elsewhere(quantity: str) -> None:
-    groups = sk.find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
+    groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
     worth = {group.name: torch.arange(1.0, group.n_channels + 1) for group in groups.free}
     for limit in (0.9, 0.6, 0.35):
         masks = choose_channels(groups, worth, {quantity: limit}, dict.fromkeys(worth, (1, 1)))
@@ -176,7 +176,7 @@ def test_channels_inside_a_block_that_goes_are_gone_too() -> None:
 def test_arguments_that_make_no_sense_are_refused(
     worth: dict[str, torch.Tensor | None], limits: dict[str, float], message: str
 ) -> None:
-    groups = sk.find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
+    groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
     given = {g.name: torch.ones(g.n_channels) for g in groups.free} | worth
     with pytest.raises(InputError, match=message):
         choose_channels(
@@ -185,7 +185,7 @@ def test_arguments_that_make_no_sense_are_refused(
 
 
 def test_latencies_that_were_not_measured_are_refused() -> None:
-    groups = sk.find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
+    groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
     worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
     with pytest.raises(InputError, match="measure_layers"):
         choose_channels(groups, worth, {"latency": 0.5}, dict.fromkeys(worth, (1, 1)))

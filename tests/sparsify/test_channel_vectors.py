@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsekit.sparsify.channel_vectors import ChannelNumbers, Holdings, Largest, multiply_
+from sparsekit.sparsify.channel_vectors import ChannelNumbers, Largest, OwnedWeights, multiply_
 from sparsekit.structure.groups import ChannelGroup, Member
 
 
@@ -30,8 +30,8 @@ def _tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-def _holdings(tensors: dict[str, Tensor]) -> Holdings:
-    return Holdings(tensors, GROUPS, lambda group: group.penalised)
+def _holdings(tensors: dict[str, Tensor]) -> OwnedWeights:
+    return OwnedWeights(tensors, GROUPS, lambda group: group.penalised)
 
 
 def _places() -> list[list[tuple[str, int, int]]]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from torch import nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.sparsify.late_choice import Settling
+from sparsekit.sparsify.late_choice import LateChoice
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.structure.masks import Masks
 from sparsekit.training.checkpoint import load_state, save_state
@@ -22,7 +24,7 @@ STEPS = 30
 
 def _start(
     calls: list[Masks], penalty: Any = "group_lasso"
-) -> tuple[nn.Module, torch.optim.Optimizer, Settling]:
+) -> tuple[nn.Module, torch.optim.Optimizer, LateChoice]:
     """A phase that is to lose every second channel, whatever they are worth."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -36,9 +38,9 @@ def _start(
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
-        sk.find_groups(model, EXAMPLE),
+        find_groups(model, EXAMPLE),
         penalty=penalty,
         strength="auto",
         total_steps=STEPS,
@@ -53,10 +55,10 @@ def _start(
             "asked": 2.0
         }
 
-    return model, optimizer, Settling(sparsifier, 6, choose)
+    return model, optimizer, LateChoice(sparsifier, 6, choose)
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, hook: Settling, steps: range) -> None:
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, hook: LateChoice, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         images = torch.randn(8, 3, 8, 8, generator=generator)
@@ -79,7 +81,7 @@ def test_exactly_what_was_chosen_goes_and_the_choice_saw_what_was_learned() -> N
     assert hook.notes == {"asked": 2.0}
     assert hook.shortfall() == ""
     assert hook.progress()["zero_share"] == 0.5
-    for name, dead in sk.keep_masks(model, sk.find_groups(model, EXAMPLE), method="zeros").items():
+    for name, dead in sk.keep_masks(model, find_groups(model, EXAMPLE), method="zeros").items():
         assert torch.equal(dead, hook.masks[name])
 
 
@@ -90,9 +92,9 @@ def test_the_phase_is_not_over_before_all_that_was_chosen_is_zero() -> None:
         nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
-        sk.find_groups(model, EXAMPLE),
+        find_groups(model, EXAMPLE),
         strength="auto",
         total_steps=60,
         shares=PhaseShares(0.1, 0.0, 0.2),
@@ -100,7 +102,7 @@ def test_the_phase_is_not_over_before_all_that_was_chosen_is_zero() -> None:
         round_to=16,
     )
     masks = {"0": torch.arange(64) < 20}
-    hook = Settling(sparsifier, 6, lambda worth: (masks, {}))
+    hook = LateChoice(sparsifier, 6, lambda worth: (masks, {}))
     _train(model, optimizer, hook, range(8))
     assert "44 of the 44 channels that were to go are not zero" in hook.shortfall()
     _train(model, optimizer, hook, range(8, 60))

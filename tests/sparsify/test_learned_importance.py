@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain import find_groups
 from torch import nn
 
-import sparsekit as sk
-from sparsekit.sparsify.learned_importance import note_sensitivities_
+from sparsekit.sparsify.learned_importance import note_effects_
 from sparsekit.sparsify.penalised_weights import PenalisedWeights
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -27,7 +27,7 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
     nn.init.normal_(model[1].weight)
     nn.init.normal_(model[1].bias)
     images, labels = torch.randn(16, 3, 8, 8).double(), torch.randint(4, (16,))
-    groups = sk.find_groups(model, EXAMPLE.double())
+    groups = find_groups(model, EXAMPLE.double())
     tensors = dict(model.named_parameters())
 
     def loss() -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
     running = torch.zeros(6, dtype=torch.float64)
     held = PenalisedWeights(model, groups, "group_lasso").shrunk
     for _ in range(2000):
-        note_sensitivities_(running, tensors, held)
+        note_effects_(running, tensors, held)
     with torch.no_grad():
         for channel in range(6):
             values = []
@@ -56,8 +56,8 @@ def test_weights_without_gradients_add_nothing() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
     running = torch.ones(6)
-    held = PenalisedWeights(model, sk.find_groups(model, EXAMPLE), "group_lasso").shrunk
-    note_sensitivities_(running, tensors, held)
+    held = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
+    note_effects_(running, tensors, held)
     assert torch.allclose(running, torch.full((6,), 0.98))
 
 
@@ -65,9 +65,9 @@ def test_gradients_that_overflowed_are_forgotten() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
     values = torch.ones(6)
-    held = PenalisedWeights(model, sk.find_groups(model, EXAMPLE), "group_lasso").shrunk
+    held = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
     scale = tensors["1.weight"]
     scale.grad = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 0.0, 1e30])
-    note_sensitivities_(values, tensors, held)
+    note_effects_(values, tensors, held)
     assert values[0] < values[1]
     assert values[2] == values[3] == values[4] == pytest.approx(0.98)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.options import Penalty
-from sparsekit.sparsify.channel_vectors import Holdings
+from sparsekit.sparsify.channel_vectors import OwnedWeights
 from sparsekit.sparsify.penalties import distances_to_zero, penalised_members, shrink_
 from sparsekit.structure.groups import ChannelGroup, Member
 
@@ -42,8 +42,8 @@ def _tensors(seed: int = 0) -> dict[str, Tensor]:
 
 def _holdings(
     tensors: dict[str, Tensor], penalty: Penalty = "group_lasso", group: ChannelGroup = GROUP
-) -> Holdings:
-    return Holdings(tensors, [group], lambda one: penalised_members(one, penalty))
+) -> OwnedWeights:
+    return OwnedWeights(tensors, [group], lambda one: penalised_members(one, penalty))
 
 
 def _owned(tensors: dict[str, Tensor], channel: int) -> list[tuple[Tensor, tuple[slice | int, ...]]]:

@@ -9,14 +9,16 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
 from sparsekit.errors import InputError
 from sparsekit.options import Penalty
-from sparsekit.sparsify.channel_vectors import Holdings
-from sparsekit.sparsify.revival import Pull
+from sparsekit.sparsify.channel_vectors import OwnedWeights
+from sparsekit.sparsify.revival import Revival
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.training.checkpoint import load_state, save_state
@@ -60,7 +62,7 @@ def test_channels_come_back_iff_the_loss_pulls_harder_than_the_penalty(kind: str
     """A third of the channels has its minimum so far from zero that the penalty moves, but cannot hold it."""
     model = Filters(60, 1e-6)
     optimizer = OPTIMIZERS[kind](model.parameters())
-    sparsifier = sk.Sparsifier(model, model.groups, strength=0.2, min_channels=0, revive=revive)
+    sparsifier = sparsifier_of(model, model.groups, strength=0.2, min_channels=0, revive=revive)
     model.x.grad = torch.zeros_like(model.x)
     optimizer.step()
     sparsifier.step(optimizer)
@@ -81,8 +83,8 @@ def test_the_pull_is_the_largest_threshold_that_does_not_hold_a_steady_gradient(
     penalty: Penalty, relative: bool
 ) -> None:
     model = Filters(3, 0.0)
-    held = Holdings(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Pull(held, dict(model.named_parameters()), penalty)
+    held = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
+    pull = Revival(held, dict(model.named_parameters()), penalty)
     gradient = torch.tensor([[3.0], [-0.5], [0.0]]).expand(3, WIDTH)
     model.x.grad = gradient.clone()
     for _ in range(99):
@@ -104,8 +106,8 @@ def test_a_mean_within_its_error_does_not_pull() -> None:
     """Of 20,000 channels that feel noise alone; a mean of 0.3 in noise of 1 is beyond it, 0.1 is not."""
     n = 20_000
     model = Filters(n, 0.0)
-    held = Holdings(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Pull(held, dict(model.named_parameters()), "group_lasso")
+    held = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
+    pull = Revival(held, dict(model.named_parameters()), "group_lasso")
     generator = torch.Generator().manual_seed(0)
     means = torch.zeros(n, 1)
     means[0] = 0.5
@@ -122,7 +124,7 @@ def test_a_mean_within_its_error_does_not_pull() -> None:
 def test_momenta_of_channels_that_may_come_back_are_kept_while_the_penalty_acts(kind: str) -> None:
     model = Filters(2, 1e-6)
     optimizer = OPTIMIZERS[kind](model.parameters())
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         model.groups,
         strength=0.2,
@@ -147,8 +149,8 @@ def test_units_come_back_when_the_data_ask_for_others() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        sparsifier = sk.Sparsifier(
-            model, sk.find_groups(model, torch.zeros(1, 8)), strength=0.02, min_channels=0, revive=revive
+        sparsifier = sparsifier_of(
+            model, find_groups(model, torch.zeros(1, 8)), strength=0.02, min_channels=0, revive=revive
         )
         alive = []
         for step in range(1600):
@@ -176,7 +178,7 @@ def test_an_interrupted_run_revives_the_same_channels(kind: str, tmp_path: Path)
     def start() -> tuple[Filters, Optimizer, sk.Sparsifier]:
         model = Filters(12, 1e-6)
         optimizer = OPTIMIZERS[kind](model.parameters())
-        return model, optimizer, sk.Sparsifier(model, model.groups, strength=0.2, revive=True, min_channels=0)
+        return model, optimizer, sparsifier_of(model, model.groups, strength=0.2, revive=True, min_channels=0)
 
     whole, first, again = start(), start(), start()
     _train(*whole, minima, range(400))
@@ -195,8 +197,8 @@ def test_an_interrupted_run_revives_the_same_channels(kind: str, tmp_path: Path)
 
 def test_a_state_without_the_pull_is_refused() -> None:
     model = Filters(3, 1.0)
-    plain = sk.Sparsifier(model, model.groups, strength=0.2)
-    reviving = sk.Sparsifier(copy.deepcopy(model), model.groups, strength=0.2, revive=True)
+    plain = sparsifier_of(model, model.groups, strength=0.2)
+    reviving = sparsifier_of(copy.deepcopy(model), model.groups, strength=0.2, revive=True)
     with pytest.raises(InputError, match="revives channels"):
         reviving.load_state_dict(plain.state_dict())
     with pytest.raises(InputError, match="revives channels"):
@@ -205,6 +207,6 @@ def test_a_state_without_the_pull_is_refused() -> None:
 
 def test_reviving_is_for_a_constant_strength() -> None:
     model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 1))
-    groups = sk.find_groups(model, torch.zeros(1, 8))
+    groups = find_groups(model, torch.zeros(1, 8))
     with pytest.raises(InputError, match="revive is for a constant strength"):
-        sk.Sparsifier(model, groups, strength="auto", total_steps=9, target={"macs": 0.5}, revive=True)
+        sparsifier_of(model, groups, strength="auto", total_steps=9, target={"macs": 0.5}, revive=True)

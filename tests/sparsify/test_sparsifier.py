@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from plain import find_groups
+from plain import sparsifier as sparsifier_of
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from sparsekit.evaluation import evaluating
 from sparsekit.options import Penalty
 from sparsekit.selection.carriers import keep_carriers
 from sparsekit.selection.costs import kept_share
-from sparsekit.selection.importance import channel_scores, zero_channels
+from sparsekit.selection.importance import filter_norms, zero_channels
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.training.checkpoint import load_state, save_state
@@ -125,7 +127,7 @@ def test_each_step_shrinks_by_the_documented_threshold(kind: str, penalty: str) 
     optimizer, reference = build(ours.parameters()), build(by_hand.parameters())
     groups = _groups(("weight", "bias"), n=5)
     shares = PhaseShares(0.25, 0.5, 0.25)
-    sparsifier = sk.Sparsifier(ours, groups, penalty=penalty, strength=0.2, total_steps=8, shares=shares)
+    sparsifier = sparsifier_of(ours, groups, penalty=penalty, strength=0.2, total_steps=8, shares=shares)
     for step, factor in enumerate((0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 0.0, 0.0)):
         for model, opt in ((ours, optimizer), (by_hand, reference)):
             _set_gradients(model, torch.Generator().manual_seed(step))
@@ -150,7 +152,7 @@ def test_each_step_shrinks_by_the_documented_threshold(kind: str, penalty: str) 
 def test_each_group_is_shrunk_at_the_learning_rate_of_its_own_weights() -> None:
     model = Points(a=torch.full((2,), 5.0), b=torch.full((2,), 5.0), c=torch.full((2,), 5.0))
     optimizer = SGD([{"params": [model.a], "lr": 0.1}, {"params": [model.b, model.c], "lr": 0.3}], lr=1.0)
-    sparsifier = sk.Sparsifier(model, _groups(("a",), ("b",), n=2), strength=2.0)
+    sparsifier = sparsifier_of(model, _groups(("a",), ("b",), n=2), strength=2.0)
     sparsifier.step(optimizer)
     assert torch.allclose(model.a, torch.tensor(5 - 0.2))
     assert torch.allclose(model.b, torch.tensor(5 - 0.6))
@@ -167,8 +169,8 @@ def test_sgd_converges_to_the_minimum_of_loss_plus_penalty(kind: str) -> None:
     optimizer = OPTIMIZERS[kind][0](model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = 0.01
-    near = sk.Sparsifier(model, _groups(("x",), n=1), strength=0.3)
-    far = sk.Sparsifier(model, _groups(("y",), n=1), strength=1.2, min_channels=0)
+    near = sparsifier_of(model, _groups(("x",), n=1), strength=0.3)
+    far = sparsifier_of(model, _groups(("y",), n=1), strength=1.2, min_channels=0)
     for _ in range(1500):
         model.x.grad, model.y.grad = model.x.detach() - 1, model.y.detach() - 1
         optimizer.step()
@@ -182,7 +184,7 @@ def test_sgd_converges_to_the_minimum_of_loss_plus_penalty(kind: str) -> None:
 @pytest.mark.parametrize("kept", [1, 2])
 def test_no_group_dies_out_however_strong_the_penalty(penalty: str, kept: int) -> None:
     model = Points(x=torch.tensor([[1.0, -2.0], [8.0, 9.0], [-7.0, 8.0], [0.5, 0.5]]))
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=4), penalty=penalty, strength=1e3, min_channels=kept)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=4), penalty=penalty, strength=1e3, min_channels=kept)
     for _ in range(500):
         sparsifier.step(SGD(model.parameters(), lr=0.1))
     with pytest.warns(UserWarning, match=r"after 500 steps the strength of 1e\+03 has taken every channel"):
@@ -197,7 +199,7 @@ def test_adamw_balances_the_penalty_against_gradients_in_units_of_their_size() -
     n = 512
     model = Points(x=torch.ones(n))
     optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=n), strength=0.2)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=n), strength=0.2)
     generator = torch.Generator().manual_seed(0)
     mean = 0.0
     for step in range(3000):
@@ -217,7 +219,7 @@ def test_strength_zero_is_plain_training_to_the_bit(kind: str, penalty: str) -> 
     model[4].weight.data[:3] = plain[4].weight.data[:3] = 0  # zero scales are nobody's to hold
     build = OPTIMIZERS[kind][0]
     _train(plain, build(plain.parameters()), range(6))
-    sparsifier = sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), penalty=penalty, strength=0.0)
+    sparsifier = sparsifier_of(model, find_groups(model, EXAMPLE), penalty=penalty, strength=0.0)
     _train(model, build(model.parameters()), range(6), sparsifier)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
@@ -232,7 +234,7 @@ def test_zeros_are_exact_and_neither_momentum_nor_gradient_revives_them(kind: st
     )
     optimizer = OPTIMIZERS[kind][0](model.parameters())
     shares = PhaseShares(0.0, 0.0, 0.5)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model, _groups(("x", "y"), n=3), penalty=penalty, strength=1.0, total_steps=8, shares=shares
     )
     pulls = [0.0, 0.3] + [100.0] * 14  # from the third step on a gradient that would move anything
@@ -258,7 +260,7 @@ def test_scales_that_start_at_zero_are_not_held_before_a_penalty_acted(strength:
     """As timm's zero_init_last leaves them, in a step at learning rate 0, as a warm-up of the rate begins."""
     model = Points(x=torch.zeros(4))
     optimizer = SGD(model.parameters(), lr=0.0)
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=4), strength=strength)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=4), strength=strength)
     for rate in (0.0, 0.5):
         optimizer.param_groups[0]["lr"] = rate
         model.x.grad = torch.full((4,), -1.0)
@@ -272,7 +274,7 @@ def test_scales_that_start_at_zero_are_not_held_in_the_warmup_of_the_penalty() -
     model = Points(x=torch.zeros(4))
     optimizer = SGD(model.parameters(), lr=1.0)
     shares = PhaseShares(0.5, 0.0, 0.0)
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=4), strength=0.1, total_steps=4, shares=shares)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=4), strength=0.1, total_steps=4, shares=shares)
     for step in range(4):
         model.x.grad = torch.full((4,), -float(step))
         optimizer.step()
@@ -306,12 +308,12 @@ def test_strength_auto_meets_the_target_within_its_phase_and_the_cut_is_lossless
     kind: str, penalty: str, importance: str, round_to: int, target: float, batchnorm: bool
 ) -> None:
     model = _convnet(batchnorm)
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     optimizer = OPTIMIZERS[kind][0](model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = 0.02 if kind == "momentum" else 0.01
     steps, shares = 200, PhaseShares(0.1, 0.2, 0.2)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         groups,
         penalty=penalty,
@@ -329,7 +331,7 @@ def test_strength_auto_meets_the_target_within_its_phase_and_the_cut_is_lossless
     _train(model, optimizer, range(160, steps), sparsifier)
     assert all(torch.equal(dead, at_debias[name]) for name, dead in zero_channels(model, groups).items())
 
-    masks = sk.keep_masks(model, groups, method="zeros", round_to=round_to)
+    masks = sk.keep_masks(model, groups.with_rounding(round_to, 1), method="zeros")
     left = kept_share(groups, masks).macs
     assert target - _largest_step(groups, masks, round_to) <= left <= target
     plan = sk.make_plan(groups, masks)
@@ -374,9 +376,9 @@ TIMM_OPTIMIZERS = (
 @pytest.mark.parametrize("name", TIMM_OPTIMIZERS)
 def test_strength_auto_meets_its_target_under_timms_optimizers(name: str) -> None:
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     optimizer = create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=1e-3)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         groups,
         strength="auto",
@@ -395,8 +397,8 @@ def test_strength_auto_meets_its_target_under_timms_optimizers(name: str) -> Non
 
 def test_strength_auto_stops_shrinking_once_the_target_is_met() -> None:
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
+    groups = find_groups(model, EXAMPLE)
+    sparsifier = sparsifier_of(
         model, groups, strength="auto", total_steps=100, shares=NO_PARTS, target={"channels": 0.5}
     )
     optimizer = SGD(model.parameters(), lr=0.01)
@@ -415,7 +417,7 @@ def test_strength_auto_shrinks_the_channels_that_have_to_die_evenly_and_no_other
     """In a linear fall to zero over nine tenths of the penalised part, at the rate a step has with momentum."""
     model = Points(x=torch.tensor([[6.0, -8.0], [-3.0, 4.0], [0.3, 0.4], [-60.0, 80.0]]))
     shares = PhaseShares(0.0, 0.0, 0.5)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=4),
         penalty=penalty,
@@ -440,7 +442,7 @@ def test_taylor_keeps_what_the_loss_depends_on_and_magnitude_what_is_large(
 ) -> None:
     model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
     optimizer = SGD(model.parameters(), lr=0.01)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=4),
         strength="auto",
@@ -460,7 +462,7 @@ def test_taylor_keeps_what_the_loss_depends_on_and_magnitude_what_is_large(
 def test_costs_decide_between_channels_that_are_worth_the_same() -> None:
     model = Points(x=torch.ones(4), y=torch.ones(4))
     optimizer = SGD(model.parameters(), lr=0.01)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), ("y",), n=4),
         strength="auto",
@@ -480,7 +482,7 @@ def test_costs_decide_between_channels_that_are_worth_the_same() -> None:
 def test_a_step_that_comes_after_the_gradients_are_gone_is_refused() -> None:
     model = Points(x=torch.ones(4))
     optimizer = SGD(model.parameters(), lr=0.01)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=4),
         strength="auto",
@@ -497,7 +499,7 @@ def test_a_step_that_comes_after_the_gradients_are_gone_is_refused() -> None:
 def test_a_phase_that_could_not_reach_its_target_says_how_far_it_got() -> None:
     model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
     optimizer = SGD(model.parameters(), lr=0.0)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=4),
         strength="auto",
@@ -510,13 +512,13 @@ def test_a_phase_that_could_not_reach_its_target_says_how_far_it_got() -> None:
     assert sparsifier.shortfall().startswith(
         "the zeros would leave 1.000 of the channels, and 0.5 was asked for"
     )
-    assert sk.Sparsifier(model, _groups(("x",), n=4), strength=0.1).shortfall() == ""
+    assert sparsifier_of(model, _groups(("x",), n=4), strength=0.1).shortfall() == ""
 
 
 def test_a_penalty_that_has_met_its_target_stays_off_when_it_is_loaded() -> None:
     def start() -> tuple[nn.Module, Optimizer, sk.Sparsifier]:
         model = Points(x=torch.tensor([0.1, 0.2, 3.0, 4.0]))
-        sparsifier = sk.Sparsifier(
+        sparsifier = sparsifier_of(
             model,
             _groups(("x",), n=4),
             strength="auto",
@@ -543,14 +545,14 @@ def test_adaptive_thresholds_follow_the_scores_at_the_start() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2)).double()
     model[0].weight.data *= torch.tensor([[0.05], [1.0], [1.0], [1.0], [1.0], [20.0]])
-    groups = sk.find_groups(model, torch.zeros(1, 3).double())
+    groups = find_groups(model, torch.zeros(1, 3).double())
     (group,) = groups.free
-    scores = channel_scores(model, groups)[group.name]
+    scores = filter_norms(model, groups)[group.name]
     norms = model[0].weight.detach().norm(dim=1)
     expected = 1e-4 * norms.mean() * (scores.mean() / scores).pow(2).clamp(0.05, 20)
     relative = expected / (1e-4 * norms.mean())
     assert (relative.min(), relative.max()) == (pytest.approx(0.05), 20)  # both bounds are in play
-    sparsifier = sk.Sparsifier(model, groups, strength=1e-3, adaptive=2.0)
+    sparsifier = sparsifier_of(model, groups, strength=1e-3, adaptive=2.0)
     sparsifier.step(SGD(model.parameters(), lr=0.1))
     assert torch.allclose(norms - model[0].weight.detach().norm(dim=1), expected, rtol=1e-6)
 
@@ -563,8 +565,8 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
         model = _convnet()
         model.load_state_dict(weights or model.state_dict())
         optimizer = OPTIMIZERS[kind][0](model.parameters())
-        groups = sk.find_groups(model, EXAMPLE)
-        sparsifier = sk.Sparsifier(
+        groups = find_groups(model, EXAMPLE)
+        sparsifier = sparsifier_of(
             model,
             groups,
             strength="auto",
@@ -603,7 +605,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_as_an_uninterrupted_one(
 def test_project_zeroes_the_same_channels_in_an_average_of_the_weights() -> None:
     model = Points(x=torch.tensor([[0.01, 0.0], [5.0, 6.0]]), y=torch.tensor([1.0, 2.0]))
     average = copy.deepcopy(model)
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=2), strength=1.0)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=2), strength=1.0)
     sparsifier.step(SGD(model.parameters(), lr=0.1))
     sparsifier.project_(average)
     assert torch.equal(average.x.detach(), torch.tensor([[0.0, 0.0], [5.0, 6.0]]))
@@ -612,7 +614,7 @@ def test_project_zeroes_the_same_channels_in_an_average_of_the_weights() -> None
 
 def test_l1_on_weights_without_a_norm_zeroes_single_weights_too() -> None:
     model = _convnet(batchnorm=False)
-    sparsifier = sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), penalty="l1", strength=0.1)
+    sparsifier = sparsifier_of(model, find_groups(model, EXAMPLE), penalty="l1", strength=0.1)
     _train(model, SGD(model.parameters(), lr=0.1), range(8), sparsifier)
     zeros = (model[0].weight == 0).flatten(1)
     assert bool((zeros.any(1) & ~zeros.all(1)).any())
@@ -623,8 +625,8 @@ def test_frozen_weights_are_left_alone() -> None:
     for parameter in (*model[0].parameters(), *model[1].parameters()):
         parameter.requires_grad_(False)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
+    groups = find_groups(model, EXAMPLE)
+    sparsifier = sparsifier_of(
         model, groups, strength="auto", total_steps=40, shares=NO_PARTS, target={"channels": 0.8}
     )
     _train(model, SGD(model.parameters(), lr=0.05), range(40), sparsifier)
@@ -637,8 +639,8 @@ def test_frozen_weights_are_left_alone() -> None:
 def test_groups_that_the_optimizer_does_not_train_are_left_alone(strength: Any) -> None:
     model = _convnet()
     before = {name: value.clone() for name, value in model.named_parameters()}
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
+    groups = find_groups(model, EXAMPLE)
+    sparsifier = sparsifier_of(
         model, groups, strength=strength, total_steps=40, shares=NO_PARTS, target={"channels": 0.8}
     )
     # The scale of the first norm alone cannot make a channel zero: its shift is not trained.
@@ -674,7 +676,7 @@ def test_a_step_with_a_fixed_strength_never_waits_for_the_device(
     groups = ChannelGroups((ChannelGroup("x", 3, (*group.members, scattered)),), ())
     model = Points(x=torch.ones(3, 2), y=torch.ones(2, 5))
     optimizer = OPTIMIZERS[kind][0](model.parameters())
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model, groups, penalty=penalty, strength=0.1, total_steps=4, shares=NO_PARTS, revive=revive
     )
     _set_gradients(model, torch.Generator().manual_seed(0))
@@ -689,7 +691,7 @@ def test_a_step_with_a_fixed_strength_never_waits_for_the_device(
 
 def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> None:
     model = Points(x=torch.ones(2))
-    sparsifier = sk.Sparsifier(model, _groups(("x",), n=2), strength=0.1)
+    sparsifier = sparsifier_of(model, _groups(("x",), n=2), strength=0.1)
     assert sparsifier.strength == 0.0
     sparsifier.step(SGD(model.parameters(), lr=0.1))
     assert sparsifier.strength == 0.1
@@ -720,13 +722,13 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
     model = _convnet()
     with pytest.raises(InputError, match=message):
-        sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), **arguments)
+        sparsifier_of(model, find_groups(model, EXAMPLE), **arguments)
 
 
 def test_a_penalty_on_scales_needs_batchnorms_and_names_the_alternative() -> None:
     model = _convnet(batchnorm=False)
     with pytest.raises(InputError, match="take 'group_lasso'"):
-        sk.Sparsifier(model, sk.find_groups(model, EXAMPLE), penalty="scale_l1")
+        sparsifier_of(model, find_groups(model, EXAMPLE), penalty="scale_l1")
 
 
 @pytest.mark.parametrize("penalty", [penalty for penalty in get_args(Penalty) if penalty != "group_mcp"])
@@ -735,8 +737,8 @@ def test_every_penalty_makes_zeros_whose_removal_changes_nothing(
     penalty: Penalty, optimizer: Callable[[Any], Optimizer]
 ) -> None:
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
+    groups = find_groups(model, EXAMPLE)
+    sparsifier = sparsifier_of(
         model, groups, penalty=penalty, strength="auto", total_steps=60, target={"macs": 0.4}
     )
     _train(model, optimizer(model.parameters()), range(60), sparsifier)
@@ -754,7 +756,7 @@ def test_every_penalty_makes_zeros_whose_removal_changes_nothing(
 def test_costs_multiply_the_weights_by_the_root_of_their_ratio_to_the_mean() -> None:
     model = Points(x=torch.full((2, 4), 5.0), y=torch.full((2, 4), 5.0))
     groups = _groups(("x",), ("y",), n=2)
-    sparsifier = sk.Sparsifier(model, groups, strength=0.1, min_channels=0, costs={"x": 3.0, "y": 1.0})
+    sparsifier = sparsifier_of(model, groups, strength=0.1, min_channels=0, costs={"x": 3.0, "y": 1.0})
     optimizer = SGD(model.parameters(), lr=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -766,36 +768,36 @@ def test_costs_multiply_the_weights_by_the_root_of_their_ratio_to_the_mean() -> 
 
 def test_the_macs_of_a_channel_are_those_of_the_layers_that_make_and_read_it() -> None:
     model = _convnet()
-    costs = sk.channel_macs(sk.find_groups(model, EXAMPLE))
+    costs = sk.channel_macs(find_groups(model, EXAMPLE))
     # 3x3 filters on 8x8 maps from 3 channels, and on 4x4 maps into 16; 3x3 on 4x4 from 12, and 4 outputs.
     assert list(costs.values()) == [64 * 27 + 16 * 9 * 16, 16 * 9 * 12 + 4]
 
 
 def test_models_that_cannot_be_sparsified_are_refused() -> None:
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     with pytest.raises(InputError, match="not a wrapper"):
-        sk.Sparsifier(nn.Sequential(model), groups)
+        sparsifier_of(nn.Sequential(model), groups)
     with pytest.raises(InputError, match="no channel group"):
-        sk.Sparsifier(model.requires_grad_(False), groups)
+        sparsifier_of(model.requires_grad_(False), groups)
     with pytest.raises(InputError, match="no channel group"):
-        sk.Sparsifier(model, ChannelGroups((), ()))
+        sparsifier_of(model, ChannelGroups((), ()))
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model, other = _convnet(), _convnet()
-    sparsifier = sk.Sparsifier(model, sk.find_groups(model, EXAMPLE))
+    sparsifier = sparsifier_of(model, find_groups(model, EXAMPLE))
     with pytest.raises(InputError, match="none of the penalised weights"):
         sparsifier.step(SGD(other.parameters(), lr=0.1))
 
 
 def test_a_state_of_another_model_is_refused() -> None:
-    state = sk.Sparsifier(Points(x=torch.ones(2)), _groups(("x",), n=2)).state_dict()
+    state = sparsifier_of(Points(x=torch.ones(2)), _groups(("x",), n=2)).state_dict()
     with pytest.raises(InputError, match="other channel groups"):
-        sk.Sparsifier(Points(y=torch.ones(2)), _groups(("y",), n=2)).load_state_dict(state)
+        sparsifier_of(Points(y=torch.ones(2)), _groups(("y",), n=2)).load_state_dict(state)
     with pytest.raises(InputError, match="other channel groups"):
-        sk.Sparsifier(Points(x=torch.ones(1)), _groups(("x",), n=1)).load_state_dict(state)
-    automatic = sk.Sparsifier(
+        sparsifier_of(Points(x=torch.ones(1)), _groups(("x",), n=1)).load_state_dict(state)
+    automatic = sparsifier_of(
         Points(x=torch.ones(2)),
         _groups(("x",), n=2),
         strength="auto",
@@ -809,7 +811,7 @@ def test_a_state_of_another_model_is_refused() -> None:
 def test_the_plan_can_be_seen_and_its_target_moved() -> None:
     model = Points(x=torch.tensor([0.1, 0.2, 0.3, 3.0, 4.0, 5.0]))
     optimizer = SGD(model.parameters(), lr=0.01)
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=6),
         strength="auto",
@@ -817,9 +819,9 @@ def test_the_plan_can_be_seen_and_its_target_moved() -> None:
         total_steps=40,
         target={"channels": 0.5},
     )
-    assert sparsifier.planned_masks()["x"].tolist() == [False, False, False, True, True, True]
+    assert sparsifier.expected_masks()["x"].tolist() == [False, False, False, True, True, True]
     sparsifier.retarget({"channels": 0.7})
-    assert sparsifier.planned_masks()["x"].tolist() == [False, False, True, True, True, True]
+    assert sparsifier.expected_masks()["x"].tolist() == [False, False, True, True, True, True]
     for bad, message in (({"channels": 0.1}, "out of reach"), ({"macs": 0.5}, "a target of channels")):
         with pytest.raises(InputError, match=message):
             sparsifier.retarget(bad)
@@ -829,22 +831,22 @@ def test_the_plan_can_be_seen_and_its_target_moved() -> None:
         sparsifier.step(optimizer)
     assert (model.x == 0).tolist() == [True, True, False, False, False, False]
     with pytest.raises(InputError, match="constant strength has no plan"):
-        sk.Sparsifier(model, _groups(("x",), n=6), strength=0.1).planned_masks()
+        sparsifier_of(model, _groups(("x",), n=6), strength=0.1).expected_masks()
 
 
 def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> None:
     torch.manual_seed(0)
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
     arguments: dict[str, Any] = {"strength": "auto", "total_steps": 60, "target": {"macs": 0.9}}
-    sparsifier, resumed = (sk.Sparsifier(model, groups, **arguments) for _ in range(2))
+    sparsifier, resumed = (sparsifier_of(model, groups, **arguments) for _ in range(2))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     _train(model, optimizer, range(5), sparsifier)
     # Not what the plan would have chosen: the filters that are largest.
-    scores = channel_scores(model, groups)
+    scores = filter_norms(model, groups)
     masks = {name: score <= score.median() for name, score in scores.items()}
     sparsifier.settle(masks)
-    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.planned_masks().items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.expected_masks().items())
     assert sparsifier.shortfall()
     resumed.load_state_dict(sparsifier.state_dict())
     _train(model, optimizer, range(5, 60), resumed)
@@ -858,7 +860,7 @@ def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> 
 
 def test_a_target_set_after_settling_is_chosen_for_again() -> None:
     model = Points(x=torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    sparsifier = sk.Sparsifier(
+    sparsifier = sparsifier_of(
         model,
         _groups(("x",), n=4),
         strength="auto",
@@ -867,15 +869,15 @@ def test_a_target_set_after_settling_is_chosen_for_again() -> None:
         target={"channels": 0.5},
     )
     sparsifier.settle({"x": torch.tensor([True, True, True, False])})
-    assert sparsifier.planned_masks()["x"].tolist() == [True, True, True, False]
+    assert sparsifier.expected_masks()["x"].tolist() == [True, True, True, False]
     sparsifier.retarget({"channels": 0.75})
-    assert sparsifier.planned_masks()["x"].tolist() == [False, True, True, True]
+    assert sparsifier.expected_masks()["x"].tolist() == [False, True, True, True]
 
 
 def test_a_channel_without_a_scale_has_no_shift_either() -> None:
     model = _convnet()
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
+    groups = find_groups(model, EXAMPLE)
+    sparsifier = sparsifier_of(
         model, groups, penalty="scale_l1", strength="auto", total_steps=60, target={"macs": 0.4}
     )
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 from models_by_hand import BY_HAND, build, random_masks
+from plain import find_groups
 from torch import Tensor, nn
 
-from sparsekit.coupling.find_groups import find_groups
 from sparsekit.selection.costs import kept_share
 from sparsekit.structure.counting import count_macs, count_params, layer_costs
 from sparsekit.structure.plan import make_plan

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from models_by_hand import build
+from plain import find_groups
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from sparsekit.coupling.find_groups import find_groups
 from sparsekit.selection.carriers import keep_carriers
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
@@ -298,7 +298,7 @@ def test_it_takes_the_place_of_a_dead_channel_that_filled_a_multiple() -> None:
     # Dead: 2, 5 and 6 put out nothing, 3 and 4 a constant. Rounding brings back 2, the first of the dead.
     model, groups, masks = slimmed(nn.Conv2d(N, 4, 3, padding=1), [2, 3, 4, 5, 6], round_to=4)
     assert kept(masks["0"]) == [0, 1, 2, 7]
-    carried = keep_carriers(model, groups, masks, round_to=4)
+    carried = keep_carriers(model, groups.with_rounding(4, 1), masks)
     assert kept(carried["0"]) == [0, 1, 4, 7]
     assert change_at_the_cut(model, carried) < EXACT
 
@@ -313,7 +313,7 @@ def test_a_channel_that_only_seems_dead_is_not_given_up() -> None:
 def test_without_a_place_to_take_one_more_stays_rounded_up_again() -> None:
     model, groups, masks = slimmed(nn.Conv2d(N, 4, 3, padding=1), [2, 3, 4, 6], round_to=2)
     assert kept(masks["0"]) == [0, 1, 5, 7]
-    carried = keep_carriers(model, groups, masks, round_to=2)
+    carried = keep_carriers(model, groups.with_rounding(2, 1), masks)
     assert int(carried["0"].sum()) == 6
     assert {0, 1, 4, 5, 7} < set(kept(carried["0"]))
     assert change_at_the_cut(model, carried) < EXACT
@@ -326,7 +326,7 @@ def test_masks_of_groups_without_constants_are_returned_as_they_are(shifts: floa
         model[1].bias[[1, 3]] = shifts
     groups = find_groups(model, images())
     masks = {"0": without(1, 3)}
-    carried = keep_carriers(model, groups, masks, round_to=4)
+    carried = keep_carriers(model, groups.with_rounding(4, 1), masks)
     assert list(carried) == ["0"]
     assert carried["0"] is masks["0"]
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, along, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
 from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, gated, together, uncovered
-from sparsekit.coupling.tracer import Call, Known, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
-def matrix_product(tracer: Tracer, call: Call) -> None:
+def matrix_product(tracer: Tracer, call: OperatorCall) -> None:
     """mm, addmm, bmm, baddbmm: (batch,) rows x inner times (batch,) inner x columns."""
     first, second = call.tensors[-2:] if call.name.endswith("mm") and "add" in call.name else call.tensors[:2]
     if call.name == "addmm":
@@ -22,7 +22,7 @@ def matrix_product(tracer: Tracer, call: Call) -> None:
     _product(tracer, first, second, call.outputs[0], bias)
 
 
-def linear_layer(tracer: Tracer, call: Call) -> None:
+def linear_layer(tracer: Tracer, call: OperatorCall) -> None:
     weight = call.args[1]
     bias = call.arg(2, "bias")
     transposed = weight.t()
@@ -45,7 +45,7 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
     attends = not left.weight and not right.weight
     if attends:
         lefts, rights = _by_unit(tracer, lefts, inner), _by_unit(tracer, rights, inner)
-    _meet(tracer, (lefts, left), (rights, right), inner)
+    _meet(tracer, _Operand(lefts, left.weight), _Operand(rights, right.weight), inner)
     labels = []
     for one in (*lefts, *rights):
         rest = [d for d in span(one) if d != inner]
@@ -62,15 +62,15 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
             one for one in (rights if right.weight else lefts) if span(one) and inner not in span(one)
         ]
         for one in produced:
-            tracer.facts.mark("produced", one)
+            tracer.seen.note("producer", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
     if bias is not None:
         own = [aligned(one, n) for one in tracer.known(bias).labels]
         for one in own:
-            tracer.facts.mark("produced", one)
+            tracer.seen.note("producer", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
         labels += own
-    merged = uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(out, Known(merged, left.weight and right.weight, feeds, squashed, origin))
 
 
@@ -79,7 +79,7 @@ def _as_parameter(tracer: Tracer, known: Known, tensor: Tensor) -> str | None:
     atoms = joined(to_atoms(one).ravel() for one in known.labels)
     if atoms is None:
         return tracer.name_of(tensor)
-    names = {tracer.facts.axis_of(int(atom)).tensor for atom in (atoms[0], atoms[-1])}
+    names = {tracer.seen.axis_of(int(atom)).tensor for atom in (atoms[0], atoms[-1])}
     return names.pop() if len(names) == 1 else None
 
 
@@ -92,32 +92,38 @@ def _by_unit(tracer: Tracer, arrays: Sequence[Tensor], inner: int) -> list[Tenso
     return list(arrays)
 
 
-def _meet(tracer: Tracer, left: Any, right: Any, inner: int) -> None:
+@dataclass(frozen=True)
+class _Operand:
+    """One side of a product: its labels along (..., rows, inner, columns), and whether it is a weight."""
+
+    labels: Sequence[Tensor]
+    weight: bool
+
+
+def _meet(tracer: Tracer, left: _Operand, right: _Operand, inner: int) -> None:
     """Couple two operands' labels along the dimensions they share (batch and inner)."""
-    (lefts, left_known), (rights, right_known) = left, right
-    for arrays, others in ((lefts, rights), (rights, lefts)):
-        for one in arrays:
-            if inner in span(one) and not any(inner in span(other) for other in others):
-                tracer.facts.fix(one, "it is multiplied by something whose size is fixed")
-    for known, arrays in ((left_known, lefts), (right_known, rights)):
-        if known.weight:
-            for one in arrays:
-                if span(one) == (inner,):
-                    tracer.facts.mark("consumed", one)
-    for one in lefts:
-        for other in rights:
+    for own, others in ((left, right), (right, left)):
+        for one in own.labels:
+            if inner in span(one) and not any(inner in span(other) for other in others.labels):
+                tracer.seen.fix(one, "it is multiplied by something whose size is fixed")
+    for operand in (left, right):
+        for one in operand.labels if operand.weight else ():
+            if span(one) == (inner,):
+                tracer.seen.note("consumer", one)
+    for one in left.labels:
+        for other in right.labels:
             mine, theirs = set(span(one)), set(span(other))
             shared = {d for d in mine & theirs if d <= inner and d != inner - 1}
             if not shared:
                 continue
             if mine == theirs:
-                tracer.facts.couple(one, other)
-            elif not left_known.weight and not right_known.weight:
+                tracer.seen.couple(one, other)
+            elif not left.weight and not right.weight:
                 _meet_partly(tracer, one, other, shared)
             elif theirs < mine:
-                tracer.facts.cover(other, one)
+                tracer.seen.cover(other, one)
             elif mine < theirs:
-                tracer.facts.cover(one, other)
+                tracer.seen.cover(one, other)
             else:
                 _meet_partly(tracer, one, other, shared)
 
@@ -126,24 +132,24 @@ def _meet_partly(tracer: Tracer, one: Tensor, other: Tensor, shared: set[int]) -
     """Both run along `shared` (the batch) and along something of their own: unit by unit they go together."""
     first = together(tracer, one, [d for d in span(one) if d not in shared])
     second = together(tracer, other, [d for d in span(other) if d not in shared])
-    tracer.facts.couple(first, second)
+    tracer.seen.couple(first, second)
 
 
-def convolution(tracer: Tracer, call: Call) -> None:
+def convolution(tracer: Tracer, call: OperatorCall) -> None:
     tensor, weight, bias = call.args[0], call.args[1], call.args[2]
     _convolve(tracer, tensor, weight, bias, call.outputs[0], bool(call.args[6]), int(call.args[8]))
 
 
-def standardised_convolution(tracer: Tracer, call: Call) -> None:
+def standardised_convolution(tracer: Tracer, call: OperatorCall) -> None:
     """Its filters are computed from the weight one by one: rows and columns mean what they mean in a plain one."""
     tensor, module = call.args
     gain = getattr(module, "gain", None)
     if isinstance(gain, Tensor):
         for one in tracer.known(gain).labels:
-            tracer.facts.mark("multiplies", one)
+            tracer.seen.note("factor", one)
             for rows in tracer.known(module.weight).labels:
                 if span(rows) == (0,):
-                    tracer.facts.couple(one, rows)
+                    tracer.seen.couple(one, rows)
     _convolve(tracer, tensor, module.weight, module.bias, call.outputs[0], False, int(module.groups))
 
 
@@ -154,9 +160,9 @@ def _convolve(
     bias: Tensor | None,
     out: Tensor,
     transposed: bool,
-    groups: int,
+    conv_groups: int,
 ) -> None:
-    """Columns meet the channels that are read; rows are new channels, or, in blocks, the same ones once more."""
+    """Columns meet the channels that are read; rows are new channels, or, in conv groups, the same ones once more."""
     known, filters = tracer.known(tensor), tracer.known(weight)
     tracer.read(tensor)
     tracer.read(weight)
@@ -167,23 +173,23 @@ def _convolve(
     if bias is not None:
         produced += [along(one.flatten(), 1, n) for one in tracer.known(bias).labels]
     read, passed = _maps_read(
-        tracer, known, depthwise=groups > 1 and groups == tensor.shape[1] == out.shape[1]
+        tracer, known, depthwise=conv_groups > 1 and conv_groups == tensor.shape[1] == out.shape[1]
     )
     computed = filters.weight and not filters.labels and min(weight.shape[:2]) > 1
     for one in filters.labels:
         if len(span(one)) > 1:
-            tracer.facts.fix(one, COMPUTED)
+            tracer.seen.fix(one, COMPUTED)
     for one in (*read, *produced) if computed else ():
-        tracer.facts.fix(one, COMPUTED)
+        tracer.seen.fix(one, COMPUTED)
     channels = [one.flatten() for one in read]
-    if groups == 1:
+    if conv_groups == 1:
         _meet_columns(tracer, channels, columns)
         for one in produced:
-            tracer.facts.mark("produced", one)
+            tracer.seen.note("producer", one)
     elif produced:
-        _convolve_blocks(tracer, channels, columns, produced, groups, fixed=not read and not passed)
+        _grouped_convolution(tracer, channels, columns, produced, conv_groups, fixed=not read and not passed)
     # A depthwise filter over (unit, channel) is shared by all units: it goes with what all of them lose.
-    merged = uncovered(tracer, merged_by_span([*passed, *produced], tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span([*passed, *produced], tracer.seen.couple))
     feeds = joined(to_atoms(one).ravel() for one in produced)
     origin = _as_parameter(tracer, filters, weight)
     tracer.learn(out, Known(merged, known.weight and filters.weight, feeds, False, origin))
@@ -206,45 +212,45 @@ def _maps_read(tracer: Tracer, known: Known, *, depthwise: bool) -> tuple[list[T
         elif 1 in dims and 0 not in dims:
             read.append(together(tracer, one, sorted(dims - {1})))
         else:
-            tracer.facts.fix(one, MIXES.format("a convolution over it"))
+            tracer.seen.fix(one, MIXES.format("a convolution over it"))
     return read, passed
 
 
 def _meet_columns(tracer: Tracer, channels: Sequence[Tensor], columns: Sequence[Tensor]) -> None:
     for one in columns:
-        tracer.facts.mark("consumed", one)
+        tracer.seen.note("consumer", one)
         if not channels:
-            tracer.facts.fix(one, "it reads channels whose number is fixed")
+            tracer.seen.fix(one, "it reads channels whose number is fixed")
         for other in channels:
-            tracer.facts.couple(one, other)
+            tracer.seen.couple(one, other)
 
 
-def _convolve_blocks(
+def _grouped_convolution(
     tracer: Tracer,
     channels: Sequence[Tensor],
     columns: Sequence[Tensor],
     produced: Sequence[Tensor],
-    groups: int,
+    conv_groups: int,
     *,
     fixed: bool,
 ) -> None:
-    """Grouped convolution: whole blocks go, with what they read, or else the same place goes in every block.
+    """Whole conv groups go, with what they read, or else the same place goes in every conv group.
 
-    Whichever leaves more to choose from: 32 blocks of 4 go as blocks, 2 blocks of 32 lose places.
+    Whichever leaves more to choose from: 32 conv groups of 4 go as wholes, 2 conv groups of 32 lose places.
     """
-    in_places = bool(columns) and bool(channels) and len(columns[0]) > groups
+    in_places = bool(columns) and bool(channels) and len(columns[0]) > conv_groups
     for one in columns:
-        if not in_places:  # every block has them
-            tracer.facts.fix(one, "blocks of a grouped convolution have equal sizes")
-    theirs = [other.reshape(groups, -1) for other in channels]
-    for other in theirs if in_places else ():
-        tracer.facts.couple(other[:1], other)
+        if not in_places:  # every conv group has them
+            tracer.seen.fix(one, "the groups of a grouped convolution have equal sizes")
+    read = [other.reshape(conv_groups, -1) for other in channels]
+    for other in read if in_places else ():
+        tracer.seen.couple(other[:1], other)
         _meet_columns(tracer, [other[0]], columns)
     for one in produced:
-        blocks = one.flatten().reshape(groups, -1)
-        tracer.facts.mark("produced" if in_places else "grouped", one)
-        tracer.facts.couple(blocks[:1] if in_places else blocks[:, :1], blocks)
+        made = one.flatten().reshape(conv_groups, -1)
+        tracer.seen.note("producer" if in_places else "depthwise", one)
+        tracer.seen.couple(made[:1] if in_places else made[:, :1], made)
         if fixed:
-            tracer.facts.fix(one, "it reads channels whose number is fixed")
-        for other in theirs if not in_places else ():
-            tracer.facts.couple(blocks[:, :1], other)
+            tracer.seen.fix(one, "it reads channels whose number is fixed")
+        for other in read if not in_places else ():
+            tracer.seen.couple(made[:, :1], other)

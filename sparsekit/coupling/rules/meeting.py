@@ -8,18 +8,18 @@ from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, merged_by_span, span
 from sparsekit.coupling.observations import Atoms, joined
-from sparsekit.coupling.tracer import Call, Known, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 COMPUTED = "the weight of a layer it runs through is computed from other tensors (a parametrisation)"
 MIXES = "{} mixes channels, so removing one changes all others"
 
 
-def unknown(tracer: Tracer, call: Call) -> None:
+def unknown(tracer: Tracer, call: OperatorCall) -> None:
     weights = bool(call.tensors) and all(tracer.known(tensor).weight for tensor in call.tensors)
     for tensor in call.tensors:  # before the outputs, of which one may be the same tensor
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:
-            tracer.facts.fix(
+            tracer.seen.fix(
                 labels, f"it passes through {call.name}, which mixes channels in a way of its own"
             )
     for output in call.outputs:
@@ -33,7 +33,7 @@ def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
     if gates and any(not k.weight for k in others):
         for k in gates:
             if k.feeds is not None:
-                tracer.facts.mark("gates", k.feeds)
+                tracer.seen.note("gate", k.feeds)
         return joined(k.feeds for k in others), any(k.squashed for k in others)
     return joined(k.feeds for k in known), any(k.squashed for k in known)
 
@@ -58,16 +58,16 @@ def combine(
     for i, group in enumerate(arrays):
         if scales and known[i].weight:
             for labels in group:
-                tracer.facts.mark("multiplies", labels)
+                tracer.seen.note("factor", labels)
         for labels in group:
             dims = set(span(labels))
             others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]
             sized = sorted(dims & set().union(*others))
             if dims and len(sized) == len(dims):
-                tracer.facts.fix(labels, "it meets a tensor whose size is fixed")
+                tracer.seen.fix(labels, "it meets a tensor whose size is fixed")
             else:
                 free.append(together(tracer, labels, sized))
-    merged = merged_by_span(free, tracer.facts.couple)
+    merged = merged_by_span(free, tracer.seen.couple)
     return uncovered(tracer, merged)
 
 
@@ -77,7 +77,7 @@ def uncovered(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for labels in merged:
         finer = [other for other in merged if set(span(labels)) < set(span(other))]
         for other in finer:
-            tracer.facts.cover(labels, other)
+            tracer.seen.cover(labels, other)
         if not finer:
             kept.append(labels)
     return tuple(kept)
@@ -88,5 +88,5 @@ def together(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor:
     first = labels
     for dim in dims:
         first = first.narrow(dim, 0, 1)
-    tracer.facts.couple(first, labels)
+    tracer.seen.couple(first, labels)
     return first

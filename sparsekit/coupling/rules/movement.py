@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from sparsekit.coupling.labels import FIXED, compressed, merged_by_span, moved, span
 from sparsekit.coupling.observations import Atoms, joined, to_atoms
 from sparsekit.coupling.rules.meeting import MIXES, together, unknown
-from sparsekit.coupling.tracer import Call, Known, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
-def moving(tracer: Tracer, call: Call) -> None:
+def moving(tracer: Tracer, call: OperatorCall) -> None:
     tensor = call.tensors[0]
     known = tracer.known(tensor)
-    operator = _AS_RESHAPE.get(call.name, call.operator)
+    operator: Callable[..., Any] = _AS_RESHAPE.get(call.name, call.operator)
 
     def run(labels: Tensor) -> Any:
         return operator(labels, *call.args[1:], **call.kwargs)
 
     results = [moved(labels, tensor.shape, run) for labels in known.labels]
     for i, output in enumerate(call.outputs):
-        labels = merged_by_span([result[i] for result in results], tracer.facts.couple)
+        labels = merged_by_span([result[i] for result in results], tracer.seen.couple)
         if call.name not in _KEEP_DIMENSIONS:
             for one in labels:
-                tracer.facts.grid(one)
+                tracer.seen.grid(one)
         if output.numel() == tensor.numel():
             tracer.learn(output, replace(known, labels=labels))
         else:
@@ -49,7 +49,7 @@ _KEEP_DIMENSIONS = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand
 _AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
 
 
-def striding(tracer: Tracer, call: Call) -> None:
+def striding(tracer: Tracer, call: OperatorCall) -> None:
     """Torch itself restrides what it pooled to one place, in place: nothing moves where there is one dimension."""
     out = call.outputs[0]
     long = [dim for dim, size in enumerate(out.shape) if size > 1]
@@ -58,7 +58,7 @@ def striding(tracer: Tracer, call: Call) -> None:
         unknown(tracer, call)
 
 
-def padding(tracer: Tracer, call: Call) -> None:
+def padding(tracer: Tracer, call: OperatorCall) -> None:
     """Padding leaves labels alone, except along a padded dimension: what is added there has a size of its own."""
     tensor, pads = call.args[0], call.args[1]
     known = tracer.known(tensor)
@@ -66,14 +66,14 @@ def padding(tracer: Tracer, call: Call) -> None:
     labels = []
     for one in known.labels:
         if padded & set(span(one)):
-            tracer.facts.fix(one, "it is padded to a fixed size")
+            tracer.seen.fix(one, "it is padded to a fixed size")
         else:
             labels.append(one)
     tracer.read(tensor)
     tracer.learn(call.outputs[0], Known(tuple(labels), known.weight, known.feeds, known.squashed))
 
 
-def concatenating(tracer: Tracer, call: Call) -> None:
+def concatenating(tracer: Tracer, call: OperatorCall) -> None:
     tensors = [t for t in call.args[0] if t.numel()] if call.args else list(call.tensors)
     dim = call.arg(1, "dim", 0)
     n = call.outputs[0].dim()
@@ -105,9 +105,9 @@ def concatenated(
         if not varies:
             present = [one for one in found if one is not None]
             for other in present[1:]:
-                tracer.facts.couple(present[0], other)
+                tracer.seen.couple(present[0], other)
             if len(present) < len(found):
-                tracer.facts.fix(present[0], "it is joined with a tensor whose size is fixed")
+                tracer.seen.fix(present[0], "it is joined with a tensor whose size is fixed")
             results.append(present[0])
             continue
         parts = []
@@ -115,13 +115,13 @@ def concatenated(
             target = [size if d in rest or d == dim else 1 for d, size in enumerate(shape)]
             parts.append((torch.full((1,) * len(shape), float(FIXED)) if one is None else one).expand(target))
         results.append(compressed(torch.cat(parts, dim)))
-    merged = merged_by_span(results, tracer.facts.couple)
+    merged = merged_by_span(results, tracer.seen.couple)
     for one in merged:
-        tracer.facts.grid(one)
+        tracer.seen.grid(one)
     return merged
 
 
-def unfolding(tracer: Tracer, call: Call) -> None:
+def unfolding(tracer: Tracer, call: OperatorCall) -> None:
     """im2col: (n, c, h, w) -> (n, c x kernel, places); every channel owns a run of kernel-many positions."""
     tensor, out = call.args[0], call.outputs[0]
     known = tracer.known(tensor)
@@ -129,7 +129,7 @@ def unfolding(tracer: Tracer, call: Call) -> None:
     labels = []
     for one in known.labels:
         if set(span(one)) & {tensor.dim() - 1, tensor.dim() - 2}:
-            tracer.facts.fix(one, MIXES.format(call.name))
+            tracer.seen.fix(one, MIXES.format(call.name))
             continue
         flat = one.flatten(-2)
         labels.append(flat.repeat_interleave(repeat, channel) if one.shape[channel] > 1 else flat)
@@ -137,7 +137,7 @@ def unfolding(tracer: Tracer, call: Call) -> None:
     tracer.learn(out, Known(tuple(labels), known.weight, known.feeds, known.squashed))
 
 
-def folding(tracer: Tracer, call: Call) -> None:
+def folding(tracer: Tracer, call: OperatorCall) -> None:
     """col2im: (n, c x kernel, places) -> (n, c, h, w); positions of one channel are added up."""
     tensor, out = call.args[0], call.outputs[0]
     known = tracer.known(tensor)
@@ -145,18 +145,18 @@ def folding(tracer: Tracer, call: Call) -> None:
     labels = []
     for one in known.labels:
         if one.shape[-1] > 1:
-            tracer.facts.fix(one, MIXES.format(call.name))
+            tracer.seen.fix(one, MIXES.format(call.name))
             continue
         if one.shape[channel] > 1:
             parts = one.reshape(*one.shape[:channel], out.shape[-3], -1, one.shape[-1])
-            tracer.facts.couple(parts.narrow(channel + 1, 0, 1), parts)
+            tracer.seen.couple(parts.narrow(channel + 1, 0, 1), parts)
             one = parts.select(channel + 1, 0)
         labels.append(one.unsqueeze(-1))
     tracer.read(tensor)
     tracer.learn(out, Known(tuple(labels), known.weight, known.feeds, known.squashed))
 
 
-def per_map(tracer: Tracer, call: Call) -> None:
+def per_map(tracer: Tracer, call: OperatorCall) -> None:
     """Pooling and resizing: each map by itself; its last dimensions change."""
     tensor = call.tensors[0]
     known = tracer.known(tensor)
@@ -166,7 +166,7 @@ def per_map(tracer: Tracer, call: Call) -> None:
     for one in known.labels:
         inside = sorted(spatial & set(span(one)))
         if inside and len(inside) == len(span(one)):
-            tracer.facts.fix(one, MIXES.format(call.name))
+            tracer.seen.fix(one, MIXES.format(call.name))
         else:
             labels.append(together(tracer, one, inside))
     tracer.read(tensor)

@@ -9,10 +9,10 @@ from torch import Tensor
 from sparsekit.coupling.labels import aligned, along, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
 from sparsekit.coupling.rules.meeting import MIXES, together, uncovered
-from sparsekit.coupling.tracer import Call, Known, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
-def batch_norm(tracer: Tracer, call: Call) -> None:
+def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
     tensor, parameters = call.args[0], [t for t in call.args[1:5] if isinstance(t, Tensor)]
     weight = next((tracer.name_of(t) for t in parameters), None)
     tracer.read(tensor, weight or "")
@@ -23,16 +23,16 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
         if isinstance(parameter, Tensor):
             own = [along(one, 1, tensor.dim()) for one in tracer.known(parameter).labels]
             for one in own:
-                tracer.facts.mark("normalises", one)
+                tracer.seen.note("norm", one)
                 if not any(1 in span(other) for other in known.labels):
-                    tracer.facts.fix(one, "it normalises the model's input")
+                    tracer.seen.fix(one, "it normalises the model's input")
                 feeds = joined([feeds, to_atoms(one).ravel()]) if position < 2 else feeds
             labels += own
-    merged = uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, feeds, known.squashed))
 
 
-def layer_norm(tracer: Tracer, call: Call) -> None:
+def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
     weight = call.arg(2, "weight")
@@ -41,20 +41,20 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     _mixing_norm(tracer, call, dims, [weight, call.arg(3, "bias")], len(shape), lets_through=lets_through)
 
 
-def rms_norm(tracer: Tracer, call: Call) -> None:
+def rms_norm(tracer: Tracer, call: OperatorCall) -> None:
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
     _mixing_norm(tracer, call, dims, [call.arg(2, "weight")], len(shape))
 
 
-def group_norm(tracer: Tracer, call: Call) -> None:
+def group_norm(tracer: Tracer, call: OperatorCall) -> None:
     tensor = call.args[0]
     _mixing_norm(tracer, call, {*range(1, tensor.dim())}, [call.arg(1, "weight"), call.arg(2, "bias")], 0)
 
 
 def _mixing_norm(
     tracer: Tracer,
-    call: Call,
+    call: OperatorCall,
     dims: set[int],
     affine: Sequence[Tensor | None],
     tail: int,
@@ -77,32 +77,32 @@ def _mixing_norm(
         if inside and set(inside) == set(span(one)):
             through = lets_through or through
             if not lets_through:
-                tracer.facts.fix(one, reason)
+                tracer.seen.fix(one, reason)
         elif inside:
             together(tracer, one, inside)
     for t in parameters:
         for one in tracer.known(t).labels:
             labels.append(aligned(one, tensor.dim()) if tail else along(one, 1, tensor.dim()))
-            tracer.facts.mark("shifts" if through else "normalises", one)
+            tracer.seen.note("layer_norm" if through else "norm", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))
 
 
-def root_mean_square_norm(tracer: Tracer, call: Call) -> None:
+def root_mean_square_norm(tracer: Tracer, call: OperatorCall) -> None:
     """y = scale x / sqrt(mean of x^2 + eps): zero channels only lower the mean, and `surgery` makes up for that."""
     tensor, module = call.args
     known, dim = tracer.known(tensor), 1 if "2d" in type(module).__name__ else tensor.dim() - 1
     labels = [together(tracer, one, [dim]) if span(one) != (dim,) else one for one in known.labels]
     labels += [along(one, dim, tensor.dim()) for one in tracer.known(module.weight).labels]
     for one in tracer.known(module.weight).labels:
-        tracer.facts.mark("responds", one)
+        tracer.seen.note("response", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
 
 
-def response_norm(tracer: Tracer, call: Call) -> None:
+def response_norm(tracer: Tracer, call: OperatorCall) -> None:
     """Global response norm: y = x + shift + scale x n(x), n dividing a channel's norm by the mean of all channels'.
 
     The mean is the only thing that sees several channels, and zero channels only lower it: `surgery` makes up for that.
@@ -113,7 +113,7 @@ def response_norm(tracer: Tracer, call: Call) -> None:
     for parameter in (module.weight, module.bias):
         labels += [along(one, dim, tensor.dim()) for one in tracer.known(parameter).labels]
     for one in tracer.known(module.weight).labels:
-        tracer.facts.mark("responds", one)
+        tracer.seen.note("response", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.facts.couple))
+    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sparsekit.coupling.observations import joined
 from sparsekit.coupling.rules.meeting import combine, gated
-from sparsekit.coupling.tracer import Call, Known, Tracer
+from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
-def pointwise(tracer: Tracer, call: Call) -> None:
+def pointwise(tracer: Tracer, call: OperatorCall) -> None:
     name, tensors = call.name.rstrip("_"), call.tensors
     combined = combine(tracer, tensors, call.outputs[0].shape, scales=name in _SCALING)
     known = [tracer.known(tensor) for tensor in tensors]

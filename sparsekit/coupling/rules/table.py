@@ -7,8 +7,6 @@ An operator without a rule fixes everything that enters it, under its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from sparsekit.coupling.rules.contractions import (
@@ -37,10 +35,10 @@ from sparsekit.coupling.rules.norms import (
 )
 from sparsekit.coupling.rules.pointwise import pointwise
 from sparsekit.coupling.rules.reductions import along_dim, reducing, softmax_rule
-from sparsekit.coupling.tracer import Call, Tracer
+from sparsekit.coupling.tracer import OperatorCall, Rule, Tracer
 
 
-def apply_rule(tracer: Tracer, call: Call) -> None:
+def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
     """Tell `tracer` what is known of the outputs of one call."""
     name = call.name.rstrip("_") if call.name.endswith("_") else call.name
     rule = _RULES.get(name)
@@ -56,11 +54,10 @@ def apply_rule(tracer: Tracer, call: Call) -> None:
         unknown(tracer, call)
 
 
-def _nothing(tracer: Tracer, call: Call) -> None:
+def _nothing(tracer: Tracer, call: OperatorCall) -> None:
     """The result has sizes of its own."""
 
 
-Rule = Callable[[Tracer, Call], None]
 _KINDS: dict[Rule, str] = {
     pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "
@@ -80,7 +77,7 @@ _KINDS: dict[Rule, str] = {
     "mkldnn_max_pool2d upsample_linear1d _upsample_nearest_exact2d",
     reducing: "mean sum amax amin max min argmax argmin norm linalg_vector_norm var std var_mean logsumexp prod "
     "all any",
-    softmax_rule: "softmax_rule _log_softmax _safe_softmax softmax",
+    softmax_rule: "_softmax _log_softmax _safe_softmax softmax",
     along_dim: "cumsum sort topk argsort cumprod",
     batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
     "miopen_batch_norm batch_norm",
@@ -91,7 +88,7 @@ _KINDS: dict[Rule, str] = {
     root_mean_square_norm: "root_mean_square_norm",
     matrix_product: "mm addmm bmm baddbmm",
     linear_layer: "linear",
-    convolution: "convolution convolution",
+    convolution: "convolution _convolution",
     standardised_convolution: "standardised_convolution",
     striding: "as_strided",
     unknown: "view_as_real view_as_complex",
