@@ -237,13 +237,16 @@ def test_hessian_is_the_mean_over_single_images() -> None:
 
 
 def test_hessian_of_one_image_is_what_torch_pruning_accumulates() -> None:
-    """Of several, its `accumulate_grad` keeps the last."""
+    """Of several images, its `accumulate_grad` keeps the last."""
     model, groups = net()
-    one = [(IMAGES[:1], LABELS[:1])]
-    copied, judge = with_gradients(model, one), tp.importance.GroupHessianImportance()
-    judge.accumulate_grad(copied)
-    theirs = ranked_by_torch_pruning(copied, (IMAGES[:1],), groups, judge)
-    assert_same(importance(model, groups, "hessian", batches=one), theirs)
+    judge = tp.importance.GroupHessianImportance()
+    for i in (3, 0):
+        copied = with_gradients(model, [(IMAGES[i : i + 1], LABELS[i : i + 1])])
+        for parameter, own in zip(model.parameters(), copied.parameters(), strict=True):
+            parameter.grad = own.grad
+        judge.accumulate_grad(model)
+    theirs = ranked_by_torch_pruning(model, (IMAGES[:1],), groups, judge)
+    assert_same(importance(model, groups, "hessian", batches=[(IMAGES[:1], LABELS[:1])]), theirs)
 
 
 def test_gradients_are_found_in_a_residual_network_whose_backbone_is_frozen(loaded: Loader) -> None:
