@@ -13,15 +13,15 @@ import sparsekit
 HOUSE = """
 __main__
 cli
-runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal run_directory
-    accuracy_search arguments
+runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal accuracy_search
+    run_directory arguments results
 report: page terminal figures rows inspection dry_run numbers schema
-integrations: transformers lightning
+integrations: transformers lightning torch_pruning
 latency: search layers table operators compare
 artifact: save load dense_model format
 repair: recalibration
-sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties channel_vectors
-    schedules prox
+sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
+    channel_vectors schedules prox
 selection: keep_masks threshold knapsack carriers costs importance rounding
 coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.norms rules.movement
     rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder

@@ -5,7 +5,7 @@ What is said here about its ways is of versions 1.6. It is loaded when it is fir
 
 The criteria of `importance`, by name; each but the first is Torch-Pruning's object with its defaults:
 
-- "magnitude": ours (`channel_worth`): the share of the layers' outputs that is the channel's, in MACs
+- "magnitude": ours (`output_shares`): the share of the layers' outputs that is the channel's, in MACs
 - "group_magnitude": squared weights (Fang et al., 2023)
 - "bn_scale": |scale| of the BatchNorms (Liu et al., "Learning Efficient Convolutional Networks through Network
   Slimming", 2017)
@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.errors import InputError
-from sparsekit.groups import ChannelGroup, ChannelGroups, Role
-from sparsekit.modes import eval_mode, random_inputs
-from sparsekit.plan import PrunePlan, make_plan
-from sparsekit.scores import channel_worth
-from sparsekit.surgery import agreement, detached, outputs
+from sparsekit.evaluation import eval_mode, random_inputs
+from sparsekit.selection.importance import output_shares
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
+from sparsekit.structure.plan import PrunePlan, make_plan
+from sparsekit.surgery.mask import detached
+from sparsekit.surgery.verify import agreement, outputs
 
 __all__ = ["PruningHistory", "from_pruning_history", "importance", "to_pruning_history"]
 
@@ -105,7 +106,7 @@ def importance(
     """
     _check_fits(model, groups)
     if criterion == "magnitude":
-        return channel_worth(model, groups)
+        return output_shares(model, groups)
     criterion = _their_criterion(criterion)
     if _needs_gradients(criterion):
         model = _with_gradients(model, criterion, batches, loss or F.cross_entropy)

@@ -20,7 +20,6 @@ from sparsekit.export.group_merging import merge_factor, merge_groups_
 from sparsekit.export.session import open_session
 from sparsekit.latency import layers as layer_latency
 from sparsekit.latency.operators import Operator
-from sparsekit.latency.search import block_rounding
 from sparsekit.latency.table import LatencyTable
 from sparsekit.machine import conv_block
 
@@ -164,10 +163,10 @@ class Noting(LatencyTable):
         self.asked.extend(operators)
         return [1.0] * len(operators)
 
-    def conv_block(self) -> int:
+    def conv_step(self) -> int:
         return 16
 
-    def product_block(self) -> int:
+    def product_step(self) -> int:
         return 1
 
 
@@ -191,7 +190,7 @@ def test_layers_are_timed_as_they_are_exported(tmp_path: Path) -> None:
     assert grouped == {((n, 16), n // 16) for n in (16, 32, 64, 96)}
     layer = next(layer for layer in measured.layers if layer.weight == "6.weight")
     assert layer.curve is not None
-    assert layer.curve.blocks == (16, 1)
+    assert layer.curve.steps == (16, 1)
 
 
 def test_a_number_of_groups_that_does_not_fit_is_timed_as_it_stands(tmp_path: Path) -> None:
@@ -202,7 +201,8 @@ def test_a_number_of_groups_that_does_not_fit_is_timed_as_it_stands(tmp_path: Pa
     ).eval()
     example = torch.zeros(1, 3, 8, 8)
     table = Noting(cache=tmp_path)
-    measured = sk.measure_layers(model, find_groups(model, example), example, table=table)
+    groups = find_groups(model, example, round_to="auto")
+    measured = sk.measure_layers(model, groups, example, table=table)
     grouped = {
         (operator.weight_shape[:2], operator.conv_groups)
         for operator in table.asked
@@ -210,4 +210,4 @@ def test_a_number_of_groups_that_does_not_fit_is_timed_as_it_stands(tmp_path: Pa
     }
     assert grouped >= {((104, 8), 13), ((96, 16), 6)}
     assert all(inputs == 16 or outputs == 104 for (outputs, inputs), _ in grouped)
-    assert block_rounding(measured) == {"0": (16 // 8, 1)}
+    assert measured["0"].rounding == sk.Rounding(16 // 8, 1)

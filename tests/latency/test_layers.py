@@ -52,10 +52,10 @@ class Stopwatch(LatencyTable):
         )
         return float(out.numel() * torch.zeros(operator.weight_shape[1:]).numel())
 
-    def conv_block(self) -> int:
+    def conv_step(self) -> int:
         return 4
 
-    def product_block(self) -> int:
+    def product_step(self) -> int:
         return 1
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import find_groups
+from plain import find_groups, rounded
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.errors import InputError
 from sparsekit.latency import search as speed_search
-from sparsekit.latency.search import SpeedTrial, block_rounding, search_speed, time_masks
+from sparsekit.latency.search import SpeedTrial, search_speed, time_masks
 from sparsekit.latency.table import LatencyTable
+from sparsekit.machine import channel_multiple
 from sparsekit.selection.costs import kept_share
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.latency_curve import LatencyCurve
@@ -68,7 +69,7 @@ def _stopwatch(
     return timed
 
 
-def _worth(groups: ChannelGroups) -> Masks:
+def _importance(groups: ChannelGroups) -> Masks:
     generator = torch.Generator().manual_seed(0)
     return {g.name: torch.rand(g.n_channels, generator=generator) for g in groups.free}
 
@@ -84,7 +85,7 @@ def test_the_measured_speed_is_what_was_asked_for_whatever_was_predicted(
     model = _network()
     groups = _measured(model)
     told: list[SpeedTrial] = []
-    found = search_speed(model, groups, _worth(groups), EXAMPLE, speedup=asked, progress=told.append)
+    found = search_speed(model, groups, _importance(groups), EXAMPLE, speedup=asked, progress=told.append)
     assert found.found.measured == pytest.approx(asked, rel=0.03)
     assert found.remark == ""
     assert found.found.measured == pytest.approx(truth(1 / kept_share(groups, found.masks).latency))
@@ -96,7 +97,7 @@ def test_a_latency_is_a_speed_up_of_the_dense_model(monkeypatch: pytest.MonkeyPa
     _stopwatch(lambda s: s**0.9, monkeypatch)
     model = _network()
     groups = _measured(model)
-    found = search_speed(model, groups, _worth(groups), EXAMPLE, latency_ms=4.0)
+    found = search_speed(model, groups, _importance(groups), EXAMPLE, latency_ms=4.0)
     assert found.asked == pytest.approx(2.5)
     assert found.found.pruned_ms == pytest.approx(4.0, rel=0.03)
 
@@ -105,24 +106,24 @@ def test_of_several_limits_the_tightest_binds_and_is_named(monkeypatch: pytest.M
     _stopwatch(lambda s: s, monkeypatch)
     model = _network()
     groups = _measured(model)
-    found = search_speed(model, groups, _worth(groups), EXAMPLE, speedup=1.5, limits={"params": 0.3})
+    found = search_speed(model, groups, _importance(groups), EXAMPLE, speedup=1.5, limits={"params": 0.3})
     assert kept_share(groups, found.masks).params <= 0.3
     assert found.found.measured > 1.5 * 1.03
     assert "the target of params is the tighter one" in found.remark
-    loose = search_speed(model, groups, _worth(groups), EXAMPLE, speedup=3.0, limits={"params": 0.9})
+    loose = search_speed(model, groups, _importance(groups), EXAMPLE, speedup=3.0, limits={"params": 0.9})
     assert loose.remark == ""
     assert loose.found.measured == pytest.approx(3.0, rel=0.03)
 
 
-@pytest.mark.parametrize(("trustworthy", "reason"), [(True, "whole blocks"), (False, "too busy")])
-def test_a_speed_between_two_blocks_is_missed_with_a_reason(
+@pytest.mark.parametrize(("trustworthy", "reason"), [(True, "whole steps"), (False, "too busy")])
+def test_a_speed_between_two_steps_is_missed_with_a_reason(
     trustworthy: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stopwatch(lambda s: s, monkeypatch, trustworthy=trustworthy)
     model = _network()
     groups = _measured(model)
     rounding = {group.name: (32, 1) for group in groups.free}
-    found = search_speed(model, groups, _worth(groups), EXAMPLE, speedup=1.17, rounding=rounding)
+    found = search_speed(model, rounded(groups, rounding), _importance(groups), EXAMPLE, speedup=1.17)
     assert abs(found.found.measured / 1.17 - 1) > 0.03
     assert f"asked for a speed-up of 1.17, and the nearest of {len(found.trials)}" in found.remark
     assert reason in found.remark
@@ -141,14 +142,14 @@ def test_a_speed_out_of_reach_is_refused_with_the_one_measured(
     asked = share_of_most * most
     message = rf"speed-up of {asked:.3g} is out of reach.* runs {most**power:.3g} times as fast"
     with pytest.raises(InputError, match=message):
-        search_speed(model, groups, _worth(groups), EXAMPLE, speedup=asked, rounding=rounding)
+        search_speed(model, rounded(groups, rounding), _importance(groups), EXAMPLE, speedup=asked)
 
 
 def test_a_model_that_is_as_fast_already_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     _stopwatch(lambda s: s, monkeypatch)
     model = _network()
     groups = _measured(model)
-    found = search_speed(model, groups, _worth(groups), EXAMPLE, latency_ms=20.0)
+    found = search_speed(model, groups, _importance(groups), EXAMPLE, latency_ms=20.0)
     assert all(bool(mask.all()) for mask in found.masks.values())
     assert "as fast already" in found.remark
 
@@ -160,18 +161,18 @@ def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, float]) -
     model = _network()
     groups = _measured(model)
     with pytest.raises(InputError, match=r"needs one of|must be a finite number"):
-        search_speed(model, groups, _worth(groups), EXAMPLE, **arguments)
+        search_speed(model, groups, _importance(groups), EXAMPLE, **arguments)
 
 
-def test_the_rounding_is_the_largest_block_of_the_groups_layers() -> None:
+def test_the_rounding_is_the_largest_step_of_the_groups_layers() -> None:
     groups = _measured(_network())
     first, *rest = groups.layers
     assert first.curve is not None
-    layers = (replace(first, curve=replace(first.curve, blocks=(16, 1))), *rest)
-    rounding = block_rounding(replace(groups, layers=layers), 8)
-    assert list(rounding.values()) == [(16, 8), (1, 8), (1, 8)]
-    with pytest.raises(InputError, match="not measured"):
-        block_rounding(find_groups(_network(), EXAMPLE))
+    layers = (replace(first, curve=replace(first.curve, steps=(16, 1))), *rest)
+    measured = replace(groups, layers=layers).with_rounding("auto", 8)
+    assert [g.rounding for g in measured.free] == [sk.Rounding(16, 8), sk.Rounding(1, 8), sk.Rounding(1, 8)]
+    unmeasured = find_groups(_network(), EXAMPLE, round_to="auto", min_channels=8)
+    assert {g.rounding for g in unmeasured.free} == {sk.Rounding(channel_multiple(), 8)}
 
 
 def test_a_real_cut_is_really_timed_and_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sparsekit.latency import table as latency_table
 from sparsekit.latency.operators import Operator, time_operators
-from sparsekit.latency.table import LatencyTable, block_width
+from sparsekit.latency.table import LatencyTable, step_width
 
 CONV = Operator((1, 8, 6, 6), (12, 8, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
 DEPTHWISE = Operator((1, 8, 6, 6), (8, 1, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 8)
@@ -140,20 +140,20 @@ def test_the_block_of_a_staircase_is_found(block: int) -> None:
     """With a dearer path for what is no multiple of four, as convolutions have."""
     widths = (64, 63, 60, 56, 52, 48, 44, 40, 36, 32)
     ms = {n: (-(-n // block) * block) ** 2 * (1.0 if n % 4 == 0 else 1.3) for n in widths}
-    assert block_width(ms) == block
+    assert step_width(ms) == block
 
 
 def test_a_straight_line_has_no_blocks() -> None:
     widths = (256, 254, 252, 248, 244, 240, 236, 232, 228, 224, 192)
-    assert block_width({n: float(n * n) for n in widths}) == 1
-    assert block_width(dict.fromkeys(widths, 1.0)) == 1
-    assert block_width({}) == 1
+    assert step_width({n: float(n * n) for n in widths}) == 1
+    assert step_width(dict.fromkeys(widths, 1.0)) == 1
+    assert step_width({}) == 1
 
 
 def test_blocks_are_measured_once(stopwatch: Stopwatch, tmp_path: Path) -> None:
     """Here the later an operator is shown the longer it takes: fewer channels take longer, which is no staircase."""
-    assert LatencyTable(cache=tmp_path).conv_block() == LatencyTable(cache=tmp_path).product_block() == 1
+    assert LatencyTable(cache=tmp_path).conv_step() == LatencyTable(cache=tmp_path).product_step() == 1
     shown = len(stopwatch.shown)
     assert shown > 10
-    assert LatencyTable(cache=tmp_path).conv_block() == LatencyTable(cache=tmp_path).product_block() == 1
+    assert LatencyTable(cache=tmp_path).conv_step() == LatencyTable(cache=tmp_path).product_step() == 1
     assert len(stopwatch.shown) == shown

@@ -13,23 +13,23 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparsekit.errors import InputError
 from sparsekit.selection.costs import kept_share
-from sparsekit.selection.importance import channel_worth, filter_norms, rows, zero_channels
+from sparsekit.selection.importance import filter_norms, output_shares, rows, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.rounding import keep_too, round_up
 from sparsekit.selection.threshold import step_importance
-from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.groups import ChannelGroups, Rounding
 
 
-def chain(*scores: list[float]) -> tuple[nn.Module, ChannelGroups]:
-    """1x1 convolutions one after another, without biases; each row's norm is the score named for it."""
+def chain(*norms: list[float]) -> tuple[nn.Module, ChannelGroups]:
+    """1x1 convolutions one after another, without biases; each row's norm is the norm named for it."""
     torch.manual_seed(0)
-    widths = [3, *(len(s) for s in scores), 2]
+    widths = [3, *(len(s) for s in norms), 2]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 1, bias=False), nn.ReLU()]
     model = nn.Sequential(*layers[:-1]).double().eval()
     with torch.no_grad():
-        for layer, wanted in zip(model[::2], scores, strict=False):
+        for layer, wanted in zip(model[::2], norms, strict=False):
             norms = layer.weight.flatten(1).norm(dim=1)
             layer.weight *= (torch.tensor(wanted, dtype=torch.float64) / norms)[:, None, None, None]
     return model, find_groups(model, torch.randn(1, 3, 4, 4, dtype=torch.float64))
@@ -39,13 +39,13 @@ def kept(masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: mask.nonzero().flatten().tolist() for name, mask in masks.items()}
 
 
-# scores
+# norms
 
 
 def test_a_score_is_the_norm_of_the_filter_with_its_batch_norm_folded_in() -> None:
     model, inputs = build("Residual")
     groups = find_groups(model, inputs)
-    scores = filter_norms(model, groups)
+    norms = filter_norms(model, groups)
 
     def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         weight, _ = fuse_conv_bn_weights(
@@ -53,7 +53,7 @@ def test_a_score_is_the_norm_of_the_filter_with_its_batch_norm_folded_in() -> No
         )
         return weight.detach().flatten(1).norm(dim=1)
 
-    by_size = {g.n_channels: scores[g.name] for g in groups.free}
+    by_size = {g.n_channels: norms[g.name] for g in groups.free}
     torch.testing.assert_close(by_size[6], folded(model.inner, model.inner_norm))
     stream = torch.hypot(folded(model.stem, model.stem_norm), folded(model.outer, model.outer_norm))
     torch.testing.assert_close(by_size[8], stream)
@@ -88,9 +88,9 @@ def test_a_batch_norm_without_scale_or_without_statistics_folds_what_it_has() ->
 def test_without_a_norm_the_score_is_the_norm_of_the_rows_also_of_a_transposed_convolution() -> None:
     model, inputs = build("Transposed")
     groups = find_groups(model, inputs)
-    scores = filter_norms(model, groups)
+    norms = filter_norms(model, groups)
     weight = model.further.weight.detach()  # inputs first
-    torch.testing.assert_close(scores["further"], weight.movedim(1, 0).flatten(1).norm(dim=1))
+    torch.testing.assert_close(norms["further"], weight.movedim(1, 0).flatten(1).norm(dim=1))
 
 
 def test_the_gate_of_squeeze_and_excite_does_not_count() -> None:
@@ -107,19 +107,19 @@ def test_the_gate_of_squeeze_and_excite_does_not_count() -> None:
 def test_scores_are_non_negative_float64_one_a_channel_of_each_free_group(name: str) -> None:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
-    scores = filter_norms(model.float(), groups)
-    assert list(scores) == [g.name for g in groups.free]
+    norms = filter_norms(model.float(), groups)
+    assert list(norms) == [g.name for g in groups.free]
     for group in groups.free:
-        assert scores[group.name].shape == (group.n_channels,)
-        assert scores[group.name].dtype == torch.float64
-        assert (scores[group.name] > 0).all()
+        assert norms[group.name].shape == (group.n_channels,)
+        assert norms[group.name].dtype == torch.float64
+        assert (norms[group.name] > 0).all()
 
 
 def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> None:
     """The residual stream is made by two layers; filters count with their BatchNorm folded in, so relative sizes do."""
     model, inputs = build("Residual")
     groups = find_groups(model, inputs)
-    worth = channel_worth(model, groups)
+    importance = output_shares(model, groups)
     macs = {layer.weight: layer.macs for layer in groups.layers}
 
     def shares(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -129,7 +129,7 @@ def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> No
         energy = weight.detach().flatten(1).square().sum(1)
         return energy / energy.sum()
 
-    by_size = {g.n_channels: worth[g.name] for g in groups.free}
+    by_size = {g.n_channels: importance[g.name] for g in groups.free}
     torch.testing.assert_close(by_size[6], macs["inner.weight"] * shares(model.inner, model.inner_norm))
     stream = macs["stem.weight"] * shares(model.stem, model.stem_norm)
     stream = stream + macs["outer.weight"] * shares(model.outer, model.outer_norm)
@@ -138,7 +138,7 @@ def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> No
         model.inner_norm.weight[2] = 0
         model.inner_norm.bias[2] = 0
         model.inner_norm.weight *= 3
-    after = {g.n_channels: channel_worth(model, groups)[g.name] for g in groups.free}
+    after = {g.n_channels: output_shares(model, groups)[g.name] for g in groups.free}
     assert after[6][2] == 0
     torch.testing.assert_close(after[6].sum(), torch.tensor(float(macs["inner.weight"]), dtype=torch.float64))
 
@@ -157,7 +157,7 @@ def test_what_no_layer_makes_is_beyond_price() -> None:
     model = Bare()
     groups = find_groups(model, torch.zeros(1, 4))
     assert groups.free
-    assert all(bool(worth.isinf().all()) for worth in channel_worth(model, groups).values())
+    assert all(bool(importance.isinf().all()) for importance in output_shares(model, groups).values())
 
 
 def test_rows_belong_to_their_channels() -> None:
@@ -247,24 +247,25 @@ def test_a_gap_of_just_more_than_half_a_decade_counts() -> None:
 def test_a_budget_is_met_with_the_smallest_threshold(quantity: Any, round_to: int, wanted: float) -> None:
     model, groups = chain([0.5, 3.0, 0.1, 2.0, 0.7, 1.1, 0.9, 0.2], [4.0, 9.0, 1.0, 0.5, 6.0, 2.0])
     masks = keep_masks(model, groups.with_rounding(round_to, 1), method="budget", target={quantity: wanted})
-    scores = filter_norms(model, groups)
-    # By brute force: blocks of each group from the best score down, worth the mean square of their relative scores;
-    # every threshold on that, from none upwards; the first block of a group stays.
-    blocks = {}
-    for name, score in scores.items():
-        relative = (score / score.mean()).square().sort(descending=True).values.tolist()
+    norms = filter_norms(model, groups)
+    # By brute force: steps of each group from the largest norm down, as important as the mean square of their relative
+    # norms;
+    # every threshold on that, from none upwards; the first step of a group stays.
+    steps = {}
+    for name, norm in norms.items():
+        relative = (norm / norm.mean()).square().sort(descending=True).values.tolist()
         parts = [relative[i : i + round_to] for i in range(0, len(relative), round_to)]
-        blocks[name] = [(sum(part) / len(part), len(part)) for part in parts]
+        steps[name] = [(sum(part) / len(part), len(part)) for part in parts]
     expected = None
-    for threshold in [-1.0, *sorted(worth for parts in blocks.values() for worth, _ in parts)]:
+    for threshold in [-1.0, *sorted(importance for parts in steps.values() for importance, _ in parts)]:
         rounded = {
-            name: parts[0][1] + sum(n for worth, n in parts[1:] if worth > threshold)
-            for name, parts in blocks.items()
+            name: parts[0][1] + sum(n for importance, n in parts[1:] if importance > threshold)
+            for name, parts in steps.items()
         }
         trial = {}
         for name, n in rounded.items():
-            trial[name] = torch.zeros(len(scores[name]), dtype=torch.bool)
-            trial[name][scores[name].topk(n).indices] = True
+            trial[name] = torch.zeros(len(norms[name]), dtype=torch.bool)
+            trial[name][norms[name].topk(n).indices] = True
         if getattr(kept_share(groups, trial), quantity) <= wanted:
             expected = trial
             break
@@ -328,10 +329,10 @@ def test_rounding_reaches_a_multiple_with_the_best_of_what_was_dropped(
     multiple: int, minimum: int, n_kept: int
 ) -> None:
     generator = torch.Generator().manual_seed(n_kept)
-    ranks = torch.rand(10, generator=generator)
+    importance = torch.rand(10, generator=generator)
     mask = torch.zeros(10, dtype=torch.bool)
     mask[torch.randperm(10, generator=generator)[:n_kept]] = True  # not the best: they stay all the same
-    rounded = round_up(mask, ranks, multiple, minimum)
+    rounded = round_up(mask, importance, Rounding(multiple, minimum))
     count = int(rounded.sum())
     assert rounded.dtype == torch.bool
     assert (rounded | ~mask).all()  # nothing that was kept goes
@@ -339,7 +340,7 @@ def test_rounding_reaches_a_multiple_with_the_best_of_what_was_dropped(
     assert count >= min(max(minimum, 1), 10)
     least = min(max(n_kept, minimum, 1), 10)
     assert count < least + multiple
-    back, gone = ranks[rounded & ~mask], ranks[~rounded]
+    back, gone = importance[rounded & ~mask], importance[~rounded]
     assert not len(back) or not len(gone) or back.min() >= gone.max()
 
 
@@ -356,7 +357,7 @@ def test_zeros_come_back_last() -> None:
 
 def test_a_channel_kept_too_takes_the_place_of_a_spare_one_or_is_rounded_up_with() -> None:
     mask = torch.tensor([True, True, False, False, True, False])
-    ranks = torch.tensor([3.0, 0.0, 0.0, 0.1, 2.0, 0.4])
+    importance = torch.tensor([3.0, 0.0, 0.0, 0.1, 2.0, 0.4])
     spare = torch.tensor([False, True, True, False, False, False])
     none = torch.zeros(6, dtype=torch.bool)
     for spares, multiple, expected in (
@@ -366,7 +367,7 @@ def test_a_channel_kept_too_takes_the_place_of_a_spare_one_or_is_rounded_up_with
         (none, 5, [0, 1, 2, 4, 5]),
         (none, 4, [0, 1, 2, 4]),
     ):
-        assert kept({"": keep_too(mask, 2, spares, ranks, multiple)})[""] == expected
+        assert kept({"": keep_too(mask, 2, spares, importance, multiple)})[""] == expected
     assert mask.nonzero().flatten().tolist() == [0, 1, 4]
 
 
@@ -386,19 +387,22 @@ INF = float("inf")
 
 
 @pytest.mark.parametrize(
-    ("values", "multiple", "least", "worth"),
+    ("values", "multiple", "least", "importance"),
     [
         ([5.0, 1.0, 3.0, 7.0], 2, 1, [INF, 2, 2, INF]),
         ([5.0, 1.0, 3.0, 7.0], 1, 1, [5, 1, 3, INF]),
         ([5.0, 1.0, 3.0, 7.0], 1, 3, [INF, 1, INF, INF]),
         ([5.0, 1.0, 3.0, 7.0], 2, 3, [INF] * 4),
-        ([5.0, 1.0, 3.0], 2, 1, [INF, 1, INF]),  # the last block is smaller
+        ([5.0, 1.0, 3.0], 2, 1, [INF, 1, INF]),  # the last step is smaller
         ([5.0, 1.0], 8, 1, [INF, INF]),
         ([2.0, 2.0, 2.0, 2.0], 2, 1, [INF, INF, 2, 2]),
         ([5.0, 1.0, 3.0, 7.0, 9.0, 8.0], 2, 1, [6, 2, 2, 6, INF, INF]),
     ],
 )
-def test_blocks_are_counted_from_the_most_valuable_channel_down(
-    values: list[float], multiple: int, least: int, worth: list[float]
+def test_steps_are_counted_from_the_most_important_channel_down(
+    values: list[float], multiple: int, least: int, importance: list[float]
 ) -> None:
-    assert step_importance({"g": torch.tensor(values)}, {"g": (multiple, least)})["g"].tolist() == worth
+    assert (
+        step_importance({"g": torch.tensor(values)}, {"g": Rounding(multiple, least)})["g"].tolist()
+        == importance
+    )

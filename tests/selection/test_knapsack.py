@@ -14,7 +14,7 @@ from sparsekit.selection.costs import kept_share
 from sparsekit.selection.knapsack import choose_channels
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, Member
 from sparsekit.structure.latency_curve import LatencyCurve
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 
 MULTIPLE = 4
 
@@ -22,7 +22,7 @@ MULTIPLE = 4
 def _chain(widths: list[int], generator: np.random.Generator) -> ChannelGroups:
     """A chain of linear layers between groups of these widths, from 8 inputs to 10 outputs, with random times.
 
-    Even the times of blocks that stand next to each other differ, and some of them are worth nothing.
+    Even the times of blocks that stand next to each other differ, and some of them are of no importance.
     """
     members: dict[int, list[Member]] = {i: [] for i in range(len(widths))}
     layers = []
@@ -52,22 +52,22 @@ def _chain(widths: list[int], generator: np.random.Generator) -> ChannelGroups:
     )
 
 
-def _lost(worth: Masks, masks: Masks) -> float:
-    """Sum over groups of W log(W / kept worth)."""
-    return sum(float(w.sum() * (w.sum() / w[masks[name]].sum()).log()) for name, w in worth.items())
+def _lost(importance: Scores, masks: Masks) -> float:
+    """Sum over groups of W log(W / kept importance)."""
+    return sum(float(w.sum() * (w.sum() / w[masks[name]].sum()).log()) for name, w in importance.items())
 
 
-def _brute_force(groups: ChannelGroups, worth: Masks, limits: dict[str, float]) -> float:
+def _brute_force(groups: ChannelGroups, importance: Scores, limits: dict[str, float]) -> float:
     """The least that any number of blocks of each group loses under the limits."""
     best = np.inf
     for counts in product(*(range(MULTIPLE, g.n_channels + 1, MULTIPLE) for g in groups.free)):
         masks = {
-            g.name: worth[g.name] >= worth[g.name].sort(descending=True).values[count - 1]
+            g.name: importance[g.name] >= importance[g.name].sort(descending=True).values[count - 1]
             for g, count in zip(groups.free, counts, strict=True)
         }
         share = kept_share(groups, masks)
         if all(getattr(share, quantity) <= limit for quantity, limit in limits.items()):
-            best = min(best, _lost(worth, masks))
+            best = min(best, _lost(importance, masks))
     return best
 
 
@@ -77,12 +77,12 @@ def test_hardly_more_worth_is_lost_than_by_brute_force(limits: dict[str, float])
     for seed in range(30):
         generator = np.random.default_rng(seed)
         groups = _chain([16, 24, 12, 20], generator)
-        worth = {g.name: torch.from_numpy(generator.exponential(size=g.n_channels)) for g in groups.free}
-        masks = choose_channels(groups, worth, limits, dict.fromkeys(worth, (MULTIPLE, 1)))
+        importance = {g.name: torch.from_numpy(generator.exponential(size=g.n_channels)) for g in groups.free}
+        masks = choose_channels(groups.with_rounding(MULTIPLE, 1), importance, limits)
         share = kept_share(groups, masks)
         assert all(getattr(share, quantity) <= limit + 1e-9 for quantity, limit in limits.items())
         assert all(int(mask.sum()) % MULTIPLE == 0 for mask in masks.values())
-        ratios.append(_lost(worth, masks) / _brute_force(groups, worth, limits))
+        ratios.append(_lost(importance, masks) / _brute_force(groups, importance, limits))
     assert min(ratios) >= 1 - 1e-9
     assert sum(ratio < 1 + 1e-9 for ratio in ratios) >= 20
     assert max(ratios) < 1.1
@@ -100,13 +100,13 @@ def _conv_network() -> torch.nn.Sequential:
 @pytest.mark.parametrize("quantity", ["macs", "params", "channels"])
 def test_a_limit_is_met_as_the_masks_are_counted_elsewhere(quantity: str) -> None:
     groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
-    worth = {group.name: torch.arange(1.0, group.n_channels + 1) for group in groups.free}
+    importance = {group.name: torch.arange(1.0, group.n_channels + 1) for group in groups.free}
     for limit in (0.9, 0.6, 0.35):
-        masks = choose_channels(groups, worth, {quantity: limit}, dict.fromkeys(worth, (1, 1)))
+        masks = choose_channels(groups, importance, {quantity: limit})
         left = getattr(kept_share(groups, masks), quantity)
         assert limit - 0.08 < left <= limit
         for name, mask in masks.items():  # the most valuable stay
-            assert bool(mask[worth[name] >= worth[name][mask].min()].all())
+            assert bool(mask[importance[name] >= importance[name][mask].min()].all())
 
 
 def test_what_costs_nothing_stays_even_if_it_is_worth_little() -> None:
@@ -119,12 +119,12 @@ def test_what_costs_nothing_stays_even_if_it_is_worth_little() -> None:
         Member("b.weight", 1, tuple(range(16)), 1, "consumer"),
     )
     groups = ChannelGroups((ChannelGroup("g", 16, members),), (), layers)
-    worth = {"g": torch.tensor([1.0] * 12 + [0.0] * 4)}
+    importance = {"g": torch.tensor([1.0] * 12 + [0.0] * 4)}
     for limit, kept in ((1.0, 16), (0.99, 8), (0.5, 8)):
-        masks = choose_channels(groups, worth, {"latency": limit}, {"g": (1, 1)})
+        masks = choose_channels(groups, importance, {"latency": limit})
         assert int(masks["g"].sum()) == kept
     with pytest.raises(InputError, match=r"latency 0\.400 is out of reach.*leaves 0\.500"):
-        choose_channels(groups, worth, {"latency": 0.4}, {"g": (1, 1)})
+        choose_channels(groups, importance, {"latency": 0.4})
 
 
 def test_the_least_of_a_group_stays_and_whole_blocks_can_go() -> None:
@@ -132,13 +132,12 @@ def test_the_least_of_a_group_stays_and_whole_blocks_can_go() -> None:
     curve = LatencyCurve(((8,), (8,)), ((1.0,),))
     layers = tuple(LayerCost(f"{name}.fc.weight", (8, 8), 1, curve) for name in ("one", "two"))
     blocks = tuple(
-        ChannelGroup(name, 1, (Member(f"{name}.gamma", 0, (0,), 8, "inside", True),), bypass=name)
+        ChannelGroup(name, 1, (Member(f"{name}.fc.weight", 0, tuple(range(8)), 8, "inside"),), bypass=name)
         for name in ("one", "two")
     )
-    groups = ChannelGroups(blocks, (), layers)
-    worth = {"one": torch.tensor([2.0]), "two": torch.tensor([3.0])}
-    rounding = {group.name: group.rounding(16, 8) for group in blocks}
-    masks = choose_channels(groups, worth, {"latency": 0.5}, rounding)
+    groups = ChannelGroups(blocks, (), layers).with_rounding(16, 8)
+    importance = {"one": torch.tensor([2.0]), "two": torch.tensor([3.0])}
+    masks = choose_channels(groups, importance, {"latency": 0.5})
     assert {name: bool(mask) for name, mask in masks.items()} == {"one": False, "two": True}
 
 
@@ -147,15 +146,14 @@ def test_channels_inside_a_block_that_goes_are_gone_too() -> None:
     inside = ChannelGroup("one.fc", 8, (Member("one.fc.weight", 0, tuple(range(8)), 1, "producer", True),))
     block = ChannelGroup("one", 1, (Member("one.gamma", 0, (0,), 8, "inside", True),), bypass="one")
     groups = ChannelGroups((inside, block), (), (LayerCost("one.fc.weight", (8, 8), 1, curve),))
-    worth = {"one.fc": torch.ones(8), "one": torch.ones(1)}
-    rounding = {"one.fc": (1, 1), "one": (1, 0)}
-    masks = choose_channels(groups, worth, {"channels": 0.1}, rounding)
+    importance = {"one.fc": torch.ones(8), "one": torch.ones(1)}
+    masks = choose_channels(groups.with_rounding(1, 1), importance, {"channels": 0.1})
     assert not masks["one"].any()
     assert kept_share(groups, masks).channels == 0.0
 
 
 @pytest.mark.parametrize(
-    ("worth", "limits", "message"),
+    ("importance", "limits", "message"),
     [
         (
             {},
@@ -167,25 +165,23 @@ def test_channels_inside_a_block_that_goes_are_gone_too() -> None:
         (
             {"0": torch.ones(3)},
             {"macs": 0.5},
-            r"worth must be 16 numbers >= 0 for the group 0, got shape \(3,\)",
+            r"importance must be 16 numbers >= 0 for the group 0, got shape \(3,\)",
         ),
-        ({"0": torch.full((16,), -1.0)}, {"macs": 0.5}, "worth must be 16 numbers >= 0"),
+        ({"0": torch.full((16,), -1.0)}, {"macs": 0.5}, "importance must be 16 numbers >= 0"),
         ({"0": None}, {"macs": 0.5}, "got none"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(
-    worth: dict[str, torch.Tensor | None], limits: dict[str, float], message: str
+    importance: dict[str, torch.Tensor | None], limits: dict[str, float], message: str
 ) -> None:
     groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
-    given = {g.name: torch.ones(g.n_channels) for g in groups.free} | worth
+    given = {g.name: torch.ones(g.n_channels) for g in groups.free} | importance
     with pytest.raises(InputError, match=message):
-        choose_channels(
-            groups, {n: w for n, w in given.items() if w is not None}, limits, dict.fromkeys(given, (1, 1))
-        )
+        choose_channels(groups, {n: w for n, w in given.items() if w is not None}, limits)
 
 
 def test_latencies_that_were_not_measured_are_refused() -> None:
     groups = find_groups(_conv_network(), torch.zeros(1, 3, 8, 8))
-    worth = {group.name: torch.ones(group.n_channels) for group in groups.free}
+    importance = {group.name: torch.ones(group.n_channels) for group in groups.free}
     with pytest.raises(InputError, match="measure_layers"):
-        choose_channels(groups, worth, {"latency": 0.5}, dict.fromkeys(worth, (1, 1)))
+        choose_channels(groups, importance, {"latency": 0.5})

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 import sparsekit as sk
 from sparsekit.errors import InputError
-from sparsekit.groups import ChannelGroups
 from sparsekit.integrations import torch_pruning as for_torch_pruning
 from sparsekit.integrations.torch_pruning import from_pruning_history, importance, to_pruning_history
-from sparsekit.scores import channel_worth
+from sparsekit.selection.importance import output_shares
+from sparsekit.structure.groups import ChannelGroups
 
 Loaded = tuple[nn.Module, tuple[Tensor, ...], ChannelGroups]
 Loader = Callable[[str], Loaded]
@@ -336,7 +336,7 @@ def test_every_free_group_gets_finite_numbers_or_none_at_all(loaded: Loader, nam
 
 def test_magnitude_is_our_own(loaded: Loader) -> None:
     model, _, groups = loaded("Residual")
-    assert_same(importance(model, groups, "magnitude"), channel_worth(model, groups))
+    assert_same(importance(model, groups, "magnitude"), output_shares(model, groups))
 
 
 def test_random_importance_is_the_same_for_the_same_seed_and_draws_nothing_from_the_callers_state() -> None:
