@@ -107,7 +107,7 @@ def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy to run: what a forward pass changes (counters, caches, statistics) is not the caller's."""
+    """A copy to run: a forward pass may change counters, caches and statistics."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
@@ -134,7 +134,7 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, 
 def _trace(
     model: nn.Module, inputs: tuple[Tensor, ...], *, through_layer_norm: bool
 ) -> tuple[ChannelGroup, ...]:
-    """The groups one forward pass of a copy shows."""
+    """The groups that one forward pass of a copy shows."""
     traced = copy.deepcopy(model)
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
@@ -144,7 +144,7 @@ def _trace(
 
 
 def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: set[str]) -> ChannelGroup:
-    """The group, frozen for what no operator shows: the caller's wish, weights computed by a parametrisation."""
+    """The group, frozen for what no operator shows: it is ignored, or a parametrisation computes its weights."""
     made = [m.module for m in group.members if m.role in ("producer", "norm", "depthwise")]
     ignored = [module for module in made if _matches(module, ignore)]
     reason = group.frozen
@@ -167,7 +167,7 @@ def _frozen_if_ignored(block: ChannelGroup, ignore: Sequence[str]) -> ChannelGro
 
 
 def _parametrised(model: nn.Module) -> set[str]:
-    """Names of modules with a tensor that is computed from others, and of what holds those others."""
+    """Names of modules with a tensor that is computed from others, and of modules that hold those others."""
     names = {name for name, module in model.named_modules() if hasattr(module, "parametrizations")}
     return names | {name for name, _ in model.named_modules() if ".parametrizations" in name}
 

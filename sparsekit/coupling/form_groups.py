@@ -1,4 +1,4 @@
-"""Components of atoms become channel groups: who produces, normalises and reads each channel, by name and position."""
+"""Components become channel groups: which tensors produce, normalise and read each channel, by name and position."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from sparsekit.coupling.solve import Coupled
 from sparsekit.structure.groups import ChannelGroup, Member, Role
 from sparsekit.structure.places import Attribute, Place
 
-# An axis, and whether these of its atoms are gates: the parts of a tensor that a member can be.
+# What can be one member: the gates of an axis, or its other atoms; (number of the axis, whether gates).
 Part = tuple[int, bool]
+# The atoms of one component by part, ascending.
 Runs = dict[Part, Atoms]
+# For each component the attributes that size it, with its positions.
+Sized = Mapping[int, Mapping[Attribute, list[int]]]
 Flags = NDArray[np.bool_]
 
 
 def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> tuple[ChannelGroup, ...]:
-    """Groups of components that run through the same tensors in the same way, in the order of the model's layers.
+    """Form a group of all components that run through the same tensors in the same way, in the order of the layers.
 
-    A component counts if some layer produces it; `parameters` are the names of trained tensors.
+    Components that no layer produces are left out. `parameters`: the names of trained tensors.
     """
     noted, sized = _Noted(seen), _sized_by_component(coupled.sizes)
     alike: dict[tuple[object, ...], list[tuple[int, Runs]]] = defaultdict(list)
@@ -43,7 +46,7 @@ def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> t
         _form(seen, sized, noted, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()
     ]
-    order = {axis.tensor: place for place, axis in enumerate(seen.axes)}
+    order = {axis.tensor: rank for rank, axis in enumerate(seen.axes)}
     formed.sort(key=lambda group: (order[_root(group).tensor], _root(group).positions[0]))
     return _with_names(formed)
 
@@ -71,7 +74,7 @@ def _flags(seen: Observations, what: Role | Trait) -> Flags:
 
 
 def _by_component(seen: Observations, coupled: Coupled, gates: Flags) -> Iterator[tuple[int, Runs]]:
-    """Each component with its atoms by axis, ascending."""
+    """Each component, with its atoms by part."""
     starts = np.array([axis.first for axis in seen.axes])
     atoms = np.arange(1, seen.n_atoms)
     axis = np.searchsorted(starts, atoms, side="right") - 1
@@ -102,7 +105,7 @@ def _form(
     places: Mapping[int, list[Place]],
 ) -> ChannelGroup:
     parts = list(components[0][1])
-    # Channels are numbered by their place in the layer that produces them.
+    # Channels are numbered by their position in the layer that produces them.
     root = next(part for part in parts if noted.makes[components[0][1][part][0]])
     components.sort(key=lambda one: int(one[1][root][0]))
     members = [
@@ -110,8 +113,8 @@ def _form(
     ]
     numbers = [number for number, _ in components]
     members += _size_members(sized, numbers)
-    place = {axis.tensor: i for i, axis in enumerate(seen.axes)}
-    members.sort(key=lambda m: (m.role == "size", place.get(m.tensor, 0), m.dim))
+    rank = {axis.tensor: i for i, axis in enumerate(seen.axes)}
+    members.sort(key=lambda m: (m.role == "size", rank.get(m.tensor, 0), m.dim))
     rewrites = sorted({place for number in numbers for place in places.get(number, ())})
     return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
 
@@ -141,11 +144,8 @@ def _member(
     )
 
 
-Sized = Mapping[int, Mapping[Attribute, list[int]]]
-
-
 def _sized_by_component(sizes: Mapping[Attribute, Atoms]) -> Sized:
-    """For each component the attributes whose dimension it has a part in, and where."""
+    """For each component the attributes that size it, with its positions."""
     sized: dict[int, dict[Attribute, list[int]]] = defaultdict(lambda: defaultdict(list))
     for attribute, components in sizes.items():
         for position, number in enumerate(components.tolist()):
@@ -165,12 +165,12 @@ def _size_members(sized: Sized, numbers: list[int]) -> list[Member]:
 
 
 def _root(group: ChannelGroup) -> Member:
-    """The first of the layers that produce the group's channels."""
+    """The first member that produces the group's channels."""
     return next(m for m in group.members if m.role in ("producer", "depthwise"))
 
 
 def _with_names(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
-    """Named by their first layer; further groups of the same layer get a number."""
+    """The groups named after their first layer; further groups of the same layer get a number."""
     count: dict[str, int] = defaultdict(int)
     named = []
     for group in groups:

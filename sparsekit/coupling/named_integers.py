@@ -1,8 +1,8 @@
-"""Sizes that a model's code reads from attributes: integers that remember where they came from.
+"""Integers that know which attribute of the model they are.
 
-`x.reshape(n, self.num_heads, self.head_dim)` needs another `num_heads` once heads are gone. To learn which
-attribute gives which size, the attributes of a copy are replaced by integers that carry their name; torch treats
-them like any other, and what it is called with tells which dimension each of them sizes.
+`x.reshape(n, self.num_heads, self.head_dim)` needs another `num_heads` once heads are gone. To learn which attribute
+sizes which dimension, the integers of a copy are replaced by ones that know their attribute. Torch treats them like
+any other, and its arguments show which dimension each of them sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsekit.structure.places import Attribute
 
-# Sizes of layers with weights follow from their tensors.
+# The sizes of these layers follow from their tensors.
 _SIZED_BY_TENSORS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
 
@@ -24,7 +24,7 @@ class PartInt(int):
 
 
 class MultipleInt(int):
-    """A named integer times a plain one: `attribute` sizes the inner part of a dimension, or the outer one."""
+    """A named integer times a plain one: the attribute sizes the `inner` part of a dimension, or the outer one."""
 
     attribute: Attribute
     times: int
@@ -32,9 +32,9 @@ class MultipleInt(int):
 
 
 class NamedInt(int):
-    """An integer that knows the attribute it was read from.
+    """An integer that knows its attribute.
 
-    So do its quotients and products with plain integers; other arithmetic gives plain integers.
+    Its quotients and products with plain integers know it too; other arithmetic gives plain integers.
     """
 
     attribute: Attribute
@@ -73,7 +73,7 @@ class NamedInt(int):
 
 
 def name_integers_(model: nn.Module) -> None:
-    """Replace integer attributes (and those in tuples and lists) of every module by ones that know their name."""
+    """Replace the sizes among all modules' attributes, also in tuples and lists, by named integers, in place."""
     for module_name, module in model.named_modules():
         if isinstance(module, _SIZED_BY_TENSORS):
             continue

@@ -1,6 +1,34 @@
-"""What one forward pass showed about channels, as arrays of atoms: what goes together, what must stay, what sizes what.
+"""What one forward pass showed about channels, as arrays of atoms. Nothing is decided here: `solve` does that.
 
-An atom is one index along one dimension of one parameter or buffer. Nothing is decided here; `coupling` does that.
+The words of this room:
+
+    atom        one index along one dimension of one parameter or buffer, as a number; 0 (`FIXED`) stands for none
+    axis        one dimension of one parameter or buffer; its atoms have consecutive numbers
+    label       the atom that an element of a tensor belongs to
+    span        the dimensions along which labels vary
+    grid        labels that span several dimensions; only whole slices of it can go
+    cover       a coarse label (a head) over a row of finer ones (its entries): it goes when all of them go
+    component   atoms that can only go together, numbered by `solve`
+    role        what a tensor is to the channels: "producer", "consumer", "norm", ... (`structure.groups.Role`)
+    trait       what is no role and yet counts: "factor", "gate"
+    place       a size in the code of the model: an argument of a reshape
+
+An example: the second convolution reads, by its columns (atoms 10 and 11), what the rows of the first (atoms 1 and 2)
+produce. So these go together, as two components that can go one by one. The others have to stay.
+
+    >>> import torch
+    >>> from sparsekit.coupling.solve import solve
+    >>> from sparsekit.coupling.trace import trace
+    >>> first, second = torch.nn.Conv2d(3, 2, 1, bias=False), torch.nn.Conv2d(2, 4, 1, bias=False)
+    >>> seen = trace(torch.nn.Sequential(first, torch.nn.ReLU(), second), [torch.zeros(1, 3, 8, 8)]).seen
+    >>> [(axis.tensor, axis.dim, axis.first, axis.size) for axis in seen.axes]
+    [('0.weight', 0, 1, 2), ('0.weight', 1, 3, 3), ('2.weight', 0, 6, 4), ('2.weight', 1, 10, 2)]
+    >>> seen.noted("producer").tolist(), seen.noted("consumer").tolist()
+    ([1, 2, 6, 7, 8, 9], [3, 4, 5, 10, 11])
+    >>> solve(seen).component.tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]
+    >>> solve(seen).reasons[3], solve(seen).reasons[6]
+    ('it reads channels whose number is fixed', "it reaches the model's output")
 """
 
 from __future__ import annotations
@@ -19,7 +47,7 @@ from sparsekit.structure.groups import Role
 from sparsekit.structure.places import Attribute, Place
 
 Atoms = NDArray[np.int64]
-# What is no role of a member and yet counts: a factor scales a product, a gate scales it by a squashed value.
+# A factor is a weight in a product. A gate makes what a sigmoid or softmax squashes and another value is scaled by.
 Trait = Literal["factor", "gate"]
 
 
@@ -35,9 +63,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class SizeUse:
-    """An attribute gave the size of a dimension whose slices have these labels; None where they have none.
+    """An attribute sizes a dimension.
 
-    `silent`: the pass did not read the attribute; it says by its name that it is this size.
+    slices: (size, n), the atoms of each slice of the dimension, None if it has none. silent: the pass did not read
+    the attribute, its name says what it sizes.
     """
 
     attribute: Attribute
@@ -47,13 +76,13 @@ class SizeUse:
 
 @dataclass
 class Observations:
-    """Everything observed, in the order of the forward pass.
+    """Everything that was seen, in the order of the forward pass.
 
-    edges: pairs of atoms that go together. grids: labels over several dimensions of one tensor, of which only whole
-    slices can go. covers: (coarse, fine) where entry b of `coarse` runs through all of row b of `fine`.
-    fixed: atoms that must stay, and why. sizes: attributes as sizes. places: where code computes the size of a
-    dimension with these atoms. norms: layer -> what reads its output, a
-    normalisation's weight or "" for anything else.
+    edges: each (n, 2), pairs of atoms that go together. grids: by shape and content, each once. covers: (coarse,
+    fine), where atom b of `coarse` covers row b of `fine`. fixed: atoms that must stay, and why. places: where code
+    computes the size of a dimension, and the atoms of this dimension. norms: for the weight of a layer, what reads the
+    layer's output: the weight of a normalisation, or "" for anything else. notes: the atoms of each role and trait.
+    n_atoms: one more than the largest atom.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -65,21 +94,21 @@ class Observations:
     places: list[tuple[Place, Atoms]] = field(default_factory=list)
     norms: dict[str, set[str]] = field(default_factory=dict)
     notes: dict[Role | Trait, list[Atoms]] = field(default_factory=dict)
-    n_atoms: int = 1  # number 0 is FIXED
+    n_atoms: int = 1  # 0 is FIXED
 
     def add_axis(self, tensor: str, dim: int, size: int) -> Axis:
-        """Number the indices of a dimension."""
+        """Number the indices of a dimension as atoms."""
         axis = Axis(tensor, dim, size, self.n_atoms)
         self.axes.append(axis)
         self.n_atoms += size
         return axis
 
     def axis_of(self, atom: int) -> Axis:
-        """The dimension an atom is an index of."""
+        """The axis that an atom belongs to."""
         return self.axes[bisect_right(self.axes, atom, key=lambda axis: axis.first) - 1]
 
     def couple(self, first: Tensor, second: Tensor) -> None:
-        """Elements at the same place go together; shapes broadcast."""
+        """Note that atoms at the same index of both arrays go together; shapes broadcast."""
         pairs = np.stack(np.broadcast_arrays(to_atoms(first), to_atoms(second)))
         if pairs.size > _LARGE:
             pairs = _distinct_slices(pairs, range(1, pairs.ndim))
@@ -88,7 +117,7 @@ class Observations:
             self.edges.append(edges)
 
     def cover(self, coarse: Tensor, fine: Tensor) -> None:
-        """An entry of `coarse` stays as long as anything in its row of `fine` (more dimensions) does."""
+        """Note that each atom of `coarse` covers its row of `fine`, which spans more dimensions."""
         dims = span(coarse)
         rows = to_atoms(fine).transpose(*dims, *(d for d in range(fine.dim()) if d not in dims))
         n = int(np.prod([coarse.shape[d] for d in dims]))
@@ -99,7 +128,7 @@ class Observations:
         self.covers.append((table[:, 0], table[:, 1:]))
 
     def grid(self, labels: Tensor) -> None:
-        """Note labels that vary along more than one dimension."""
+        """Note labels as a grid, if they span more than one dimension."""
         if len(span(labels)) > 1:
             atoms = to_atoms(labels.squeeze())
             if atoms.size > _LARGE:
@@ -107,11 +136,11 @@ class Observations:
             self.grids[repr(atoms.shape).encode() + atoms.tobytes()] = atoms
 
     def fix(self, labels: Tensor, reason: str) -> None:
-        """These atoms must stay."""
+        """Note that these atoms must stay, and why."""
         self.fixed.append((np.unique(to_atoms(labels)), reason))
 
     def note(self, what: Role | Trait, labels: Tensor | Atoms) -> None:
-        """These atoms have this role or trait."""
+        """Note that these atoms have this role or trait."""
         atoms = labels if isinstance(labels, np.ndarray) else to_atoms(labels)
         self.notes.setdefault(what, []).append(np.unique(atoms))
 
@@ -121,18 +150,18 @@ class Observations:
         return np.unique(np.concatenate(arrays)) if arrays else np.zeros(0, np.int64)
 
 
-# Arrays above this size are thinned out before they are sorted: windows and patches repeat the same labels.
+# Larger arrays are thinned out before they are sorted: windows and patches repeat the same labels.
 _LARGE = 10_000
 
 
-def _distinct_slices(atoms: Atoms, axes: Iterable[int]) -> Atoms:
-    """The array without slices that are equal to an earlier one, along each of `axes`."""
+def _distinct_slices(atoms: Atoms, dims: Iterable[int]) -> Atoms:
+    """The array without slices that repeat an earlier one, along each of `dims`."""
     generator = np.random.default_rng(0)
-    for axis in axes:
-        slices = np.moveaxis(atoms, axis, 0).reshape(atoms.shape[axis], -1)
+    for dim in dims:
+        slices = np.moveaxis(atoms, dim, 0).reshape(atoms.shape[dim], -1)
         # Equal slices have equal sums; different ones the same with a probability of about 1e-12.
         _, first = np.unique(slices @ generator.random(slices.shape[1]), return_index=True)
-        atoms = atoms.take(np.sort(first), axis)
+        atoms = atoms.take(np.sort(first), dim)
     return atoms
 
 
@@ -144,12 +173,12 @@ def unique_pairs(first: Atoms, second: Atoms) -> Atoms:
 
 
 def to_atoms(labels: Tensor) -> Atoms:
-    """Labels as whole numbers."""
+    """Labels as an array of atoms."""
     atoms: Atoms = labels.numpy().astype(np.int64)
     return atoms
 
 
 def joined(parts: Iterable[Atoms | None]) -> Atoms | None:
-    """All atoms of several arrays, or None if there are none."""
+    """All atoms of several arrays, each once, or None if there is no array."""
     arrays = [part.ravel() for part in parts if part is not None]
     return np.unique(np.concatenate(arrays)) if arrays else None

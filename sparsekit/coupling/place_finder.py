@@ -1,4 +1,4 @@
-"""Which place of which method a reshape that is being executed stands in."""
+"""Finds the place in the model's code of a reshape that is running."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from sparsekit.surgery.rewrite_code import parsed_method, size_arguments
 
 
 class PlaceFinder:
-    """Tells which places of which methods the reshapes that are being executed stand in."""
+    """Finds the places of reshapes while they run."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._calls: dict[CodeType, tuple[str, list[ast.Call]] | None] = {}
 
     def computed_sizes(self, n_sizes: int) -> dict[int, Place]:
-        """The sizes of the reshape that called us that are neither literals nor plain attributes, by dimension."""
+        """Places of computed sizes in the reshape of `n_sizes` sizes that is running, by dimension.
+
+        A size is computed if it is neither a literal nor an attribute. Empty where the reshape cannot be told.
+        """
         frame = _user_frame()
         module = frame.f_locals.get("self") if frame else None
         if frame is None or id(module) not in self._names:

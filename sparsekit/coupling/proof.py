@@ -1,4 +1,4 @@
-"""The proof of groups: trial cuts of a copy with nothing hidden, compared with the masked copy."""
+"""The proof of groups: a copy that hides nothing is cut on trial, and compared with the masked copy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from sparsekit.surgery.verify import agreement, outputs
 # In float64 a correct cut agrees to about 1e-12 of the largest output; a wrong index is off by far more.
 _PROOF_TOLERANCE = 1e-6
 _FLOAT32_TOLERANCE = 1e-4
-# Above this a pass in double precision takes many seconds on a small machine; the proof is made in single precision.
+# Above this the proof is made in float32: a pass in float64 takes many seconds on a small machine.
 _MOST_MACS_IN_DOUBLE = 8e9
 
 
 def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    """Freeze every free group whose cut does not reproduce the masked model, or does not train."""
+    """Freeze every free group whose cut model does not agree with the masked one, or does not train."""
     if not groups.free:
         return groups
     groups = _with_rewrites_of_what_they_run_through(groups)
@@ -54,12 +54,12 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
 
 
 def fits_in_double(groups: ChannelGroups) -> bool:
-    """Whether the model is small enough for trials in double precision."""
+    """Whether the model is small enough for trials in float64."""
     return sum(layer.macs for layer in groups.layers) <= _MOST_MACS_IN_DOUBLE
 
 
 def _with_rewrites_of_what_they_run_through(groups: ChannelGroups) -> ChannelGroups:
-    """A group also gets the rewrites of modules that hold a member of it: widths are what sizes are computed from."""
+    """Give each group the rewrites of modules that hold a member of it, too: code computes sizes from widths."""
     places = sorted({place for group in groups for place in group.rewrites})
 
     def own(group: ChannelGroup) -> tuple[Place, ...]:
@@ -72,13 +72,13 @@ def _with_rewrites_of_what_they_run_through(groups: ChannelGroups) -> ChannelGro
 
 
 def _rewritten(groups: ChannelGroups, sizes: tuple[int, ...]) -> ChannelGroups:
-    """The groups with those rewrites only that put one of these sizes into the code; -1 is one left to torch."""
+    """The groups with only those rewrites that put one of `sizes` into the code; -1 leaves a size to torch."""
     some = [replace(g, rewrites=tuple(p for p in g.rewrites if p.size in sizes)) for g in groups]
     return replace(groups, groups=tuple(some))
 
 
 def _with_fewest_rewrites(trial: Trial, names: list[str]) -> ChannelGroups:
-    """The groups without the rewrites that the cut does not need; those of one class of modules stand together."""
+    """The groups without rewrites that the cut does not need; modules of one class lose theirs together."""
     modules = dict(trial.model.named_modules())
     kinds = {type(modules[place.module]): None for g in trial.groups for place in g.rewrites}
     for kind in kinds:
@@ -107,7 +107,7 @@ class Trial:
     def search(
         self, attempt: Callable[[list[str]], str], names: Sequence[str] | None = None
     ) -> dict[str, str]:
-        """The groups that fail, with the reason, by bisection.
+        """Find the groups that fail, and why, by bisection.
 
         Groups of layers that differ in a number only (the blocks of a stage) are tried together; if their first and
         their last fail, all of them are taken to fail for the same reason.
@@ -141,7 +141,7 @@ class Trial:
         return failures
 
     def cut(self, names: list[str]) -> str:
-        """An empty string if the masked and the cut model agree, else what went wrong."""
+        """What went wrong; an empty string if the masked and the cut model agree."""
         plan = self._plan(names)
         try:
             masked, expected = self._masked(names, plan)
@@ -156,7 +156,7 @@ class Trial:
         return ""
 
     def cut_and_train(self, names: list[str]) -> str:
-        """An empty string if the cut model runs in training mode on two inputs, as the uncut one does."""
+        """What went wrong in training mode on two inputs; an empty string if nothing, or if the uncut model fails."""
         plan = self._plan(names)
         masked, _ = self._masked(names, plan)
         failure = self._training_pass(cut_masked_(copy.deepcopy(masked), plan))
@@ -174,7 +174,7 @@ class Trial:
         return ""
 
     def _masked(self, names: list[str], plan: PrunePlan) -> tuple[nn.Module, list[Tensor]]:
-        """The masked model and its outputs; kept, because trials with other rewrites ask for the same again."""
+        """The masked model and its outputs; kept, because trials with other rewrites ask for them again."""
         if self._last[0] != names:
             masked = detached(self.model, plan)
             self._last = (names, masked, outputs(masked, self._inputs))
@@ -183,19 +183,19 @@ class Trial:
     def _plan(self, names: Sequence[str]) -> PrunePlan:
         generator = torch.Generator().manual_seed(len(names))
         masks = {}
-        # Not the same share everywhere, or sizes that only happen to agree would pass for right.
-        places = {group.name: place for place, group in enumerate(self.groups)}
+        # Groups lose different shares: sizes that only happen to agree would pass for right.
+        numbers = {group.name: number for number, group in enumerate(self.groups)}
         for name in names:
-            n, place = self.groups[name].n_channels, places[name]
+            n, number = self.groups[name].n_channels, numbers[name]
             masks[name] = torch.ones(n, dtype=torch.bool)
-            masks[name][torch.randperm(n, generator=generator)[: max(1, n // (2 + place % 3))]] = False
+            masks[name][torch.randperm(n, generator=generator)[: max(1, n // (2 + number % 3))]] = False
         return make_plan(self.groups, masks)
 
 
 def randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, exact: bool) -> nn.Module:
-    """A copy whose norms and scales hide nothing: zero-initialised ones would make any cut look right.
+    """A copy with random norms and scales: zero-initialised ones would make any cut look right.
 
-    In float64, where a wrong index cannot pass for rounding, if the model runs in it; else as it is.
+    `exact`: in float64, where a wrong index cannot pass for rounding, if the model runs in it.
     """
     trial = copy.deepcopy(model)
     if exact:

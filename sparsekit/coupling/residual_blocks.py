@@ -1,9 +1,9 @@
-"""Residual blocks that can go as a whole: those whose layer scales, once they are zero, leave the input as it is.
+"""Residual blocks that can go as a whole: they return their input once their layer scales are zero.
 
 A block x + scale * f(x) with a learned vector `scale` (Touvron et al., "Going deeper with image transformers", 2021)
-is the identity where the vector is zero, whatever f is: nothing has to be made up for, layer norms included. Such
-blocks are found by trying, not by name: each module of a randomised copy that has vectors of its own is run, with them
-at zero, on what it reads in the model.
+is the identity where the vector is zero, whatever f is. So nothing has to be made up for, layer norms included. Such
+blocks are found by trial, not by name: each module of a randomised copy that has vectors of its own is run on what it
+reads in the model, with these vectors at zero.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, ...]:
-    """A group of one channel for each such block, in model order; frozen where a trial cut of the model fails.
+    """Find such blocks: a group of one channel for each, in model order, frozen where a trial cut of the model fails.
 
-    Its penalised members are the scales; all else that the block owns goes with them.
+    The penalised members are the scales; all else that the block owns goes with them.
     """
     trial_model = randomised(model, groups.input_shapes, exact=fits_in_double(groups))
     _wake_(trial_model)
@@ -45,7 +45,7 @@ def find_blocks(model: nn.Module, groups: ChannelGroups) -> tuple[ChannelGroup, 
 
 
 def _wake_(model: nn.Module) -> None:
-    """Leave no parameter at zero, in place: a branch that happens to be silent now would not be missed."""
+    """Leave no parameter at zero, in place: the trial would not miss a branch that happens to be silent now."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -80,7 +80,7 @@ def _group(model: nn.Module, block: str, scales: Sequence[str]) -> ChannelGroup:
 
 
 def _identities(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, list[str]]:
-    """The smallest modules that pass their input on when some vectors of theirs are zero, with these vectors' names."""
+    """The smallest modules that return their input when some of their vectors are zero, with these vectors' names."""
     vectors = {name: parameter for name, parameter in model.named_parameters() if _may_scale(name, parameter)}
     holders = {name.rsplit(".", up)[0] for name in vectors for up in range(1, name.count(".") + 1)}
     modules = {name: module for name, module in model.named_modules() if name in holders}
@@ -94,7 +94,7 @@ def _identities(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> 
         if not _is_identity(modules[name], [vectors[v] for v in inside], args, keywords):
             continue
         needed = list(inside)
-        for vector in inside:  # those that it is the identity without are no scales
+        for vector in inside:  # what need not be zero is no scale
             fewer = [other for other in needed if other != vector]
             if _is_identity(modules[name], [vectors[v] for v in fewer], args, keywords):
                 needed = fewer
@@ -112,7 +112,7 @@ def _may_scale(name: str, parameter: nn.Parameter) -> bool:
 def _recorded_arguments(
     model: nn.Module, modules: dict[str, nn.Module], input_shapes: tuple[tuple[int, ...], ...]
 ) -> dict[str, _Arguments]:
-    """What each module is called with in a pass, if that is once and what it returns is like its first argument."""
+    """The arguments of each module that a pass calls once and whose output has the shape of its first argument."""
     calls: dict[str, list[_Arguments]] = {}
     alike: set[str] = set()
 

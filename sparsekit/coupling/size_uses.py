@@ -1,7 +1,7 @@
-"""Which attribute sizes which dimension, learned from the calls as a model's code makes them.
+"""Which attribute sizes which dimension, learned from the calls that a model's code makes.
 
-`TorchFunctionMode` shows calls with their arguments, integers included that know the attribute they were read from
-(`sizes`). Where a reshape is given a computed size, the place in the code is noted too (`rewriting`).
+`TorchFunctionMode` shows calls with their arguments, also integers that know their attribute (`named_integers`).
+Where a reshape is given a computed size, its place is noted too (`place_finder`).
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ class SizeWatcher(TorchFunctionMode):
         return result
 
 
-# Attributes that say by their name that they are the number of channels a module takes or gives.
+# By their names, these attributes are the number of channels that a module takes or gives.
 _OF_INPUT = ("in_features", "in_channels", "in_chs", "in_dim", "input_dim")
 _OF_OUTPUT = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim")
 
 
 def watch_declared_sizes_(model: nn.Module, tracer: Tracer) -> None:
-    """Note, when modules run, the attributes that declare their sizes; in place, the model is a copy."""
+    """Note the sizes that modules declare in attributes, when they run; in place, the model is a copy."""
 
     def declare(module: nn.Module, args: _Args, output: Any) -> None:
         for names, tensors in ((_OF_INPUT, flat_tensors(args)), (_OF_OUTPUT, flat_tensors(output))):
@@ -76,7 +76,7 @@ def watch_declared_sizes_(model: nn.Module, tracer: Tracer) -> None:
 
 
 def _watch_classifier_(model: Any, tracer: Tracer) -> None:
-    """What a timm model makes its classifier of: `head_hidden_size`, `embed_dim`, and `num_features` of the head."""
+    """Sizes a timm model declares for its classifier: `head_hidden_size`, `embed_dim`, `num_features` of the head."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, nn.Module):
         heads = [m for m in model.modules() if m is not model and classifier in m.children()]
@@ -91,7 +91,7 @@ def _watch_classifier_(model: Any, tracer: Tracer) -> None:
 
 
 def _watch_features_(model: Any, tracer: Tracer) -> None:
-    """What a timm model says of its features: `num_features` at the end, and `feature_info` of its stages."""
+    """Sizes a timm model declares for its features: `num_features` at the end, `feature_info` of its stages."""
     if hasattr(model, "forward_features") and "num_features" in vars(model):
         forward_features, width = model.forward_features, vars(model)["num_features"]
 
@@ -112,7 +112,7 @@ def _watch_features_(model: Any, tracer: Tracer) -> None:
 
 
 def _note_silently(tracer: Tracer, size: Any, tensor: Tensor) -> None:
-    """`size` declares the channels of `tensor`: its second dimension if that fits (maps), else its last (tokens)."""
+    """Note that `size` declares the channels of `tensor`: dimension 1 if that fits (maps), else the last (tokens)."""
     if not isinstance(size, NamedInt):
         return
     for dim in (1, tensor.dim() - 1) if tensor.dim() > 2 else (tensor.dim() - 1,):
@@ -123,7 +123,7 @@ def _note_silently(tracer: Tracer, size: Any, tensor: Tensor) -> None:
 
 
 def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
-    """`size` is that of dimension `dim` of `tensor`."""
+    """Note that `size` is the size of dimension `dim` of `tensor`."""
     if not isinstance(size, (NamedInt, MultipleInt)) or tensor.shape[dim] != size or size == 1:
         return
     if tensor.stride(dim) == 0:  # expanded: it has whatever size it is asked for
@@ -140,7 +140,7 @@ def _note(tracer: Tracer, size: Any, tensor: Tensor, dim: int) -> None:
 
 
 def _slices(known: Known, dim: int) -> list[Atoms] | None:
-    """For each label array along `dim`, its slices as rows; None if there is none."""
+    """For each label array that spans `dim`, its slices along `dim` as rows; None if there is no array."""
     found = [to_atoms(labels) for labels in known.labels if dim in span(labels)]
     return [atoms.swapaxes(0, dim).reshape(atoms.shape[dim], -1) for atoms in found] or None
 
@@ -152,7 +152,7 @@ def _reshaped(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None
     if isinstance(result, Tensor) and len(sizes) == result.dim():
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
-        # Dimensions with places of nothing that could go (tokens behind a class token) keep their size.
+        # Labels with FIXED among them (tokens behind a class token) keep their size.
         cuttable = [one for one in tracer.known(result).labels if not bool((one == FIXED).any())]
         labelled = {
             d for one in cuttable for d in span(one) if type(sizes[d]) in (int, PartInt) and sizes[d] > 1
@@ -195,7 +195,7 @@ def _chunked(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Sequence[Tens
 
 
 def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
-    """The code asks for equal parts, so what goes from one goes from all."""
+    """Couple parts that the code asks to be equal: what goes from one goes from all."""
     for part in parts[1:]:
         if part.shape[dim] != parts[0].shape[dim]:
             return
@@ -206,12 +206,12 @@ def _tie_parts(tracer: Tracer, parts: Sequence[Tensor], dim: int) -> None:
 
 
 def _convolved(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
-    """As many groups as channels: blurring filters are written so."""
+    """The attribute may be the number of conv groups: blurring filters have one for each channel."""
     _note(tracer, args[6] if len(args) > 6 else kwargs.get("groups"), args[0], 1)
 
 
 def _attended(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
-    """Without a `scale`, torch takes the width of a head for it: within a head everything stays together."""
+    """Without a `scale`, torch derives one from the width of a head: within a head everything stays together."""
     if kwargs.get("scale") is None:
         for tensor in (args[0], args[1]) if len(args) > 1 else (args[0], kwargs["key"]):
             width = tensor.dim() - 1
@@ -231,7 +231,7 @@ def _narrowed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> N
 
 
 def _indexed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
-    """`x[:, :n]` and `x[:, n:]`: n is the size of the part before it."""
+    """In `x[:, :n]` and `x[:, n:]`, n is the size of the part before it."""
     tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
     if not any(isinstance(part, slice) for part in index):
         return

@@ -1,7 +1,8 @@
-"""Decide on what a traced pass showed: which atoms can only go together, and which must stay.
+"""Which atoms can only go together, and which must stay, follows from what one traced pass showed.
 
-Starting from what was seen to go together, three requirements are enforced until nothing changes: of a tensor only
-whole slices can go; a coarse label goes when all it covers goes; and an attribute has one value wherever it is used.
+Atoms that were seen to go together are put into components. Then three requirements are enforced until nothing
+changes. Of a grid only whole slices can go. A coarse label goes when all that it covers goes. An attribute has one
+value wherever it is used.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from sparsekit.structure.places import Attribute
 
 @dataclass(frozen=True)
 class Coupled:
-    """The solution: `component` (n_atoms,) numbers what can only go together; `reasons` says why some must stay.
+    """The solution.
 
-    `sizes`: for each attribute that shrinks, the component of each index of the dimension it sizes.
+    component: (n_atoms,), the component of each atom. reasons: why a component must stay, for those that must. sizes:
+    for each attribute that shrinks, the component of each index of the dimension it sizes.
     """
 
     component: Atoms
@@ -31,7 +33,7 @@ class Coupled:
 
 
 def solve(seen: Observations) -> Coupled:
-    """Components, reasons and sizes that satisfy every requirement."""
+    """Find the components that satisfy every requirement, and say which must stay."""
     edges = [np.zeros((0, 2), np.int64), *seen.edges]
     fixed = list(seen.fixed)
     while True:
@@ -63,25 +65,24 @@ def _components(n_atoms: int, edges: list[Atoms]) -> Atoms:
 
 
 def _whole_slices(seen: Observations, component: Atoms) -> Iterator[Atoms]:
-    """Where labels vary along several dimensions, every component has to fill whole slices along one of them.
+    """Pairs that make every component fill whole slices of each grid, along one of its dimensions.
 
-    If it does not, slices are made whole along the dimension that leaves the most to choose from.
+    If none is whole yet, it is the dimension that leaves the most components.
     """
     for key, atoms in list(seen.grids.items()):
         found = component[atoms]
-        sliced = [np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1) for axis in range(found.ndim)]
+        sliced = [np.moveaxis(found, dim, 0).reshape(found.shape[dim], -1) for dim in range(found.ndim)]
         if any(bool((rows == rows[:, :1]).all()) for rows in sliced):
             if (found == found.flat[0]).all():
                 del seen.grids[key]  # one component only gets larger
             continue
-        axis = max(range(found.ndim), key=lambda axis: _count(sliced[axis]))
-        rows = np.moveaxis(atoms, axis, 0).reshape(atoms.shape[axis], -1)
+        best = max(range(found.ndim), key=lambda dim: _count(sliced[dim]))
+        rows = np.moveaxis(atoms, best, 0).reshape(atoms.shape[best], -1)
         yield unique_pairs(np.broadcast_to(rows[:, :1], rows.shape), rows)
 
 
 def _count(rows: Atoms) -> int:
     """How many components remain when everything in a row goes together."""
-    n = int(rows.max()) + 1
     pairs = np.stack([np.broadcast_to(rows[:, :1], rows.shape).ravel(), rows.ravel()], 1)
     values, pairs = np.unique(pairs, return_inverse=True)
     pairs = pairs.reshape(-1, 2)
@@ -91,6 +92,7 @@ def _count(rows: Atoms) -> int:
 
 
 def _covered(seen: Observations, component: Atoms) -> Iterator[Atoms]:
+    """Pairs of a coarse label and a row that it covers, where the row is one component."""
     for coarse, fine in seen.covers:
         rows = component[fine]
         together = (rows == rows[:, :1]).all(1) & (component[coarse] != rows[:, 0])
@@ -112,7 +114,7 @@ def _left_over(seen: Observations, component: Atoms) -> list[tuple[Atoms, str]]:
 def _uses(
     seen: Observations, component: Atoms, *, silent: bool = False
 ) -> Iterator[tuple[Attribute, list[Atoms | None]]]:
-    """For each attribute, the atoms (one a slice) of each dimension it sizes; None for one that cannot shrink.
+    """For each attribute, one atom a slice for each dimension it sizes; None for a dimension that cannot shrink.
 
     `silent` adds attributes that the pass did not read.
     """
@@ -131,7 +133,7 @@ def _uses(
 
 
 def _one_value(seen: Observations, component: Atoms) -> Iterator[Atoms]:
-    """Dimensions of one size attribute shrink together, index by index."""
+    """Pairs that make all dimensions of one attribute shrink together, index by index."""
     for _, uses in _uses(seen, component):
         shrinking = [use for use in uses if use is not None]
         for other in shrinking[1:]:
@@ -141,6 +143,7 @@ def _one_value(seen: Observations, component: Atoms) -> Iterator[Atoms]:
 
 
 def _unsizable(seen: Observations, component: Atoms) -> list[tuple[Atoms, str]]:
+    """Atoms whose attribute also sizes a dimension that cannot shrink: they stay."""
     stuck = []
     for attribute, uses in _uses(seen, component):
         shrinking = [use for use in uses if use is not None]

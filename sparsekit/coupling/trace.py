@@ -1,7 +1,7 @@
-"""One forward pass, watched: labels follow the values from operator to operator, and what is seen is noted.
+"""One forward pass is traced: labels follow the values from operator to operator, and what is seen is noted.
 
-`TorchDispatchMode` sees every operator that is executed, a few dozen kinds whatever the model's code looks like;
-`rules` say for each what becomes of labels. `size_uses` sees the code's own calls beside it.
+`TorchDispatchMode` sees every operator that is executed: a few dozen kinds, whatever the model's code looks like.
+`rules` say what each of them does to labels. `size_uses` watches the calls that the model's code makes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsekit.errors import ModelError
 from sparsekit.evaluation import flat_tensors
 from sparsekit.surgery.norms import is_standardised
 
-# Modules that are told of as a whole: what their operators do to channels one by one says less than what they do.
+# Modules with a rule of their own: what they do as a whole says more than what their operators do one by one.
 _ROOT_MEAN_SQUARE = "root_mean_square_norm"
 _WHOLE_MODULES = {
     "GlobalResponseNorm": "global_response_norm",
@@ -30,12 +30,12 @@ _STANDARDISED = "standardised_convolution"
 
 
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
-    """Apply a rule to some modules' calls instead of their operators; in place, the model is a copy."""
+    """Apply a rule to each call of some modules instead of to their operators; in place, the model is a copy."""
 
     def wrap(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
         forward = module.forward
 
-        def told(tensor: Tensor) -> Any:
+        def by_rule(tensor: Tensor) -> Any:
             with _disable_current_modes():
                 result = forward(tensor)
             call = OperatorCall(
@@ -44,7 +44,7 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
             apply_rule(tracer, call)
             return result
 
-        return told
+        return by_rule
 
     for module in model.modules():
         name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
@@ -55,13 +55,13 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
 
 
 def _can_make_up(module: Any) -> bool:
-    """Whether a root mean square norm has the scale and the epsilon that a cut has to change, for one dimension."""
+    """Whether a root mean square norm runs over one dimension and has a scale and an epsilon, which a cut changes."""
     scale, shape = getattr(module, "weight", None), getattr(module, "normalized_shape", ())
     return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
 
 
 def trace(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
-    """Run `model` (a copy, of which attributes are replaced) once and return what was seen.
+    """Run `model` once and return the tracer with all that it has seen. The model gets hooks, so give a copy.
 
     Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
     """
@@ -93,7 +93,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = tuple(flat_tensors((args, kwargs)))
-        for tensor in tensors:  # numbered before an operator in place could make them unrecognisable
+        for tensor in tensors:  # numbered first: an operator in place could make them unrecognisable
             self._tracer.known(tensor)
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__

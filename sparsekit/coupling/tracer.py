@@ -1,6 +1,6 @@
-"""What is known of each tensor while a model runs: labels, whether it is a weight, whose output it is.
+"""What is known of each tensor while a model runs: its labels, whether it is a weight, whose output it is.
 
-The modules of `rules` say how this passes from the inputs of an operator to its outputs.
+`rules` say how this passes from an operator's inputs to its outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from sparsekit.coupling.labels import along, span
+from sparsekit.coupling.labels import along
 from sparsekit.coupling.observations import Atoms, Observations
 from sparsekit.coupling.place_finder import PlaceFinder
 
@@ -25,9 +25,9 @@ _MOST_LABELS = 2**21
 class Known:
     """What is known of one tensor.
 
-    labels: arrays over different sets of its dimensions. weight: made of parameters and buffers alone.
-    feeds: atoms it is zero without, if it came straight from their layer. squashed: it went through a sigmoid or
-    softmax since. origin: the weight of the layer whose output it is, reshaped at most.
+    labels: arrays of different spans. weight: it is made of parameters and buffers alone. feeds: atoms that it is
+    zero without, None where they are not known. squashed: it went through a sigmoid or softmax since. origin: the
+    weight of the layer whose output it is, moved at most.
     """
 
     labels: tuple[Tensor, ...] = ()
@@ -36,15 +36,10 @@ class Known:
     squashed: bool = False
     origin: str | None = None
 
-    @property
-    def labelled(self) -> set[int]:
-        """Dimensions along which something can go."""
-        return {dim for labels in self.labels for dim in span(labels)}
-
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One executed operator: its bare name, what it was called with, the tensors among that, and what it returned."""
+    """One executed operator: its bare name, its arguments, the tensors among them, and the tensors it returned."""
 
     name: str
     operator: OpOverload
@@ -59,7 +54,7 @@ class OperatorCall:
 
 
 class Tracer:
-    """Knows, while the model runs, what is known of every live tensor."""
+    """Holds what is known of every live tensor while the model runs, and all that was seen."""
 
     def __init__(self, model: nn.Module, *, through_layer_norm: bool = False) -> None:
         self.seen = Observations()
@@ -71,7 +66,7 @@ class Tracer:
             self._names[tensor] = name
 
     def known(self, tensor: Tensor) -> Known:
-        """What is known of a tensor; a parameter's dimensions are numbered when it is first met."""
+        """What is known of a tensor; the atoms of a parameter or buffer are numbered when it is first met."""
         if tensor in self._known:
             return self._known[tensor]
         if tensor not in self._names:
@@ -88,11 +83,11 @@ class Tracer:
         return known
 
     def name_of(self, tensor: Tensor | None) -> str | None:
-        """The parameter's or buffer's name, if it is one."""
+        """The tensor's name, if it is a parameter or buffer."""
         return None if tensor is None else self._names.get(tensor)
 
     def learn(self, tensor: Tensor, known: Known) -> None:
-        """Note what is known of an output. Labels spread over very many places are given up: their atoms are fixed."""
+        """Note what is known of an output. Arrays of very many labels are given up: their atoms are fixed."""
         for labels in known.labels:
             if labels.numel() > _MOST_LABELS:
                 self.seen.fix(labels, "it is spread over too many places to follow")
@@ -100,10 +95,11 @@ class Tracer:
         self._known[tensor] = known
 
     def read(self, tensor: Tensor, norm: str = "") -> None:
-        """Note that something reads a layer's output: a normalisation (its weight), or anything else ("")."""
+        """Note what reads a layer's output: a normalisation, by the name of its weight, or anything else ("")."""
         origin = self.known(tensor).origin
         if origin is not None:
             self.seen.norms.setdefault(origin, set()).add(norm)
 
 
+# Notes what is seen in one call, and what is known of its outputs.
 Rule = Callable[[Tracer, OperatorCall], None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, along, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
-from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, gated, together, uncovered
+from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, finest, gated, together
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
@@ -70,12 +70,12 @@ def _product(tracer: Tracer, first: Tensor, second: Tensor, out: Tensor, bias: T
             tracer.seen.note("producer", one)
             feeds = joined([feeds, to_atoms(one).ravel()])
         labels += own
-    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(out, Known(merged, left.weight and right.weight, feeds, squashed, origin))
 
 
 def _as_parameter(tracer: Tracer, known: Known, tensor: Tensor) -> str | None:
-    """Name of the parameter a weight operand is a view of."""
+    """The name of the parameter that a weight operand is a view of, if it is one."""
     atoms = joined(to_atoms(one).ravel() for one in known.labels)
     if atoms is None:
         return tracer.name_of(tensor)
@@ -129,7 +129,7 @@ def _meet(tracer: Tracer, left: _Operand, right: _Operand, inner: int) -> None:
 
 
 def _meet_partly(tracer: Tracer, one: Tensor, other: Tensor, shared: set[int]) -> None:
-    """Both run along `shared` (the batch) and along something of their own: unit by unit they go together."""
+    """Couple unit by unit: both span `shared` (the batch) and something of their own."""
     first = together(tracer, one, [d for d in span(one) if d not in shared])
     second = together(tracer, other, [d for d in span(other) if d not in shared])
     tracer.seen.couple(first, second)
@@ -141,7 +141,7 @@ def convolution(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def standardised_convolution(tracer: Tracer, call: OperatorCall) -> None:
-    """Its filters are computed from the weight one by one: rows and columns mean what they mean in a plain one."""
+    """Each filter is computed from its own weights: rows and columns mean what they mean in a plain convolution."""
     tensor, module = call.args
     gain = getattr(module, "gain", None)
     if isinstance(gain, Tensor):
@@ -162,7 +162,7 @@ def _convolve(
     transposed: bool,
     conv_groups: int,
 ) -> None:
-    """Columns meet the channels that are read; rows are new channels, or, in conv groups, the same ones once more."""
+    """Columns meet the channels that are read. Rows are new channels, or go with what their conv group reads."""
     known, filters = tracer.known(tensor), tracer.known(weight)
     tracer.read(tensor)
     tracer.read(weight)
@@ -189,16 +189,16 @@ def _convolve(
     elif produced:
         _grouped_convolution(tracer, channels, columns, produced, conv_groups, fixed=not read and not passed)
     # A depthwise filter over (unit, channel) is shared by all units: it goes with what all of them lose.
-    merged = uncovered(tracer, merged_by_span([*passed, *produced], tracer.seen.couple))
+    merged = finest(tracer, merged_by_span([*passed, *produced], tracer.seen.couple))
     feeds = joined(to_atoms(one).ravel() for one in produced)
     origin = _as_parameter(tracer, filters, weight)
     tracer.learn(out, Known(merged, known.weight and filters.weight, feeds, False, origin))
 
 
 def _maps_read(tracer: Tracer, known: Known, *, depthwise: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Labels of the channels that are read, and those that are passed on: of the batch, or of (unit, channel).
+    """The labels that are read, along the channels, and those that are passed on, along the batch or (unit, channel).
 
-    Labels along the map go together with all their neighbours, so they stay.
+    Along the map everything goes together. Other labels are fixed.
     """
     read, passed = [], []
     for one in known.labels:

@@ -15,6 +15,7 @@ MIXES = "{} mixes channels, so removing one changes all others"
 
 
 def unknown(tracer: Tracer, call: OperatorCall) -> None:
+    """Everything that enters is fixed."""
     weights = bool(call.tensors) and all(tracer.known(tensor).weight for tensor in call.tensors)
     for tensor in call.tensors:  # before the outputs, of which one may be the same tensor
         tracer.read(tensor)
@@ -27,7 +28,10 @@ def unknown(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
-    """Of a product: what has been squashed only scales the rest, which alone decides whether the result is zero."""
+    """What feeds the product of these operands, and whether it is squashed.
+
+    An operand that is squashed is a gate: it only scales the others, which alone make the product zero.
+    """
     gates = [k for k in known if k.squashed and k.feeds is not None]
     others = [k for k in known if not (k.squashed and k.feeds is not None)]
     if gates and any(not k.weight for k in others):
@@ -41,11 +45,11 @@ def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
 def combine(
     tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], *, scales: bool = False
 ) -> tuple[Tensor, ...]:
-    """Labels of what comes of operands that meet element by element, broadcast to `shape`.
+    """The labels of a result whose operands meet element by element, broadcast to `shape`.
 
-    Labels over the same dimensions are coupled. Labels over some of another's dimensions are covered by it. Along a
-    dimension where another operand has a size of its own, without labels, everything goes together; labels along
-    nothing else are fixed. `scales`: it is a product, in which a weight is a factor.
+    Labels of the same span are coupled. Labels whose span is part of another's cover it. Where another operand has a
+    dimension without labels, everything along this dimension goes together; labels that span no other are fixed.
+    `scales`: it is a product, in which a weight is a factor.
     """
     n = len(shape)
     operands = [t for t in tensors if t.dim() <= n]
@@ -53,13 +57,13 @@ def combine(
     present = [{d + n - t.dim() for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d)} for t in operands]
     known = [tracer.known(t) for t in operands]
     arrays = [tuple(aligned(labels, n) for labels in k.labels) for k in known]
-    labelled = [{d for labels in group for d in span(labels)} for group in arrays]
+    labelled = [{d for labels in own for d in span(labels)} for own in arrays]
     free: list[Tensor] = []
-    for i, group in enumerate(arrays):
+    for i, own in enumerate(arrays):
         if scales and known[i].weight:
-            for labels in group:
+            for labels in own:
                 tracer.seen.note("factor", labels)
-        for labels in group:
+        for labels in own:
             dims = set(span(labels))
             others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]
             sized = sorted(dims & set().union(*others))
@@ -68,11 +72,11 @@ def combine(
             else:
                 free.append(together(tracer, labels, sized))
     merged = merged_by_span(free, tracer.seen.couple)
-    return uncovered(tracer, merged)
+    return finest(tracer, merged)
 
 
-def uncovered(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Without arrays over some of another's dimensions: what is left of the finer decides about the coarser."""
+def finest(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The arrays that cover no other. A coarser one is noted as a cover: what is left of the finer decides about it."""
     kept = []
     for labels in merged:
         finer = [other for other in merged if set(span(labels)) < set(span(other))]
@@ -84,7 +88,7 @@ def uncovered(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def together(tracer: Tracer, labels: Tensor, dims: Sequence[int]) -> Tensor:
-    """Everything along `dims` goes together; the first of it stands for all."""
+    """Couple everything along `dims`, and return the first slice, which stands for all."""
     first = labels
     for dim in dims:
         first = first.narrow(dim, 0, 1)

@@ -39,18 +39,18 @@ def moving(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def _held(feeds: Atoms | None, labels: Sequence[Tensor]) -> Atoms | None:
-    """Of what feeds a tensor, that which a part of it still holds."""
+    """Those of `feeds` that a part of the tensor with these labels still holds."""
     atoms = joined(to_atoms(one) for one in labels)
     return feeds if feeds is None or atoms is None else np.intersect1d(feeds, atoms)
 
 
-# What these leave of labels over several dimensions is what was there before.
+# These make no new grids: they leave slices of those that were there before.
 _KEEP_DIMENSIONS = {"permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select"}
 _AS_RESHAPE = dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), torch.reshape)
 
 
 def striding(tracer: Tracer, call: OperatorCall) -> None:
-    """Torch itself restrides what it pooled to one place, in place: nothing moves where there is one dimension."""
+    """Torch restrides what it pooled, in place; where one dimension alone is longer than 1, nothing moves."""
     out = call.outputs[0]
     long = [dim for dim, size in enumerate(out.shape) if size > 1]
     whole = out.untyped_storage().nbytes() == out.numel() * out.element_size()
@@ -59,7 +59,7 @@ def striding(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def padding(tracer: Tracer, call: OperatorCall) -> None:
-    """Padding leaves labels alone, except along a padded dimension: what is added there has a size of its own."""
+    """Labels along a padded dimension are fixed: what is added there has a size of its own."""
     tensor, pads = call.args[0], call.args[1]
     known = tracer.known(tensor)
     padded = {tensor.dim() - 1 - i // 2 for i, amount in enumerate(pads) if amount}
@@ -82,24 +82,26 @@ def concatenating(tracer: Tracer, call: OperatorCall) -> None:
     known = [tracer.known(t) for t in tensors]
     for t in tensors:
         tracer.read(t)
-    groups = [[labels.unsqueeze(dim) if stacks else labels for labels in k.labels] for k in known]
+    arrays = [[labels.unsqueeze(dim) if stacks else labels for labels in k.labels] for k in known]
     shapes = [list(t.unsqueeze(dim).shape if stacks else t.shape) for t in tensors]
-    labels = concatenated(tracer, groups, shapes, dim)
+    labels = concatenated(tracer, arrays, shapes, dim)
     tracer.learn(call.outputs[0], Known(labels, all(k.weight for k in known), joined(k.feeds for k in known)))
 
 
 def concatenated(
-    tracer: Tracer, groups: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[int]], dim: int
+    tracer: Tracer, arrays: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[int]], dim: int
 ) -> tuple[Tensor, ...]:
-    """Labels of parts one behind another along `dim`; other dimensions of the parts go together."""
+    """The labels of parts that are joined along `dim`; along other dimensions the parts go together.
+
+    `arrays` has the labels of each part, `shapes` its shape.
+    """
     others: dict[tuple[int, ...], None] = {}
-    for group in groups:
-        others.update((tuple(d for d in span(labels) if d != dim), None) for labels in group)
+    for own in arrays:
+        others.update((tuple(d for d in span(labels) if d != dim), None) for labels in own)
     results = []
     for rest in others:
         found = [
-            {tuple(d for d in span(labels) if d != dim): labels for labels in group}.get(rest)
-            for group in groups
+            {tuple(d for d in span(labels) if d != dim): labels for labels in own}.get(rest) for own in arrays
         ]
         varies = any(one is not None and one.shape[dim] > 1 for one in found) or not rest
         if not varies:
@@ -122,7 +124,7 @@ def concatenated(
 
 
 def unfolding(tracer: Tracer, call: OperatorCall) -> None:
-    """im2col: (n, c, h, w) -> (n, c x kernel, places); every channel owns a run of kernel-many positions."""
+    """im2col: (n, c, h, w) -> (n, c x kernel, patches); every channel owns `kernel` positions in a row."""
     tensor, out = call.args[0], call.outputs[0]
     known = tracer.known(tensor)
     channel, repeat = tensor.dim() - 3, out.shape[-2] // tensor.shape[-3]
@@ -138,7 +140,7 @@ def unfolding(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def folding(tracer: Tracer, call: OperatorCall) -> None:
-    """col2im: (n, c x kernel, places) -> (n, c, h, w); positions of one channel are added up."""
+    """col2im: (n, c x kernel, patches) -> (n, c, h, w); the positions of one channel are added up."""
     tensor, out = call.args[0], call.outputs[0]
     known = tracer.known(tensor)
     channel = tensor.dim() - 2
@@ -157,7 +159,7 @@ def folding(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def per_map(tracer: Tracer, call: OperatorCall) -> None:
-    """Pooling and resizing: each map by itself; its last dimensions change."""
+    """Pooling and resizing: each map changes by itself, in its last dimensions."""
     tensor = call.tensors[0]
     known = tracer.known(tensor)
     changed = [d for d in range(tensor.dim()) if call.outputs[0].shape[d] != tensor.shape[d]]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, along, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
-from sparsekit.coupling.rules.meeting import MIXES, together, uncovered
+from sparsekit.coupling.rules.meeting import MIXES, finest, together
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
@@ -28,7 +28,7 @@ def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
                     tracer.seen.fix(one, "it normalises the model's input")
                 feeds = joined([feeds, to_atoms(one).ravel()]) if position < 2 else feeds
             labels += own
-    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, feeds, known.squashed))
 
 
@@ -36,7 +36,7 @@ def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
     weight = call.arg(2, "weight")
-    # Whoever computes the scale or has none gives a cut nothing to hold on to.
+    # Where the scale is computed, or missing, a cut has nothing to change.
     lets_through = tracer.through_layer_norm and len(shape) == 1 and tracer.name_of(weight) is not None
     _mixing_norm(tracer, call, dims, [weight, call.arg(3, "bias")], len(shape), lets_through=lets_through)
 
@@ -61,10 +61,10 @@ def _mixing_norm(
     *,
     lets_through: bool = False,
 ) -> None:
-    """Statistics over several channels: those stay, or go together where one norm serves many units.
+    """Statistics over several channels: these stay, or go together where one norm serves many units.
 
-    `tail`: how many trailing dimensions scale and shift lie along; 0 for dimension 1. `lets_through`: channels may
-    go all the same, the statistics being those of what stays.
+    dims: those of the statistics. affine: scale and shift. tail: how many trailing dimensions scale and shift lie
+    along, 0 for dimension 1. lets_through: channels may go all the same; then the statistics are those of the rest.
     """
     tensor = call.args[0]
     known = tracer.known(tensor)
@@ -85,7 +85,7 @@ def _mixing_norm(
             labels.append(aligned(one, tensor.dim()) if tail else along(one, 1, tensor.dim()))
             tracer.seen.note("layer_norm" if through else "norm", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))
 
 
@@ -98,14 +98,14 @@ def root_mean_square_norm(tracer: Tracer, call: OperatorCall) -> None:
     for one in tracer.known(module.weight).labels:
         tracer.seen.note("response", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
 
 
 def response_norm(tracer: Tracer, call: OperatorCall) -> None:
-    """Global response norm: y = x + shift + scale x n(x), n dividing a channel's norm by the mean of all channels'.
+    """Global response norm: y = x + shift + scale x n(x), where n divides a channel's norm by the mean of all norms.
 
-    The mean is the only thing that sees several channels, and zero channels only lower it: `surgery` makes up for that.
+    Only the mean sees several channels. Zero channels only lower it, and `surgery` makes up for that.
     """
     tensor, module = call.args
     known, dim = tracer.known(tensor), module.channel_dim % tensor.dim()
@@ -115,5 +115,5 @@ def response_norm(tracer: Tracer, call: OperatorCall) -> None:
     for one in tracer.known(module.weight).labels:
         tracer.seen.note("response", one)
     tracer.read(tensor)
-    merged = uncovered(tracer, merged_by_span(labels, tracer.seen.couple))
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))

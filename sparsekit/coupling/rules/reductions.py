@@ -1,4 +1,4 @@
-"""What is added up, or compared along a dimension: it goes together or stays."""
+"""What is added up or compared along a dimension goes together, or stays."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def softmax_rule(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def along_dim(tracer: Tracer, call: OperatorCall) -> None:
-    """Cumulative sums, sorting and the like: shape kept, everything along one dimension depends on the rest."""
+    """Cumulative sums, sorting and the like: along one dimension everything depends on the rest, and is fixed."""
     tensor = call.tensors[0]
     known = tracer.known(tensor)
     dim = next((a for a in call.args[1:] if isinstance(a, int)), call.kwargs.get("dim", -1)) % tensor.dim()

@@ -1,8 +1,8 @@
-"""What becomes of channel labels in each of torch's operators: a rule for every kind, and a safe answer to the rest.
+"""Which rule each of torch's operators follows.
 
 Kinds: pointwise (labels of all operands meet), moving (labels move as values do), reductions and norms (what is
 added up goes together or stays), contractions (a weight's columns meet what they read, its rows are new channels).
-An operator without a rule fixes everything that enters it, under its name.
+An operator without a rule fixes everything that enters it; the reason gives its name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sparsekit.coupling.tracer import OperatorCall, Rule, Tracer
 
 
 def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
-    """Tell `tracer` what is known of the outputs of one call."""
+    """Note in `tracer` what is seen in one call, and what is known of its outputs."""
     name = call.name.rstrip("_") if call.name.endswith("_") else call.name
     rule = _RULES.get(name)
     if rule is None and torch.Tag.pointwise in call.operator.tags:
@@ -50,7 +50,7 @@ def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
         return
     try:
         (rule or unknown)(tracer, call)
-    except Exception:  # an unusual form of a known operator: safe is to treat it as one that is not known
+    except Exception:  # an unusual form of a known operator: it is safe to treat it as unknown
         unknown(tracer, call)
 
 
