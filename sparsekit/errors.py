@@ -15,7 +15,10 @@ A message says what is wrong, where, what was found, and how to mend it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+_SHOWN = 4
 
 
 class SparsekitError(Exception):
@@ -56,3 +59,15 @@ class TrainingError(RunError):
 
 class VerificationError(RunError):
     """Two things that must agree do not: masked and cut model, a saved artifact, or torch and ONNX Runtime."""
+
+
+def first_line(error: Exception) -> str:
+    """The type of an exception and the first line of its text, to quote in a message; of our own, the text alone."""
+    text = str(error) if isinstance(error, SparsekitError) else f"{type(error).__name__}: {error}"
+    return text.partition("\n")[0]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are, to quote in a message."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"

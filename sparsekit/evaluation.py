@@ -1,4 +1,4 @@
-"""Borrowing a model: eval mode inside, its own training flags and the random state back afterwards."""
+"""Run a model without changing it: eval mode, true float32, example and random inputs, outputs as flat tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put `model` into eval mode; every submodule gets its own training flag back after."""
+    """Put `model` into eval mode; afterwards every submodule gets its own training flag back."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        # Some timm models keep what they computed for evaluation until train() is called.
+        # Through train() first: it drops tensors that some timm models compute in eval mode and keep.
         yield model.train().eval()
     finally:
         model.train(flags[0][1])
@@ -25,17 +25,16 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """`eval_mode`, and no gradients."""
+    """As `eval_mode`, without gradients."""
     with eval_mode(model), torch.no_grad():
         yield model
 
 
 @contextmanager
 def comparing(model: nn.Module) -> Iterator[nn.Module]:
-    """`evaluating`, in true float32 for what is compared to many digits.
+    """As `evaluating`, in true float32, to compare outputs to many digits.
 
-    Without autocast, and on an NVIDIA GPU without TF32, in which convolutions are computed there unless one objects: it
-    rounds their inputs to 10 bits.
+    That is without autocast, and without TF32, the default of NVIDIA GPUs, which rounds inputs to 10 bits.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.autocast(device.type, enabled=False), _no_tf32():
@@ -65,8 +64,13 @@ def _no_tf32() -> Iterator[None]:
             setattr(place, name, value)
 
 
+def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The arguments that a model is called with: a tensor alone, or a tuple for a model with several inputs."""
+    return (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+
+
 def flat_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors in a model's output, in order, whatever nesting of tuples, lists and dicts it returns."""
+    """The tensors in a model's output, in order, out of any nesting of tuples, lists and dicts."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, dict):
@@ -79,9 +83,9 @@ def flat_tensors(outputs: Any) -> list[Tensor]:
 def random_inputs(
     shapes: tuple[tuple[int, ...], ...], seed: int, like: nn.Module, batch: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Standard normal inputs of these shapes (first dimension replaced by `batch`) on the model's device and dtype.
+    """Standard normal inputs of these shapes, on the device and in the dtype of the model `like`.
 
-    Drawn from a generator of their own: the caller's random state does not move.
+    `batch` replaces the first dimension. The caller's random state does not move.
     """
     generator = torch.Generator().manual_seed(seed)
     parameter = next(like.parameters(), torch.zeros(()))

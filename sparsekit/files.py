@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never half of one."""
+"""Write files atomically, and recognise a pickle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any exception it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any exception it is removed.
+
+    A reader sees the old file or the new one, never half of one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -38,3 +41,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
     """Write `value` as JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file looks like what torch.save and pickle write (a zip archive, or a bare pickle), whatever its name.
+
+    A safetensors file does not: it begins with the length of its header, which may be any bytes, and then a brace.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")

@@ -1,6 +1,6 @@
-"""What the machine is: processor, cores, vector instructions, memory, load, and versions of the libraries.
+"""Describe the machine: processor, cores, vector instructions, memory, load, and library versions.
 
-Latency figures mean nothing without these, so every report carries them.
+Every report holds these, because a latency means nothing without them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsekit.errors import InputError
 __all__ = [
     "channel_multiple",
     "check_threads",
-    "conv_block",
+    "conv_step",
     "describe_machine",
     "library_versions",
     "usable_cores",
@@ -40,7 +40,7 @@ _TORCH_CAPABILITY = {"AVX2": ["avx2"], "AVX512": ["avx2", "avx512f"]}
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader needs to judge a latency figure; every value can be written as JSON.
+    """Return what a reader needs to judge a latency, as plain data.
 
     Keys: `cpu` (model name), `physical_cores` and `logical_cores` (those this process may use), `simd` (list
     of instruction sets in Linux's spelling), `memory_bytes` (installed, or the container's limit; None if
@@ -60,7 +60,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the version of each library that a result depends on; absent libraries are left out."""
+    """Return the versions of the libraries that a result depends on; those not installed are left out."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -80,7 +80,7 @@ def usable_cores() -> int:
 
 
 def check_threads(threads: int) -> None:
-    """Raise InputError unless 1 <= `threads` <= `usable_cores()`: more would only wait for each other."""
+    """Raise InputError unless 1 <= `threads` <= `usable_cores()`; more threads would wait for each other."""
     cores = usable_cores()
     if not 1 <= threads <= cores:
         raise InputError(
@@ -91,18 +91,18 @@ def check_threads(threads: int) -> None:
 def channel_multiple() -> int:
     """Return the multiple to round channel counts to: 16 with AVX-512, 8 otherwise.
 
-    This is the channel block of ONNX Runtime's NCHWc convolution layout (`NchwcBlockSize` in
-    onnxruntime/core/mlas/lib/platform.cpp): channels are padded to it, so those between two multiples cost as
-    much as the next multiple.
+    ONNX Runtime's blocked convolution layout (NCHWc) pads channels to it, so that a count between two multiples costs
+    as much as the next one. Source: `NchwcBlockSize` in onnxruntime/core/mlas/lib/platform.cpp.
     """
     return 16 if "avx512f" in _simd(_processors()) else 8
 
 
 @cache
-def conv_block() -> int:
-    """Return the channels of a block in ONNX Runtime's blocked convolution layout here; 1 where it has none.
+def conv_step() -> int:
+    """Return the step in which a convolution's latency rises with its channels here; 1 where it rises steadily.
 
-    It has one on x86 with AVX. (Where ONNX Runtime was built with one for other processors, this does not know.)
+    It rises in steps of `channel_multiple` where ONNX Runtime has its blocked layout. That is taken to be on x86 with
+    AVX only; whether it was built with one for another processor is not known here.
     """
     return channel_multiple() if "avx" in _simd(_processors()) else 1
 
@@ -116,10 +116,10 @@ def _read(path: Path) -> str:
 
 def _processors() -> list[dict[str, str]]:
     """Return a field-to-value mapping for each logical processor of /proc/cpuinfo; empty without it."""
-    blocks = (block.splitlines() for block in _read(_CPUINFO).split("\n\n"))
+    entries = (entry.splitlines() for entry in _read(_CPUINFO).split("\n\n"))
     parsed = [
-        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block)}
-        for block in blocks
+        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        for lines in entries
     ]
     return [fields for fields in parsed if "processor" in fields]
 
@@ -130,7 +130,7 @@ def _cpu_model(processors: list[dict[str, str]]) -> str:
 
 
 def _physical_cores(processors: list[dict[str, str]]) -> int:
-    """Return the distinct cores behind the logical ones; the logical count where the system does not tell."""
+    """Return how many physical cores the logical ones are; their own number where the system does not tell."""
     logical = usable_cores()
     if not hasattr(os, "sched_getaffinity"):
         return logical

@@ -27,7 +27,7 @@ coupling: find_groups residual_blocks proof trace rules.table rules.contractions
     rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder
     named_integers labels
 surgery: transplant optimizer_state verify cut mask constants norms bypass rewrite_code attributes
-export: parity graph_summary precision onnx_file group_merging session
+export: parity graph_summary precision onnx_file group_merging quiet session
 training: loop splits loader display evaluate optimizers seeding data_sources models checkpoint options
 recipe: reading messages draft recipe consistency specs
 structure: compose plan counting groups latency_curve places masks

@@ -1,4 +1,4 @@
-"""The dense model that an artifact is built on: how it is named, and built again."""
+"""The dense model that an artifact starts from: how it is described, and how it is built again."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsekit.artifact.format import OwnSource, Structure, TimmSource, as_json_text, listed, one_line
-from sparsekit.errors import FileError, InputError, ModelError
+from sparsekit.artifact.format import OwnSource, Structure, TimmSource, to_json_text
+from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
 
 Factory = Callable[[], nn.Module]
-# Arguments of `timm.create_model` that name weights, files or addresses: an artifact brings its own weights.
+# Arguments of `timm.create_model` that name weights, files or addresses; an artifact has weights of its own.
 _NOT_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
-def source_of(
+def describe_source(
     model: nn.Module, name: str | None, args: Mapping[str, Any] | None, factory: Factory | None
 ) -> dict[str, Any]:
+    """The `source` of an artifact: what the dense model is. Raises InputError if that cannot be told."""
     if factory is not None:
         return {"factory": f"{type(model).__module__}.{type(model).__qualname__}"}
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -33,21 +34,23 @@ def source_of(
                 f"cannot tell how to build {type(model).__name__} again; pass save(..., model_name=, model_args=) "
                 "for a timm model or save(..., factory=) for your own"
             )
-    elif ":" in name:  # of a hub or folder, which may be gone: what it stood for is a timm architecture
+    elif ":" in name:  # of a hub or folder, which may go: name the timm architecture it holds
         args = {**getattr(model, "_model_args", {}), **(args or {})}
         name = config.get("architecture", name)
-    source: dict[str, Any] = json.loads(as_json_text({"timm": name, "args": dict(args or {})}))
+    source: dict[str, Any] = json.loads(to_json_text({"timm": name, "args": dict(args or {})}))
     return source
 
 
-def source_name(source: TimmSource | OwnSource) -> str:
+def name_source(source: TimmSource | OwnSource) -> str:
+    """The dense model as an error message names it."""
     if isinstance(source, OwnSource):
         return source.factory
     args = ", ".join(f"{key}={value!r:.40}" for key, value in source.args.items())
     return f"timm's {source.timm!r:.60} ({args})"
 
 
-def dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn.Module:
+def build_dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn.Module:
+    """The dense model of an artifact. Raises FileError if that needs a factory, ModelError if it cannot be built."""
     source = structure.source
     if factory is not None:
         return build_by_factory(factory)
@@ -60,20 +63,21 @@ def dense_model(path: Path, structure: Structure, factory: Factory | None) -> nn
 
 
 def build_timm(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """A timm model with new weights, on the CPU. Raises ModelError for what would need a download or a file."""
     import timm
 
     if ":" in name or not timm.is_model(name):
         raise ModelError(f"timm has no model {name!r:.60}; timm.list_models() lists the names")
     if foreign := sorted(args.keys() & set(_NOT_ARCHITECTURE)):
         raise ModelError(
-            f"model_args must not hold {listed(foreign)}: an artifact has weights of its own; leave it out"
+            f"model_args must not hold {first_names(foreign)}: an artifact has weights of its own; leave it out"
         )
     shown = ", ".join(f"{key}={value!r:.40}" for key, value in args.items())
     return _built(lambda: timm.create_model(name, pretrained=False, **args), f"timm's {name!r} ({shown})")
 
 
 def build_by_factory(factory: Factory) -> nn.Module:
-    """A copy of what the caller's factory builds: it may hand out a model that is still in use."""
+    """A copy of what the factory returns, which may still be in use. Raises ModelError if that is no module."""
 
     def build() -> nn.Module:
         model = factory()
@@ -89,4 +93,4 @@ def _built(build: Factory, what: str) -> nn.Module:
         try:
             return build().cpu()
         except Exception as error:
-            raise ModelError(f"{what}: {one_line(error)}") from error
+            raise ModelError(f"{what}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""`save` and `load`: a pruned model as safetensors and JSON, without pickle.
+"""The format of an artifact, and reading its two files. No pickle.
 
 An artifact is a folder of two files. `model.safetensors` holds every tensor by its state-dict name, and buffers that
 a state dict leaves out where they are not those of a freshly built model. `structure.json` holds what is needed to
@@ -10,23 +10,22 @@ build the module that the tensors fit, under these keys and no others:
     tensors      name -> [dtype, shape]
     bypassed     names of residual blocks that are gone: they pass their input on
     plain        names of weight-standardised convolutions that the cut turned into plain ones
-    rewrites     places in the code of modules where a size is another (module, method, call, argument, source hash,
-                 and the size, -1 for one that is left to torch)
+    rewrites     places in the code of modules that get another size: module, method, call, argument, hash of the
+                 source, and the size, -1 for one that is left to torch
     sha256       of model.safetensors
     plan         what was cut, as PrunePlan.to_json gives it, or null
     info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
     versions     of sparsekit, torch and timm
 
-Loading builds the dense model again, makes convolutions plain, gives every tensor the recorded shape, puts sizes into
-the code, sets the attributes and fills in the numbers; the plan is not needed for it, so a model that was cut twice
-loads like any other. Before the model is built, the header of model.safetensors has to agree with
-`tensors`, name by name: nothing is allocated that the file does not hold.
+Loading builds the dense model again, bypasses blocks, makes convolutions plain, gives every tensor its shape, puts
+sizes into the code, sets attributes and fills in the numbers. It does not need the plan, so a model that was cut twice
+loads like any other. Before anything is built, the header of model.safetensors must agree with `tensors`, name by name:
+nothing is allocated that the file does not hold.
 
-An artifact is data: what it names is a model of the installed timm, or what the caller's factory builds, never a file,
-an address or an import. It can put numbers into plain attributes that are there already, and sizes into reshapes of
-installed code whose hash is the recorded one. The hash in `sha256` tells damage and files of two artifacts that were
-mixed up; it is no proof of origin, for who replaces the weights can replace it too. As structure.json holds it, a
-SHA-256 of structure.json, kept elsewhere, covers the whole artifact.
+An artifact is data. It names a model of the installed timm, or what the caller's factory builds, never a file, an
+address or an import. It can set plain attributes that are there already, and sizes in reshapes of installed code whose
+hash is the recorded one. `sha256` shows damage and mixed-up files, not origin: whoever replaces the weights can replace
+it too. A SHA-256 of structure.json, kept elsewhere, covers the whole artifact.
 """
 
 from __future__ import annotations
@@ -40,9 +39,10 @@ from typing import Annotated, Any
 import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparsekit.errors import FileError, InputError
+from sparsekit.errors import FileError, InputError, first_names
+from sparsekit.files import is_pickle
 from sparsekit.machine import library_versions
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import PrunePlan
@@ -61,19 +61,24 @@ DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-_SHOWN = 4
 
 
 class _Closed(BaseModel):
+    """No keys but its own, and frozen."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TimmSource(_Closed):
+    """A model that `timm.create_model` builds."""
+
     timm: str
     args: dict[str, JsonValue]
 
 
 class OwnSource(_Closed):
+    """A model that the caller's factory builds; its class is noted."""
+
     factory: str
 
 
@@ -94,12 +99,13 @@ class Structure(_Closed):
 
 
 def read_structure(path: str | Path) -> dict[str, Any]:
-    """The content of an artifact's structure.json, checked. Raises FileError if `path` is no artifact."""
-    structure: dict[str, Any] = json.loads(read_recorded(Path(path)).model_dump_json())
+    """The checked content of an artifact's structure.json, as plain data. Raises FileError if `path` is no artifact."""
+    structure: dict[str, Any] = json.loads(parse_structure(Path(path)).model_dump_json())
     return structure
 
 
-def read_recorded(folder: Path) -> Structure:
+def parse_structure(folder: Path) -> Structure:
+    """The checked content of an artifact's structure.json. Raises FileError if it is missing or damaged."""
     file = _file_of(folder, "structure.json", f"{folder} is no sparsekit artifact: it has no structure.json")
     try:
         text = file.read_text(encoding="utf-8")
@@ -122,32 +128,23 @@ def read_recorded(folder: Path) -> Structure:
         return Structure.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise FileError(
-            f"{file} is damaged or written by hand: {first_mistake(error)}; copy or save the artifact again"
+            f"{file} is damaged or written by hand: {describe_mistake(error)}; copy or save the artifact again"
         ) from None
 
 
-def _written_by(content: Mapping[str, Any]) -> str:
-    versions = content.get("versions")
-    written_by = versions.get("sparsekit") if isinstance(versions, dict) else None
-    return f", {written_by!r:.40}" if written_by else ""
-
-
-def first_mistake(error: ValidationError) -> str:
-    """The deepest mistake: of a key that may hold one of two things, it is that of the likelier one."""
-    mistake = max(error.errors(), key=lambda one: len(one["loc"]))
-    place = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("_"))
-    return f"{place}: {mistake['msg']}, got {mistake['input']!r:.60}"
-
-
 def read_tensors(folder: Path, structure: Structure) -> dict[str, Tensor]:
-    """The content of model.safetensors, once it is what structure.json says it is."""
+    """The tensors of an artifact. Raises FileError unless the file is what structure.json says it is."""
     file = _file_of(
         folder,
         "model.safetensors",
         f"{folder} has no model.safetensors; the artifact is incomplete, copy the whole folder",
     )
     try:
-        _refuse_pickle(file)
+        if is_pickle(file):
+            raise FileError(
+                f"{file} is a pickle under another name; sparsekit unpickles nothing, because that can run any code. "
+                "Write the artifact with sparsekit.save"
+            )
         if sha256_of(file) != structure.sha256:
             raise FileError(
                 f"{file} does not have the hash that structure.json records: it is damaged, or belongs to another "
@@ -158,6 +155,62 @@ def read_tensors(folder: Path, structure: Structure) -> dict[str, Tensor]:
     except (OSError, safetensors.SafetensorError) as error:
         raise FileError(f"{file} cannot be read: {error}; copy the artifact again") from error
     return tensors
+
+
+def portable_attributes(module: nn.Module) -> dict[str, Any]:
+    """The module's own attributes that an artifact may carry: those that are public and plain data."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key != "training" and _is_plain_data(value)
+    }
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype as an artifact records it, such as float32."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_json_text(structure: Mapping[str, Any]) -> str:
+    """The structure as JSON. Raises InputError if it holds what JSON cannot."""
+    try:
+        return json.dumps(structure, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the artifact cannot be described in JSON: {error}; give `info` and `model_args` as finite numbers, "
+            "strings, lists and dictionaries"
+        ) from error
+
+
+def describe_mistake(error: ValidationError) -> str:
+    """The deepest mistake in words. Where a key may hold one of two things, that is the one in the likelier of them."""
+    mistake = max(error.errors(), key=lambda one: len(one["loc"]))
+    place = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("_"))
+    return f"{place}: {mistake['msg']}, got {mistake['input']!r:.60}"
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that an artifact records."""
+    return {name: library_versions()[name] for name in ("sparsekit", "torch", "timm")}
+
+
+def version_note(structure: Structure) -> str:
+    """The recorded versions that differ from the installed ones, as the end of a message."""
+    found = [
+        f"{name} {structure.versions.get(name, 'unknown')} (installed: {installed})"
+        for name, installed in installed_versions().items()
+        if structure.versions.get(name) != installed
+    ]
+    return f"; it was written with {', '.join(found)}" if found else ""
 
 
 def _file_of(folder: Path, name: str, missing: str) -> Path:
@@ -175,19 +228,14 @@ def _file_of(folder: Path, name: str, missing: str) -> Path:
     return file
 
 
-def _refuse_pickle(file: Path) -> None:
-    with file.open("rb") as opened:
-        start = opened.read(9)
-    # A safetensors file begins with the length of its header, which may look like a pickle, and then a brace.
-    if start[8:9] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        raise FileError(
-            f"{file} is a pickle under another name; sparsekit unpickles nothing, because that can run any code. "
-            "Write the artifact with sparsekit.save"
-        )
+def _written_by(content: Mapping[str, Any]) -> str:
+    versions = content.get("versions")
+    written_by = versions.get("sparsekit") if isinstance(versions, dict) else None
+    return f", {written_by!r:.40}" if written_by else ""
 
 
 def _check_header(file: Path, structure: Structure) -> None:
-    """Raise FileError unless the file holds the recorded tensors and no others; reads no numbers."""
+    """Raise FileError unless the file's header lists the recorded tensors and no others."""
     with safetensors.safe_open(file, "pt") as opened:
         names = opened.keys()
         slices = {name: opened.get_slice(name) for name in names}
@@ -195,11 +243,11 @@ def _check_header(file: Path, structure: Structure) -> None:
     recorded = structure.tensors
     if missing := sorted(recorded.keys() - held.keys()):
         raise FileError(
-            f"{file} lacks {listed(missing)}, which structure.json records; copy both files again"
+            f"{file} lacks {first_names(missing)}, which structure.json records; copy both files again"
         )
     if extra := sorted(held.keys() - recorded.keys()):
         raise FileError(
-            f"{file} holds {listed(extra)}, which structure.json does not record; copy both files again"
+            f"{file} holds {first_names(extra)}, which structure.json does not record; copy both files again"
         )
     for name, (dtype, shape) in recorded.items():
         if dtype not in DTYPES:
@@ -211,47 +259,9 @@ def _check_header(file: Path, structure: Structure) -> None:
             )
 
 
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def installed_versions() -> dict[str, str]:
-    return {name: library_versions()[name] for name in ("sparsekit", "torch", "timm")}
-
-
-def version_note(structure: Structure) -> str:
-    """Which recorded versions are not the installed ones, as the end of a message."""
-    found = [
-        f"{name} {structure.versions.get(name, 'unknown')} (installed: {installed})"
-        for name, installed in installed_versions().items()
-        if structure.versions.get(name) != installed
-    ]
-    return f"; it was written with {', '.join(found)}" if found else ""
-
-
-def one_line(error: Exception) -> str:
-    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-    return text.partition("\n")[0]
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def as_json_text(structure: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(structure, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the artifact cannot be described in JSON: {error}; give `info` and `model_args` as finite numbers, "
-            "strings, lists and dictionaries"
-        ) from error
+def _is_plain_data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain_data(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain_data(item) for key, item in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -1,4 +1,4 @@
-"""A model out of an artifact: built dense, then given the recorded shapes, sizes and numbers."""
+"""Load a model from an artifact: build it dense, then give it the recorded shapes, sizes and numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.artifact.dense_model import Factory, dense_model, source_name
-from sparsekit.artifact.format import Structure, listed, one_line, read_recorded, read_tensors, version_note
-from sparsekit.errors import FileError, InputError, ModelError, VerificationError
+from sparsekit.artifact.dense_model import Factory, build_dense_model, name_source
+from sparsekit.artifact.format import (
+    Structure,
+    parse_structure,
+    portable_attributes,
+    read_tensors,
+    version_note,
+)
+from sparsekit.errors import FileError, InputError, ModelError, VerificationError, first_line, first_names
 from sparsekit.evaluation import comparing, flat_tensors
 from sparsekit.surgery.bypass import bypass_
 from sparsekit.surgery.norms import is_standardised, make_plain_
@@ -21,25 +27,25 @@ from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
 def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     """The model an artifact holds, on the CPU, in eval mode, with equal logits. Nothing is unpickled.
 
-    `factory` builds the dense model: needed if that is not timm's, and used instead of timm if it is given. What
-    it returns is copied, never changed. The caller's random state does not move. Raises FileError if the folder
-    is no artifact, is damaged, was written by a newer format, or does not fit the model.
+    `factory` builds the dense model; it is needed if that is not timm's. What it returns is copied, never changed. The
+    caller's random state does not move. Raises FileError if the folder is no artifact, is damaged, has another format,
+    or does not fit the dense model.
     """
     path = Path(path)
-    structure = read_recorded(path)
+    structure = parse_structure(path)
     tensors = read_tensors(path, structure)
     written_with = version_note(structure)
     try:
-        model = dense_model(path, structure, factory)
+        model = build_dense_model(path, structure, factory)
     except ModelError as error:
         raise FileError(f"the dense model of {path} cannot be built: {error}{written_with}") from error
     try:
         bypass_recorded_(model, structure.bypassed)
         _make_plain_(model, structure.plain)
-        fill_(model, structure, tensors)
-    except Exception as error:  # whatever is wrong with it, an artifact must not look like a bug of ours
+        fill_model_(model, structure, tensors)
+    except Exception as error:  # a wrong artifact may fail in any way
         raise FileError(
-            f"{path} does not fit the dense model, {source_name(structure.source)}: {one_line(error)}{written_with}"
+            f"{path} does not fit the dense model, {name_source(structure.source)}: {first_line(error)}{written_with}"
         ) from error
     return model.eval()
 
@@ -52,9 +58,9 @@ def check_round_trip(
     factory: Factory | None = None,
     tolerance: float = 1e-5,
 ) -> float:
-    """Load the artifact and compare logits with the model it was saved from; the largest absolute difference.
+    """Load the artifact, compare its logits with the model's on `inputs`, and return the largest absolute difference.
 
-    Raises VerificationError if it exceeds `tolerance` times the largest logit.
+    Raises VerificationError if that exceeds `tolerance` times the largest logit.
     """
     loaded = load(path, factory=factory).to(inputs.device)
     with comparing(model):
@@ -67,44 +73,22 @@ def check_round_trip(
     return difference
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def settable_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a module's own attributes those that an artifact may carry: public, and plain data."""
-    return {
-        key: value
-        for key, value in attributes.items()
-        if not key.startswith("_") and key != "training" and _plain(value)
-    }
-
-
 def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
-    """Raises InputError for a name that is no module inside of the dense model."""
+    """Bypass the named modules, in place. Raises InputError for a name that the dense model does not have."""
     try:
         bypass_(model, names)
     except ModelError as error:
         raise InputError(str(error)) from None
 
 
-def _make_plain_(model: nn.Module, names: list[str]) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
-        if name not in modules or not is_standardised(modules[name]):
-            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
-    make_plain_(model, names)
+def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Give a fresh dense model the recorded shapes, sizes, attributes and numbers, in place.
 
-
-def fill_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
-    """Turn a freshly built dense model, in which convolutions are plain already, into the recorded one, in place."""
+    Blocks are bypassed and convolutions plain already. Raises InputError if the two do not fit.
+    """
     stored = model.state_dict().keys()
     if missing := sorted(stored - tensors.keys()):
-        raise InputError(f"tensors of the dense model are not in the artifact: {listed(missing)}")
+        raise InputError(f"tensors of the dense model are not in the artifact: {first_names(missing)}")
     modules = dict(model.named_modules(remove_duplicate=False))
     holders = {name: _holder(modules, name) for name in tensors}
     for name, tensor in tensors.items():
@@ -121,13 +105,21 @@ def fill_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor])
         holders[name][name.rpartition(".")[2]] = tensors[name].clone()
 
 
+def _make_plain_(model: nn.Module, names: list[str]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules or not is_standardised(modules[name]):
+            raise InputError(f"{name!r:.80} is no weight-standardised convolution of the dense model")
+    make_plain_(model, names)
+
+
 def _holder(modules: Mapping[str, nn.Module], name: str) -> dict[str, Any]:
-    """The dictionary of a module's parameters or buffers that has a place for the tensor."""
+    """The dictionary, of parameters or buffers of a module, that has a place for the tensor."""
     owner_name, _, key = name.rpartition(".")
     owner = modules.get(owner_name)
     holders: Iterable[dict[str, Any]] = (owner._parameters, owner._buffers) if owner is not None else ()
     for held in holders:
-        # Where a dense model has none, a folded constant is the one thing that a cut adds.
+        # The one tensor that a cut adds is a bias, for a folded constant.
         if held.get(key) is not None or (key == "bias" and key in held):
             return held
     raise InputError(f"the dense model has no {name}")
@@ -150,7 +142,7 @@ def _set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any
     for name, values in attributes.items():
         if name not in modules:
             raise InputError(f"the dense model has no module {name!r:.80}")
-        settable = settable_attributes(vars(modules[name]))
+        settable = portable_attributes(modules[name])
         for key, value in values.items():
             place = f"{name}.{key}" if name else key
             if key not in settable:
@@ -161,11 +153,11 @@ def _set_attributes_(model: nn.Module, attributes: Mapping[str, Mapping[str, Any
 
 
 def _of_kind(value: Any, built: Any, place: str) -> Any:
-    """`value`, if it is the kind of thing that was built, with tuples where JSON only has lists."""
+    """`value`, with tuples where JSON only has lists. Raises InputError if it is of another kind than `built`."""
     if built is None:
         return value
     if isinstance(built, (tuple, list)) and isinstance(value, list):
-        alike = [*built, *built[-1:] * len(value)]  # what is longer than before goes on as it ended
+        alike = [*built, *built[-1:] * len(value)]  # a longer list goes on as the built one ends
         items = [_of_kind(v, b, place) for v, b in zip(value, alike, strict=False)]
         return tuple(items) if isinstance(built, tuple) else items
     if isinstance(built, dict) and isinstance(value, dict):
@@ -179,5 +171,5 @@ def _of_kind(value: Any, built: Any, place: str) -> Any:
 
 
 def _entry_of_kind(value: Any, built: Any, place: str) -> Any:
-    """As `_of_kind`, for dictionaries: they describe, and a text may be missing from a description."""
+    """As `_of_kind`, for an entry of a dictionary: a text or a list there may also be None."""
     return None if value is None and isinstance(built, (str, list, tuple)) else _of_kind(value, built, place)

@@ -1,4 +1,4 @@
-"""A model into an artifact: what differs from the dense model, and a rehearsal of loading it."""
+"""Save a model as an artifact: record how it differs from the dense model, and rehearse loading it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, source_of
+from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, describe_source
 from sparsekit.artifact.format import (
     DTYPES,
     FORMAT,
     Structure,
-    as_json_text,
+    describe_mistake,
     dtype_name,
-    first_mistake,
     installed_versions,
-    one_line,
+    portable_attributes,
     sha256_of,
+    to_json_text,
 )
-from sparsekit.artifact.load import bypass_recorded_, fill_, settable_attributes
-from sparsekit.errors import FileError, InputError
+from sparsekit.artifact.load import bypass_recorded_, fill_model_
+from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.bypass import bypassed
@@ -44,18 +44,19 @@ def save(
     plan: PrunePlan | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `model` to the folder `path` (created or replaced), atomically file by file; returns the folder.
+    """Write `model` to the folder `path`, created or replaced, each file atomically; returns the folder.
 
-    A timm model needs nothing more if its name and class count say how to build it; with other arguments
-    (image size, custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module
-    needs `factory`, a function without arguments that builds the dense model; `load` is then given the same one.
-    The dense model is built once and filled as `load` would, to check that the artifact can be loaded. Raises
-    InputError if it cannot be, if its modules are of other kinds than the model's, or `info` is not plain JSON.
+    A timm model needs nothing more if its name and class count say how to build it. With other arguments (image size,
+    custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module needs `factory`, a
+    function without arguments that builds the dense model; give `load` the same one.
+
+    The dense model is built once and filled as `load` would do it. Raises InputError if that fails, if its modules are
+    of other kinds than the model's, or if `info` is not plain JSON, and FileError if `path` is a file.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileError(f"cannot save an artifact to {path}: it is a file; name a folder")
-    source = source_of(model, model_name, model_args, factory)
+    source = describe_source(model, model_name, model_args, factory)
     fresh = build_by_factory(factory) if factory else build_timm(source["timm"], source["args"])
     gone = bypassed(model)
     bypass_recorded_(fresh, gone)
@@ -76,7 +77,7 @@ def save(
         "info": dict(info or {}),
         "versions": installed_versions(),
     }
-    _rehearse_loading(fresh, as_json_text(structure), tensors)  # before anything is written over
+    _rehearse_loading(fresh, to_json_text(structure), tensors)  # before anything is written over
     with atomic_path(path / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         structure["sha256"] = sha256_of(temporary)
@@ -84,10 +85,33 @@ def save(
     return path
 
 
-def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """All tensors of the state dict, and the other buffers that a fresh model does not have in the same way.
+def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
+    """Names of convolutions that are standardised in the fresh model and plain in the cut one."""
+    held = dict(model.named_modules())
+    return [
+        name
+        for name, module in fresh.named_modules()
+        if is_standardised(module) and name in held and not is_standardised(held[name])
+    ]
 
-    Ready for safetensors: on the CPU, contiguous, no two of them in the same memory.
+
+def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
+    """Raise InputError if the rebuilt model has other kinds of modules: it would compute something else."""
+    built = {name: type(module) for name, module in fresh.named_modules()}
+    held = {name: original_class(module) for name, module in model.named_modules()}
+    for name in [*held, *built]:
+        if built.get(name) is not held.get(name):
+            mine, theirs = (one[name].__name__ if name in one else "nothing" for one in (held, built))
+            raise InputError(
+                f"the model that would be rebuilt differs: {name or 'the model'} is {mine}, rebuilt {theirs}; pass "
+                "save(..., model_name=, model_args=) with the arguments it was created with, or factory="
+            )
+
+
+def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of the state dict, and other buffers that differ from a fresh model's.
+
+    They are ready for safetensors: on the CPU, contiguous, no two in the same memory.
     """
     state = dict(model.state_dict())
     built = dict(fresh.named_buffers(remove_duplicate=False))
@@ -102,8 +126,23 @@ def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
+
+
+def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By module, the attributes in which the model differs from the fresh one."""
+    built = {name: portable_attributes(module) for name, module in fresh.named_modules()}
+    changed: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        for key, value in portable_attributes(module).items():
+            if key in built[name] and built[name][key] != value:
+                changed.setdefault(name, {})[key] = value
+    return changed
+
+
 def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
-    """The rewritten places, under the names that their modules have now: a model may have become part of another."""
+    """The rewritten places, under the names that their modules have now."""
     return [
         asdict(replace(place, module=name))
         for name, module in model.named_modules()
@@ -111,51 +150,13 @@ def _rewrites(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other.cpu())
-
-
-def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
-    """Names of convolutions that are standardised in the fresh model and are not in the cut one."""
-    held = dict(model.named_modules())
-    return [
-        name
-        for name, module in fresh.named_modules()
-        if is_standardised(module) and name in held and not is_standardised(held[name])
-    ]
-
-
-def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
-    """Raise InputError if the rebuilt model has other kinds of modules: equal weights would give other logits."""
-    built = {name: type(module) for name, module in fresh.named_modules()}
-    held = {name: original_class(module) for name, module in model.named_modules()}
-    for name in [*held, *built]:
-        if built.get(name) is not held.get(name):
-            mine, theirs = (one[name].__name__ if name in one else "nothing" for one in (held, built))
-            raise InputError(
-                f"the model that would be rebuilt differs: {name or 'the model'} is {mine}, rebuilt {theirs}; pass "
-                "save(..., model_name=, model_args=) with the arguments it was created with, or factory="
-            )
-
-
-def _changed_attributes(fresh: nn.Module, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Plain public attributes in which the model's modules differ from the fresh ones, by module name."""
-    built = {name: settable_attributes(vars(module)) for name, module in fresh.named_modules()}
-    changed: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        for key, value in settable_attributes(vars(module)).items():
-            if key in built[name] and built[name][key] != value:
-                changed.setdefault(name, {})[key] = value
-    return changed
-
-
 def _rehearse_loading(fresh: nn.Module, text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the fresh model from what will be written. Raises InputError if that does not work."""
+    """Fill the fresh model from what will be written. Raises InputError if that fails."""
     try:
-        fill_(fresh, Structure.model_validate_json(text, strict=True), tensors)
+        fill_model_(fresh, Structure.model_validate_json(text, strict=True), tensors)
     except ValidationError as error:
-        raise InputError(f"the artifact could not be loaded again: {first_mistake(error)}") from None
+        raise InputError(f"the artifact could not be loaded again: {describe_mistake(error)}") from None
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"the artifact could not be loaded again: {one_line(error)}") from error
+        raise InputError(f"the artifact could not be loaded again: {first_line(error)}") from error

@@ -123,7 +123,7 @@ def _one_line(error: Exception) -> str:
 
 def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
     try:
-        return layer_costs(model, *inputs)
+        return layer_costs(model, inputs)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example input of shape "

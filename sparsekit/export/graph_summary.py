@@ -1,4 +1,4 @@
-"""What ONNX Runtime makes of a graph: which convolutions run in its blocked layout, and what stayed unfused."""
+"""Count what ONNX Runtime makes of a graph: convolutions in its blocked layout, and operators left unfused."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """Operators of a graph as ONNX Runtime runs it on the CPU.
+    """Numbers of operators in a graph as ONNX Runtime runs it on the CPU.
 
-    `blocked` and `plain` are convolutions inside and outside its blocked layout (NCHWc), `reorders` bring maps into
-    that layout and back, `activations` and `norms` were not fused into what comes before them.
+    operators: all. blocked, plain: convolutions inside and outside the blocked layout (NCHWc). reorders: operators that
+    bring maps into that layout and back. activations, norms: those not fused into the operator before them.
     """
 
     operators: int
@@ -53,7 +53,7 @@ class GraphSummary:
 
 
 def summarise_graph(path: str | os.PathLike[str]) -> GraphSummary:
-    """Optimise the ONNX file as a session does, and count. Raises FileError if it cannot be loaded."""
+    """Optimise the ONNX file as a session does, and count its operators. Raises FileError if it cannot be loaded."""
     with TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         open_session(path, optimised=optimised)

@@ -1,15 +1,11 @@
-"""Write a PyTorch model as one self-contained ONNX file, with metadata, and read the metadata back."""
+"""Export a model to one self-contained ONNX file with metadata, and read the metadata back."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +16,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from sparsekit.errors import FileError, ModelError, RunError
+from sparsekit.evaluation import as_inputs
 from sparsekit.export.group_merging import merge_groups_
+from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
-from sparsekit.machine import conv_block
+from sparsekit.machine import conv_step
 
 __all__ = ["export_onnx", "read_metadata"]
 
@@ -54,17 +52,17 @@ def export_onnx(
 ) -> Path:
     """Export `model` in eval mode and float32 to the ONNX file `path` and return the path.
 
-    Shapes are those of `example_input` (a tensor, or a tuple for a model with several inputs); with
-    `dynamic_batch` the first dimension of every input that has the batch size of the first input is left
-    open. A BatchNorm after a convolution is folded into it, subnormal weights become 0, and the weights lie
-    in the file itself, as constants. With `merge_groups` narrow groups of a convolution are merged with zeros to the
-    width that ONNX Runtime has fast kernels for on a processor like this one: the same function, in less time although
-    these layers then multiply up to four times as much. For other processors and runtimes the file may be better
-    without. `metadata` is stored in the file (`read_metadata`). The opset is the
-    exporter's own unless `opset` is given.
+    Shapes are those of `example_input`, a tensor, or a tuple for a model with several inputs. With `dynamic_batch` the
+    batch is open: the first dimension of every input that has the first input's batch size. The opset is the exporter's
+    own unless `opset` is given. `metadata` is stored in the file (`read_metadata`).
 
-    A copy on the CPU is exported, so the caller's model keeps its mode, device and precision, and the random
-    state is untouched. The file appears complete or not at all.
+    A BatchNorm after a convolution is folded into it, subnormal weights become 0, and weights lie in the file itself.
+    With `merge_groups` narrow groups of a convolution are merged, filled up with zeros, to the width that ONNX Runtime
+    runs fast on this processor. The file computes the same, though these layers multiply up to four times as much; for
+    another processor or runtime it may be faster without.
+
+    A copy on the CPU is exported: the caller's model keeps its mode, device and precision, and the random state does
+    not move. The file appears complete or not at all.
 
     Raises:
         ModelError: the model cannot be traced, is too large for one file, or has no export in this opset.
@@ -81,7 +79,7 @@ def export_onnx(
     _strip_trace_notes(proto)
     _flush_subnormals(proto)
     if merge_groups:
-        merge_groups_(proto, conv_block())
+        merge_groups_(proto, conv_step())
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     try:
         onnx.checker.check_model(proto)
@@ -111,16 +109,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def metadata_texts(description: Mapping[str, Any]) -> dict[str, str]:
-    """Plain data as texts, which is all that an ONNX file's metadata can hold."""
+    """Plain data as texts: an ONNX file's metadata holds nothing else."""
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
 
 
 def _portable_inputs(example_input: Tensor | tuple[Tensor, ...], dynamic_batch: bool) -> tuple[Tensor, ...]:
-    given = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
-    inputs = tuple(_float32_cpu(tensor.detach()) for tensor in given)
+    inputs = tuple(_float32_cpu(tensor.detach()) for tensor in as_inputs(example_input))
     if not dynamic_batch or _batch_size(inputs) != 1:
         return inputs
-    # A dimension of size 1 is taken for a constant when the model is traced (it broadcasts), so show two.
+    # Tracing takes a dimension of size 1 for a constant, because it broadcasts: show two.
     return tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in inputs)
 
 
@@ -130,11 +127,6 @@ def _float32_cpu(tensor: Tensor) -> Tensor:
 
 def _batch_size(inputs: Sequence[Tensor]) -> int | None:
     return inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else None
-
-
-def _batch_dims(inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
-    batch, size = torch.export.Dim("batch", min=1), _batch_size(inputs)
-    return tuple({0: batch} if x.dim() > 0 and x.shape[0] == size else None for x in inputs)
 
 
 def _portable_copy(model: nn.Module) -> nn.Module:
@@ -152,9 +144,13 @@ def _portable_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied for the export: {error}; keep only parameters "
             "and buffers on its modules, no tensors that are part of an autograd graph"
         ) from error
-    # Through train() first: some models cache tensors computed from their weights in eval mode, and drop them
-    # there.
+    # Through train() first: it drops tensors that some models compute from their weights in eval mode and keep.
     return duplicate.to("cpu").float().train().eval().requires_grad_(False)
+
+
+def _batch_dims(inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
+    batch, size = torch.export.Dim("batch", min=1), _batch_size(inputs)
+    return tuple({0: batch} if x.dim() > 0 and x.shape[0] == size else None for x in inputs)
 
 
 def _trace(
@@ -165,12 +161,11 @@ def _trace(
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> onnx.ModelProto:
-    # torch.export rather than the deprecated TorchScript tracer: where control flow depends on the data it
-    # fails instead of baking in one branch. Once ONNX Runtime has fused them, the graphs of both run equally
-    # fast (resnet18, mobilenetv3_small_050, test_convnext, test_vit: within 2 %, the difference of a file to
-    # itself).
+    # By torch.export, not the deprecated TorchScript tracer: where control flow depends on data it fails, and does not
+    # bake in one branch. In ONNX Runtime both graphs run equally fast (resnet18, mobilenetv3_small_050, test_convnext,
+    # test_vit: within 2 %, as far as a file is from itself).
     def attempt() -> onnx.ModelProto:
-        with _quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with quiet(_NOISY_LOGGERS), torch.random.fork_rng(devices=[]), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 inputs,
@@ -190,7 +185,7 @@ def _trace(
         try:
             return attempt()
         except Exception:
-            # The exporter has attention only for queries of three or four dimensions; written out it has all.
+            # The exporter knows fused attention only for queries of three or four dimensions.
             if not _write_attention_out_(model):
                 raise
             return attempt()
@@ -204,35 +199,15 @@ def _trace(
 
 
 def _write_attention_out_(model: nn.Module) -> bool:
-    """Switch timm's attention from the fused operator to its matrix products, in place; whether there was any."""
+    """Switch timm's attention from the fused operator to matrix products, in place; returns whether there was any."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
     return bool(fused)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: its warnings, its loggers and what it prints. Exceptions pass."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _check_opset(proto: onnx.ModelProto, opset: int | None) -> None:
-    # The exporter keeps its own opset when the conversion to the one asked for fails, and only logs it.
+    # If it cannot convert to the opset asked for, the exporter only logs that and keeps its own.
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
         raise ModelError(
@@ -241,7 +216,7 @@ def _check_opset(proto: onnx.ModelProto, opset: int | None) -> None:
 
 
 def _strip_trace_notes(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes on each node and value: they hold source paths of the machine it ran on."""
+    """Remove the exporter's notes on nodes and values: they hold source paths of this machine."""
     graph = proto.graph
     for part in (
         proto,

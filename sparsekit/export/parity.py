@@ -45,8 +45,8 @@ def check_parity(
 ) -> Parity:
     """Compare `model` (in eval mode, restored after) with the ONNX file on `inputs` of shape (n, ...).
 
-    The file runs in the batch size it declares. The model runs on its own device and in its own precision: a
-    half precision model differs from its float32 file by its own rounding. Only the first output is compared.
+    The file runs in the batch size it declares, the model on its own device and in its own precision: in half precision
+    it differs by its rounding. Only the first output is compared.
 
     Raises:
         FileError: the file cannot be loaded or does not take such inputs.
@@ -76,8 +76,8 @@ def onnx_logits(
 ) -> Iterator[Tensor]:
     """Yield, for each batch of shape (n, ...), the file's first output, float32 of shape (n, classes).
 
-    A batch is cut into pieces of the batch size that the file declares; the last piece is filled up with
-    copies of its last input, whose outputs are dropped. Raises FileError if the file cannot be loaded, has
+    A batch is fed in pieces of the batch size that the file declares. The last piece is filled up with copies of its
+    last input, and their outputs are dropped. Raises FileError if the file cannot be loaded, has
     several inputs, or takes inputs of another shape.
     """
     session = open_session(path, threads=threads)

@@ -1,12 +1,8 @@
-"""The same ONNX graph in fewer bits: int8 by ONNX Runtime's static quantization, and half precision."""
+"""Convert an ONNX file to fewer bits: int8 by ONNX Runtime's static quantization, or half precision."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,14 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsekit.errors import DataError, ModelError
+from sparsekit.export.quiet import quiet
 from sparsekit.export.session import open_session
 from sparsekit.files import atomic_path
 from sparsekit.machine import describe_machine
 
 __all__ = ["convert_to_fp16", "quantize_to_int8"]
 
-# Processors without these add products of 8 bits in 16, which can overflow: there weights get 7 bits.
+# Processors without these add products of 8 bits in sums of 16, which can overflow.
 _WIDE_SUMS = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+_NOISY_LOGGERS = ("root",)  # where the tools log what they do
 
 
 def quantize_to_int8(
@@ -33,9 +31,9 @@ def quantize_to_int8(
 ) -> Path:
     """Write the float32 file `source` as `target` with int8 weights (per output channel) and uint8 activations.
 
-    The activations' ranges are the smallest and largest values seen on `images`, batches (n, ...) like the model's
-    input, of which whole batches of the file's size are used. Weights get 7 bits on processors that would overflow with
-    8. The graph holds QuantizeLinear and DequantizeLinear pairs, which ONNX Runtime fuses. Metadata stays.
+    `images` are batches (n, ...) of model inputs; whole batches of the file's size are used. An activation ranges from
+    the smallest to the largest value seen on them. Weights get 7 bits on processors where 8 could overflow. The graph
+    holds pairs of QuantizeLinear and DequantizeLinear, which ONNX Runtime fuses. Metadata stays.
 
     Raises DataError if the images do not fill one batch, ModelError if the quantizer fails on the graph.
     """
@@ -48,7 +46,7 @@ def quantize_to_int8(
             f"int8 needs images to calibrate with, at least one batch of {Path(source).name}'s size"
         )
     simd = describe_machine()["simd"]
-    with TemporaryDirectory() as folder, _quiet():
+    with TemporaryDirectory() as folder, quiet(_NOISY_LOGGERS):
         prepared, quantized = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         try:
             quant_pre_process(str(source), str(prepared))
@@ -70,14 +68,14 @@ def quantize_to_int8(
 
 
 def convert_to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Write the float32 file `source` as `target` with half precision inside; inputs and outputs stay float32.
+    """Write the float32 file `source` as `target` in half precision; inputs and outputs stay float32.
 
     Raises ModelError if the graph cannot be converted.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with _quiet():
+    with quiet(_NOISY_LOGGERS):
         try:
             converted = convert_float_to_float16(onnx.load(source), keep_io_types=True)
             OnnxModel(converted).topological_sort()  # it appends the casts of the inputs
@@ -86,22 +84,6 @@ def convert_to_fp16(source: str | os.PathLike[str], target: str | os.PathLike[st
                 f"{source} cannot be converted to half precision ({type(error).__name__}: {error}); leave fp16 out"
             ) from error
     return _finish(converted, source, target)
-
-
-class _Reader:
-    """What the quantizer reads its calibration inputs from."""
-
-    def __init__(self, batches: list[dict[str, NDArray[Any]]]) -> None:
-        self._rest = iter(batches)
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        return next(self._rest, None)
-
-    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
-        return self._rest
-
-    def __next__(self) -> dict[str, NDArray[Any]]:
-        return next(self._rest)
 
 
 def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
@@ -117,6 +99,22 @@ def _batches(source: str | os.PathLike[str], images: Iterable[Tensor]) -> Iterat
             waiting = waiting[step:]
 
 
+class _Reader:
+    """Hands the calibration inputs to the quantizer."""
+
+    def __init__(self, batches: list[dict[str, NDArray[Any]]]) -> None:
+        self._rest = iter(batches)
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        return next(self._rest, None)
+
+    def __iter__(self) -> Iterator[dict[str, NDArray[Any]]]:
+        return self._rest
+
+    def __next__(self) -> dict[str, NDArray[Any]]:
+        return next(self._rest)
+
+
 def _finish(proto: onnx.ModelProto, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     metadata = {p.key: p.value for p in onnx.load(source, load_external_data=False).metadata_props}
     onnx.helper.set_model_props(proto, metadata)
@@ -124,16 +122,3 @@ def _finish(proto: onnx.ModelProto, source: str | os.PathLike[str], target: str 
     with atomic_path(Path(target)) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     return Path(target)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The tools print and log what they do, and warn of what they meet; failures come as exceptions."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

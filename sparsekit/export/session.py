@@ -47,9 +47,9 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """Load the ONNX file `path` for a provider, all graph optimisations on, `threads` threads in each operator.
 
-    Operators run one after another. Threads do not spin while they wait, because two live sessions would
-    steal each other's cores. Nothing is printed. With `profile`, the beginning of a file's name, each operator's
-    time is noted; the session's `end_profiling()` writes the file. The graph that it runs is written to `optimised`.
+    Operators run one after another. Threads do not spin while they wait: two sessions would steal each other's cores.
+    Nothing is printed. With `profile`, the beginning of a file's name, each operator is timed; the session's
+    `end_profiling()` writes the file. The optimised graph is written to `optimised`.
 
     Raises:
         FileError: `path` is missing, is no ONNX file, or ONNX Runtime cannot load it.

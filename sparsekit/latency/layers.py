@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
+from sparsekit.evaluation import as_inputs
 from sparsekit.export.group_merging import merge_factor
 from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import compare_latency
 from sparsekit.latency.operators import Operator
 from sparsekit.latency.table import LatencyTable
-from sparsekit.machine import conv_block
+from sparsekit.machine import conv_step
 from sparsekit.structure.counting import watch_layers
 from sparsekit.structure.groups import ChannelGroups, LayerCost
 from sparsekit.structure.latency_curve import LatencyCurve
@@ -32,12 +33,14 @@ _ROUNDS = 30
 def measure_layers(
     model: nn.Module,
     groups: ChannelGroups,
-    *example_inputs: Tensor,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
     threads: int = 1,
     table: LatencyTable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ChannelGroups:
-    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the example's shapes.
+    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the
+    shapes of `example_input`.
 
     Each convolution and linear layer is timed as ONNX Runtime's kernel for it, at the widths that its groups can leave:
     whole steps, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
@@ -56,12 +59,12 @@ def measure_layers(
     table = LatencyTable(threads=threads) if table is None else table
     if table.threads != threads:
         raise InputError(f"the latency table is of {table.threads} threads, and {threads} were asked for")
-    runs = _layer_runs(model, *example_inputs)
+    runs = _layer_runs(model, example_input)
     steps = {"conv": table.conv_step(), "product": table.product_step()}
     sweeps = [_Sweep.of(layer, groups, runs[names[layer.weight]], steps) for layer in groups.layers]
     table.ms([operator for sweep in sweeps for operator in sweep.operators], progress=progress)
     own = [sweep.curve(table) for sweep in sweeps]
-    layers = _shared_out(groups.layers, own, runs, _whole_ms(model, threads, *example_inputs))
+    layers = _shared_out(groups.layers, own, runs, _whole_ms(model, threads, example_input))
     return replace(groups, layers=layers).with_rounding(groups.round_to, groups.min_channels)
 
 
@@ -74,13 +77,13 @@ class _LayerRun:
     output_shape: tuple[int, ...]
 
 
-def _layer_runs(model: nn.Module, *example_inputs: Tensor) -> dict[str, list[_LayerRun]]:
+def _layer_runs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> dict[str, list[_LayerRun]]:
     runs: dict[str, list[_LayerRun]] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         runs.setdefault(name, []).append(_LayerRun(layer, tuple(inputs[0].shape), tuple(output.shape)))
 
-    watch_layers(model, record, *example_inputs)
+    watch_layers(model, example_input, record)
     return runs
 
 
@@ -107,7 +110,7 @@ class _Sweep:
             # Whole groups go or, where the inputs shrink as well, the same places of every group.
             in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
             merged = (
-                1 if in_places or not _mergeable(runs) else merge_factor(layer.shape[1], width, conv_block())
+                1 if in_places or not _mergeable(runs) else merge_factor(layer.shape[1], width, conv_step())
             )
             multiples = (conv_groups if in_places else width * merged, 1)
             own_steps = (width * merged if merged > 1 else 1, 1)
@@ -171,7 +174,7 @@ def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: b
         )
     ]
     pads = (*(n // 2 for n in missing), *(n - n // 2 for n in missing))
-    factor = merge_factor(into, out // conv_groups, conv_block()) if mergeable else 1
+    factor = merge_factor(into, out // conv_groups, conv_step()) if mergeable else 1
     if conv_groups % factor:
         factor = 1
     return Operator(
@@ -184,8 +187,8 @@ def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: b
     )
 
 
-def _whole_ms(model: nn.Module, threads: int, *example_inputs: Tensor) -> float:
-    inputs = tuple(example_inputs)
+def _whole_ms(model: nn.Module, threads: int, example_input: Tensor | tuple[Tensor, ...]) -> float:
+    inputs = as_inputs(example_input)
     with TemporaryDirectory() as folder:
         file = export_onnx(
             model,

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
+from sparsekit.evaluation import as_inputs
 from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import LatencyComparison, compare_latency
 from sparsekit.options import Quantity
@@ -130,7 +131,7 @@ class _Stopwatch:
         folder: Path,
     ) -> None:
         self._model, self._groups, self._threads = model, groups, threads
-        self._inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+        self._inputs = as_inputs(example_input)
         self._folder = folder
         self._dense = self._export(model, "dense.onnx")
 

@@ -190,6 +190,25 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
         yield from _target_contradictions(recipe, cut.target)
 
 
+def _threshold_contradictions(cut: CutSpec) -> Iterator[Contradiction]:
+    keys = ("cut.threshold", "cut.method")
+    if cut.method == "threshold" and cut.threshold is None:
+        yield Contradiction(
+            ("cut.method", "cut.threshold"), "cut.method threshold needs cut.threshold, a number > 0"
+        )
+    if cut.method != "threshold" and cut.threshold is not None:
+        yield Contradiction(
+            keys,
+            f"cut.threshold is read only where cut.method is threshold, got method {cut.method}; remove one",
+        )
+    if cut.threshold is not None and cut.relative and cut.threshold >= 1:
+        yield Contradiction(
+            ("cut.threshold", "cut.relative"),
+            "cut.threshold must be a number < 1, a fraction of the largest score, where cut.relative is "
+            f"true, got {cut.threshold:g}",
+        )
+
+
 def _target_contradictions(recipe: Sections, target: TargetSpec) -> Iterator[Contradiction]:
     sparsify, cut = recipe.sparsify, recipe.cut
     given = [key for key, value in target if value is not None]
@@ -232,23 +251,4 @@ def _export_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             ("export.calibration", "export.batch_size"),
             f"export.calibration must be at least export.batch_size, {recipe.export.batch_size}, got "
             f"{recipe.export.calibration}",
-        )
-
-
-def _threshold_contradictions(cut: CutSpec) -> Iterator[Contradiction]:
-    keys = ("cut.threshold", "cut.method")
-    if cut.method == "threshold" and cut.threshold is None:
-        yield Contradiction(
-            ("cut.method", "cut.threshold"), "cut.method threshold needs cut.threshold, a number > 0"
-        )
-    if cut.method != "threshold" and cut.threshold is not None:
-        yield Contradiction(
-            keys,
-            f"cut.threshold is read only where cut.method is threshold, got method {cut.method}; remove one",
-        )
-    if cut.threshold is not None and cut.relative and cut.threshold >= 1:
-        yield Contradiction(
-            ("cut.threshold", "cut.relative"),
-            "cut.threshold must be a number < 1, a fraction of the largest score, where cut.relative is "
-            f"true, got {cut.threshold:g}",
         )

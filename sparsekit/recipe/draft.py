@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from sparsekit.errors import RecipeError
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import section_of
+from sparsekit.recipe.specs import nested_spec
 
 # PyYAML follows YAML 1.1: 1e-4 is a text, 010 is eight, 1:30 is ninety, and no, on and off are booleans.
 # These are the tags of the core schema of YAML 1.2.2, section 10.3.2.
@@ -47,7 +47,7 @@ for _name, _pattern, _first in _CORE_TAGS:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Position:
     """Where a value was written; `order` sorts places: the file by line, then the overrides as given."""
 
     label: str
@@ -55,31 +55,31 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Mistake:
     text: str
-    place: _Place
+    place: Position
 
 
 @dataclass
-class Draft:
+class RecipeDraft:
     """What was written, before it is checked: plain values, and the place of every key by its path."""
 
-    root: _Place
+    root: Position
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[tuple[str, ...], _Place] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # keys whose value is not plain data, told in `problems`
+    places: dict[tuple[str, ...], Position] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # keys whose value is not plain data, told in `mistakes`
     overrides: int = 0
 
-    def place(self, path: tuple[str, ...]) -> _Place:
+    def place(self, path: tuple[str, ...]) -> Position:
         """The place of the key at `path`, or of the nearest section around it that was written."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.root)
 
 
-def read_draft(path: Path) -> Draft:
-    draft = Draft(_Place(str(path), (0, 0)))
+def read_draft(path: Path) -> RecipeDraft:
+    draft = RecipeDraft(Position(str(path), (0, 0)))
     node = _compose(_read_text(path))
     if isinstance(node, _Syntax):
         raise RecipeError(f"{node.text} ({path}{f', line {node.line}' if node.line else ''})")
@@ -91,12 +91,61 @@ def read_draft(path: Path) -> Draft:
             f"a recipe must be a mapping with the keys {sections}, got {_node_word(node)} ({path})"
         )
 
-    def place_of(node: yaml.Node) -> _Place:
+    def place_of(node: yaml.Node) -> Position:
         line = node.start_mark.line + 1
-        return _Place(f"{path}, line {line}", (0, line))
+        return Position(f"{path}, line {line}", (0, line))
 
     draft.values = _Reading(draft, place_of, frozenset()).value(node, ())
     return draft
+
+
+def apply_override_(draft: RecipeDraft, override: str) -> None:
+    """Write the value of 'path.to.key=value' into the draft, as if the file had said so."""
+    draft.overrides += 1
+    place = Position(f"--set {override}", (1, draft.overrides))
+    dotted, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in dotted.split("."))
+    if not equals or not all(path):
+        draft.mistakes.append(
+            Mistake(
+                f"an override must be path.to.key=value, such as data.batch_size=32, got '{override}'", place
+            )
+        )
+        return
+    node = _compose(text)
+    if isinstance(node, _Syntax):
+        draft.mistakes.append(Mistake(node.text, place))
+        return
+    for known in [known for known in draft.places if known[: len(path)] == path]:
+        del draft.places[known]
+    section = draft.values
+    for depth, key in enumerate(path[:-1], start=1):
+        if not isinstance(section.get(key), dict):
+            section[key] = {}
+            draft.places.setdefault(path[:depth], place)
+        section = section[key]
+    draft.places[path] = place
+    reading = _Reading(draft, lambda node: place, frozenset())
+    section[path[-1]] = None if node is None else reading.value(node, path)
+
+
+def normalise_sections_(values: dict[str, Any], spec: type[BaseModel]) -> None:
+    """A section with all keys commented out is an empty one; false turns off a section that may be null."""
+    for key, info in spec.model_fields.items():
+        section = nested_spec(info)
+        if section is None or key not in values:
+            continue
+        optional = type(None) in get_args(info.annotation)
+        if values[key] is None and not optional:
+            values[key] = {}
+        elif values[key] is False and optional:
+            values[key] = None
+        if isinstance(values[key], dict):
+            normalise_sections_(values[key], section)
+
+
+def dotted_key(path: Sequence[str]) -> str:
+    return ".".join(path)
 
 
 def _read_text(path: Path) -> str:
@@ -149,8 +198,8 @@ def _node_word(node: yaml.Node) -> str:
 class _Reading:
     """Turns nodes into plain values, noting in `draft` where each key stands and what is wrong with it."""
 
-    draft: Draft
-    place_of: Callable[[yaml.Node], _Place]
+    draft: RecipeDraft
+    place_of: Callable[[yaml.Node], Position]
     around: frozenset[int]
 
     def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
@@ -169,13 +218,13 @@ class _Reading:
             place = self.place_of(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
                 text = "a key must be a text, got a list or mapping"
-                self.draft.problems.append(Problem(text, place))
+                self.draft.mistakes.append(Mistake(text, place))
                 continue
             key = str(key_node.value)
             here = (*path, key)
             if key in values:
-                text = f"{key_text(here)} stands twice, first in {self.draft.places[here].label}"
-                self.draft.problems.append(Problem(text, place))
+                text = f"{dotted_key(here)} stands twice, first in {self.draft.places[here].label}"
+                self.draft.mistakes.append(Mistake(text, place))
             self.draft.places[here] = place
             values[key] = self.value(value_node, here)
         return values
@@ -197,54 +246,5 @@ class _Reading:
         return self._refuse(node, path, f"has the YAML tag {node.tag}, which a recipe cannot hold")
 
     def _refuse(self, node: yaml.Node, path: tuple[str, ...], text: str) -> None:
-        self.draft.refused.add(key_text(path))
-        self.draft.problems.append(Problem(f"{key_text(path)} {text}", self.place_of(node)))
-
-
-def apply_override_(draft: Draft, override: str) -> None:
-    """Write the value of 'path.to.key=value' into the draft, as if the file had said so."""
-    draft.overrides += 1
-    place = _Place(f"--set {override}", (1, draft.overrides))
-    dotted, equals, text = override.partition("=")
-    path = tuple(part.strip() for part in dotted.split("."))
-    if not equals or not all(path):
-        draft.problems.append(
-            Problem(
-                f"an override must be path.to.key=value, such as data.batch_size=32, got '{override}'", place
-            )
-        )
-        return
-    node = _compose(text)
-    if isinstance(node, _Syntax):
-        draft.problems.append(Problem(node.text, place))
-        return
-    for known in [known for known in draft.places if known[: len(path)] == path]:
-        del draft.places[known]
-    section = draft.values
-    for depth, key in enumerate(path[:-1], start=1):
-        if not isinstance(section.get(key), dict):
-            section[key] = {}
-            draft.places.setdefault(path[:depth], place)
-        section = section[key]
-    draft.places[path] = place
-    reading = _Reading(draft, lambda node: place, frozenset())
-    section[path[-1]] = None if node is None else reading.value(node, path)
-
-
-def normalise_(values: dict[str, Any], spec: type[BaseModel]) -> None:
-    """A section with all keys commented out is an empty one; false turns off a section that may be null."""
-    for key, info in spec.model_fields.items():
-        section = section_of(info)
-        if section is None or key not in values:
-            continue
-        optional = type(None) in get_args(info.annotation)
-        if values[key] is None and not optional:
-            values[key] = {}
-        elif values[key] is False and optional:
-            values[key] = None
-        if isinstance(values[key], dict):
-            normalise_(values[key], section)
-
-
-def key_text(path: Sequence[str]) -> str:
-    return ".".join(path)
+        self.draft.refused.add(dotted_key(path))
+        self.draft.mistakes.append(Mistake(f"{dotted_key(path)} {text}", self.place_of(node)))

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sparsekit.recipe.consistency import Contradiction
-from sparsekit.recipe.draft import Draft, Problem, key_text
+from sparsekit.recipe.draft import Mistake, RecipeDraft, dotted_key
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import section_of
+from sparsekit.recipe.specs import nested_spec
 
 # Stands in for required keys that are missing or wrong, so that the rest of the recipe can still be checked.
 _STAND_IN: Mapping[str, Mapping[str, Any]] = {
@@ -26,7 +26,7 @@ _STAND_IN: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def validated(draft: Draft) -> tuple[Recipe | None, list[Problem]]:
+def validate_draft(draft: RecipeDraft) -> tuple[Recipe | None, list[Mistake]]:
     """The recipe, or every mistake in it."""
     try:
         return Recipe.model_validate_json(json.dumps(draft.values)), []
@@ -39,8 +39,8 @@ def validated(draft: Draft) -> tuple[Recipe | None, list[Problem]]:
             # A list that is too short is "missing" something too, but further in than the key.
             broken.setdefault(path, one["type"] if len(path) == len(one["loc"]) else "type")
     told = draft.refused
-    problems = [
-        _problem(draft, path, kind) for path, kind in broken.items() if not _touches([key_text(path)], told)
+    mistakes = [
+        _mistake(draft, path, kind) for path, kind in broken.items() if not _touches([dotted_key(path)], told)
     ]
     if broken:
         # pydantic compares keys only once each is right by itself: leave the wrong ones out and try again.
@@ -48,39 +48,12 @@ def validated(draft: Draft) -> tuple[Recipe | None, list[Problem]]:
             Recipe.model_validate_json(json.dumps(_without(draft.values, set(broken))))
         except ValidationError as error:
             errors = error.errors()
-    dotted = {key_text(path) for path in broken} | told
+    dotted = {dotted_key(path) for path in broken} | told
     for one in errors:
         if one["type"] == "contradiction":
             found: list[Contradiction] = one["ctx"]["found"]
-            problems += [_place(draft, item) for item in found if not _touches(item.keys, dotted)]
-    return None, problems
-
-
-def _touches(keys: Sequence[str], broken: set[str]) -> bool:
-    """Whether a broken key is one of `keys`, or around or inside one."""
-    return any(
-        f"{key}.".startswith(f"{bad}.") or f"{bad}.".startswith(f"{key}.") for key in keys for bad in broken
-    )
-
-
-def _place(draft: Draft, contradiction: Contradiction) -> Problem:
-    paths = [tuple(key.split(".")) for key in contradiction.keys]
-    written = [draft.places[path] for path in paths if path in draft.places]
-    overridden = [place for place in written if place.order[0]]
-    place = overridden[-1] if overridden else written[0] if written else draft.place(paths[0])
-    return Problem(contradiction.text, place)
-
-
-def _without(values: Mapping[str, Any], broken: set[tuple[str, ...]]) -> dict[str, Any]:
-    def copy(value: Any, path: tuple[str, ...]) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: copy(inner, (*path, key)) for key, inner in value.items() if (*path, key) not in broken}
-
-    kept = copy(dict(values), ())
-    for section, stand_in in _STAND_IN.items():
-        kept[section] = {**stand_in, **kept.get(section, {})}
-    return dict(kept)
+            mistakes += [_place(draft, item) for item in found if not _touches(item.keys, dotted)]
+    return None, mistakes
 
 
 def _key_path(location: Sequence[str | int]) -> tuple[str, ...]:
@@ -92,21 +65,21 @@ def _key_path(location: Sequence[str | int]) -> tuple[str, ...]:
             break
         path.append(str(part))
         info = spec.model_fields.get(str(part))
-        spec = None if info is None else section_of(info)
+        spec = None if info is None else nested_spec(info)
     return tuple(path)
 
 
-def _problem(draft: Draft, path: tuple[str, ...], kind: str) -> Problem:
-    place, dotted = draft.place(path), key_text(path)
+def _mistake(draft: RecipeDraft, path: tuple[str, ...], kind: str) -> Mistake:
+    place, dotted = draft.place(path), dotted_key(path)
     if kind == "extra_forbidden":
-        return Problem(f"unknown key {dotted}; {_suggestion(path)}", place)
+        return Mistake(f"unknown key {dotted}; {_suggestion(path)}", place)
     info = _spec_at(path[:-1]).model_fields[path[-1]]
     if kind == "missing":
-        return Problem(f"{dotted} is required: {info.description}", place)
+        return Mistake(f"{dotted} is required: {info.description}", place)
     got: Any = draft.values
     for key in path:
         got = got[key]
-    return Problem(f"{dotted} must be {_expected_of(info)}, got {_shown(got)}", place)
+    return Mistake(f"{dotted} must be {_expected_of(info)}, got {_shown(got)}", place)
 
 
 def _suggestion(path: tuple[str, ...]) -> str:
@@ -115,17 +88,17 @@ def _suggestion(path: tuple[str, ...]) -> str:
     siblings = list(_spec_at(tuple(section)).model_fields)
     near = difflib.get_close_matches(key.lower().replace("-", "_"), siblings, n=1)
     if near:
-        return f"did you mean {key_text((*section, near[0]))}?"
+        return f"did you mean {dotted_key((*section, near[0]))}?"
     elsewhere = [dotted for dotted in _all_keys(Recipe) if dotted.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"the keys of {key_text(section) or 'a recipe'} are {', '.join(siblings)}"
+    return f"the keys of {dotted_key(section) or 'a recipe'} are {', '.join(siblings)}"
 
 
 def _all_keys(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for key, info in spec.model_fields.items():
         yield prefix + key
-        section = section_of(info)
+        section = nested_spec(info)
         if section is not None:
             yield from _all_keys(section, f"{prefix}{key}.")
 
@@ -133,7 +106,7 @@ def _all_keys(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _spec_at(path: tuple[str, ...]) -> type[BaseModel]:
     spec: type[BaseModel] = Recipe
     for key in path:
-        spec = section_of(spec.model_fields[key]) or spec
+        spec = nested_spec(spec.model_fields[key]) or spec
     return spec
 
 
@@ -186,3 +159,30 @@ def _shown(value: Any) -> str:
         return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}...'"
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _touches(keys: Sequence[str], broken: set[str]) -> bool:
+    """Whether a broken key is one of `keys`, or around or inside one."""
+    return any(
+        f"{key}.".startswith(f"{bad}.") or f"{bad}.".startswith(f"{key}.") for key in keys for bad in broken
+    )
+
+
+def _without(values: Mapping[str, Any], broken: set[tuple[str, ...]]) -> dict[str, Any]:
+    def copy(value: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: copy(inner, (*path, key)) for key, inner in value.items() if (*path, key) not in broken}
+
+    kept = copy(dict(values), ())
+    for section, stand_in in _STAND_IN.items():
+        kept[section] = {**stand_in, **kept.get(section, {})}
+    return dict(kept)
+
+
+def _place(draft: RecipeDraft, contradiction: Contradiction) -> Mistake:
+    paths = [tuple(key.split(".")) for key in contradiction.keys]
+    written = [draft.places[path] for path in paths if path in draft.places]
+    overridden = [place for place in written if place.order[0]]
+    place = overridden[-1] if overridden else written[0] if written else draft.place(paths[0])
+    return Mistake(contradiction.text, place)

@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from sparsekit.errors import RecipeError
-from sparsekit.recipe.draft import Dumper, apply_override_, normalise_, read_draft
-from sparsekit.recipe.messages import validated
+from sparsekit.recipe.draft import Dumper, apply_override_, normalise_sections_, read_draft
+from sparsekit.recipe.messages import validate_draft
 from sparsekit.recipe.recipe import Recipe
 
 
@@ -29,11 +29,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     draft = read_draft(path)
     for override in overrides:
         apply_override_(draft, override)
-    normalise_(draft.values, Recipe)
-    recipe, mistakes = validated(draft)
-    problems = sorted({*draft.problems, *mistakes}, key=lambda problem: (problem.place.order, problem.text))
-    if problems or recipe is None:
-        raise RecipeError("\n".join(f"{problem.text} ({problem.place.label})" for problem in problems))
+    normalise_sections_(draft.values, Recipe)
+    recipe, found = validate_draft(draft)
+    mistakes = sorted({*draft.mistakes, *found}, key=lambda mistake: (mistake.place.order, mistake.text))
+    if mistakes or recipe is None:
+        raise RecipeError("\n".join(f"{mistake.text} ({mistake.place.label})" for mistake in mistakes))
     return recipe
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from sparsekit.options import MixedPrecision
 from sparsekit.recipe.consistency import contradictions
 from sparsekit.recipe.specs import (
     BenchmarkSpec,
@@ -18,13 +17,13 @@ from sparsekit.recipe.specs import (
     ModelSpec,
     Name,
     SparsifySpec,
-    Spec,
+    StrictSpec,
     TrainingSpec,
     UserPath,
 )
 
 
-class Recipe(Spec):
+class Recipe(StrictSpec):
     """One run, completely described. Build it with `load_recipe`, or from Python with these specs.
 
     Raises:
@@ -38,7 +37,7 @@ class Recipe(Spec):
         default=None, description="run directory; null is runs/<name of the recipe file>"
     )
     device: Name = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps, ...")
-    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="mixed precision")
+    precision: MixedPrecision = Field(default="no", description="mixed precision")
     model: ModelSpec = Field(description="the architecture and its weights")
     data: DataSpec = Field(default=DataSpec(), description="the images")
     training: TrainingSpec = Field(default=TrainingSpec(), description="how every phase trains")

@@ -8,6 +8,17 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic.fields import FieldInfo
 
+from sparsekit.options import (
+    Interpolation,
+    LearnedImportance,
+    MaskMethod,
+    Penalty,
+    Precision,
+    Provider,
+    Schedule,
+    WeighBy,
+)
+
 
 def _refuse_empty(value: object) -> object:
     # Path("") is the current directory, which nobody means by an empty text.
@@ -24,7 +35,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Kept = Annotated[float, Field(gt=0, le=1)]
 Pair = tuple[Positive, Positive]
 Arguments = dict[str, Scalar | tuple[Scalar, ...]]
-Schedule = Literal["cosine", "linear", "constant"]
 _ARGUMENTS: dict[str, JsonValue] = {
     "expected": "a mapping of names to numbers, texts, true/false, null or lists of these"
 }
@@ -33,13 +43,13 @@ _DATASET: dict[str, JsonValue] = {
 }
 
 
-class Spec(BaseModel):
+class StrictSpec(BaseModel):
     """Closed (unknown keys are refused), frozen, and strict (the text '3' is not the number 3)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class ModelSpec(Spec):
+class ModelSpec(StrictSpec):
     """The architecture and where its weights come from."""
 
     name: Name = Field(description="timm model name, such as resnet18")
@@ -52,7 +62,7 @@ class ModelSpec(Spec):
     )
 
 
-class AugmentSpec(Spec):
+class AugmentSpec(StrictSpec):
     """Random changes to training images."""
 
     scale: Pair = Field(
@@ -70,7 +80,7 @@ class AugmentSpec(Spec):
     random_erase: Share = Field(default=0.0, description="probability of erasing a random rectangle")
 
 
-class DataSpec(Spec):
+class DataSpec(StrictSpec):
     """The images, how they are split, and how they become tensors."""
 
     name: str = Field(
@@ -108,7 +118,7 @@ class DataSpec(Spec):
     std: tuple[Positive, ...] | None = Field(
         default=None, min_length=1, description="per channel; null is the model's own"
     )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = Field(
+    interpolation: Interpolation | None = Field(
         default=None, description="how images are resized; null is the model's own"
     )
     crop_pct: float | None = Field(
@@ -126,7 +136,7 @@ class DataSpec(Spec):
     )
 
 
-class TrainingSpec(Spec):
+class TrainingSpec(StrictSpec):
     """How every phase trains. A phase may override lr, warmup_epochs and schedule."""
 
     optimizer: Name = Field(default="sgd", description="timm optimizer name, such as sgd or adamw")
@@ -152,7 +162,7 @@ class TrainingSpec(Spec):
     channels_last: bool = Field(default=False, description="use the channels-last memory format")
 
 
-class _Phase(Spec):
+class _Phase(StrictSpec):
     """What every training phase may set for itself; null takes the value of `training`."""
 
     epochs: int = Field(ge=0, description="epochs of this phase")
@@ -177,7 +187,7 @@ class DenseSpec(_Phase):
 class SparsifySpec(_Phase):
     """Training with the penalty. The shares of the phase that warmup, ramp and debias leave are the hold."""
 
-    penalty: Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"] = Field(
+    penalty: Penalty = Field(
         default="group_lasso",
         description="group_lasso: channels as whole vectors; l1: single weights; scale_l1: BatchNorm scales; "
         "sparse_group_lasso: both; group_mcp: channels, without shrinking those far from zero",
@@ -185,12 +195,12 @@ class SparsifySpec(_Phase):
     strength: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         default="auto", description="coefficient of the penalty; auto steers it towards cut.target"
     )
-    importance: Literal["taylor", "magnitude"] = Field(
+    importance: LearnedImportance = Field(
         default="taylor",
         description="what decides which channels strength auto takes: taylor, their effect on the loss, learned from "
         "the gradients of the warmup and after; magnitude, the size of their filters at the start",
     )
-    weigh_by: Literal["size", "macs", "latency"] = Field(
+    weigh_by: WeighBy = Field(
         default="size",
         description="what a channel's importance is weighed against: macs, or its latency in ONNX Runtime, measured "
         "layer by layer at export.batch_size and benchmark.threads; size: nothing",
@@ -213,7 +223,7 @@ class SparsifySpec(_Phase):
     )
 
 
-class TargetSpec(Spec):
+class TargetSpec(StrictSpec):
     """How fast the pruned model is to be, how much of the dense one is to be left, or how much accuracy it may cost.
 
     Of several the tightest binds.
@@ -240,10 +250,10 @@ class TargetSpec(Spec):
     )
 
 
-class CutSpec(Spec):
+class CutSpec(StrictSpec):
     """Which channels go."""
 
-    method: Literal["auto", "zeros", "threshold", "gap", "budget"] = Field(
+    method: MaskMethod = Field(
         default="auto",
         description="zeros: exactly zero channels; threshold: scores below it; gap: below the largest gap in "
         "the log-scores; budget: the lowest scores until target is met; auto: zeros, then budget if target "
@@ -289,7 +299,7 @@ class CutSpec(Spec):
     )
 
 
-class DistillSpec(Spec):
+class DistillSpec(StrictSpec):
     """Learning from the dense model's logits: (1 - weight) CE + weight T^2 KL."""
 
     weight: Share = Field(default=0.5, description="weight of the dense model's answer against the labels")
@@ -305,7 +315,7 @@ class FinetuneSpec(_Phase):
     )
 
 
-class ExportSpec(Spec):
+class ExportSpec(StrictSpec):
     """The ONNX files."""
 
     opset: int | None = Field(
@@ -313,7 +323,7 @@ class ExportSpec(Spec):
     )
     batch_size: int = Field(default=1, ge=1, description="batch of the exported graph, and of the benchmark")
     dynamic_batch: bool = Field(default=False, description="leave the batch dimension open")
-    precisions: tuple[Literal["int8", "fp16"], ...] = Field(
+    precisions: tuple[Precision, ...] = Field(
         default=(), description="the pruned model in fewer bits too, timed and tested beside it"
     )
     calibration: int = Field(
@@ -321,18 +331,18 @@ class ExportSpec(Spec):
     )
 
 
-class BenchmarkSpec(Spec):
+class BenchmarkSpec(StrictSpec):
     """The latency measurement in ONNX Runtime, at the batch of `export`."""
 
     threads: int = Field(default=1, ge=1, description="threads of ONNX Runtime")
     rounds: int = Field(default=100, ge=10, description="timed runs of each model, interleaved")
     warmup: int = Field(default=10, ge=1, description="untimed runs of each model before them")
-    provider: Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"] = Field(
+    provider: Provider = Field(
         default="cpu", description="execution provider of ONNX Runtime for this measurement"
     )
 
 
-def section_of(info: FieldInfo) -> type[BaseModel] | None:
+def nested_spec(info: FieldInfo) -> type[BaseModel] | None:
     """The spec that a field holds, or None for a plain value."""
     for kind in (info.annotation, *get_args(info.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -1,4 +1,4 @@
-"""BatchNorm statistics measured anew: after a cut of channels that were not zero, what is left sees other inputs."""
+"""Measure BatchNorm statistics anew: after a cut of channels that were not zero, the layers left see other inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from sparsekit.evaluation import eval_mode
 def recalibrate_batchnorms(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replace the running mean and variance of every BatchNorm by their average over `batches`; returns how many.
 
-    `batches` are inputs as the model gets them in training, on its device: a few dozen batches of training images do.
-    All else is in eval mode meanwhile (no dropout, no stochastic depth), and no weight changes. In place; training
-    flags and momenta come back. After a lossless cut the statistics are right as they are. Raises InputError if there
-    is no batch; whatever else goes wrong, the old statistics come back.
+    In place; no weight changes. `batches` are inputs as in training, on the model's device; a few dozen are enough.
+    Everything but the BatchNorms is in eval mode meanwhile, and training flags and momenta come back. A lossless cut
+    needs none of this. Raises InputError if there is no batch. On any error the old statistics come back.
 
     Source: Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", 2020 (adaptive
     BatchNorm).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
-from sparsekit.errors import InputError, ModelError
+from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.export.session import check_provider
 from sparsekit.machine import check_threads
 from sparsekit.recipe.recipe import Recipe
@@ -150,7 +150,7 @@ def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: 
             mode = "training" if training else "evaluation"
             raise ModelError(
                 f"{recipe.model.name} does not run in {mode} on {len(images)} images of {size} "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); another data.image_size or data.batch_size "
+                f"({first_line(error)}); another data.image_size or data.batch_size "
                 "may mend it"
             ) from error
     if not isinstance(outputs, Tensor) or outputs.shape != (len(images), n_classes):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import as_inputs, evaluating
 from sparsekit.structure.groups import LayerCost
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def count_params(model: nn.Module) -> int:
@@ -23,15 +23,15 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
-    """Multiply-accumulates of one forward pass on the example, divided by its batch size (FLOPs / 2).
+def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> int:
+    """Multiply-accumulates of one forward pass on `example_input`, divided by its batch size (FLOPs / 2).
 
     Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
     Runs in eval mode without gradients; the model keeps its training flags and what requires gradients.
     """
     # The counter follows modules by the gradients of what they are given, and stumbles over a parameter among that.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inputs = [example.detach() for example in example_inputs]
+    inputs = [tensor.detach() for tensor in as_inputs(example_input)]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -40,7 +40,7 @@ def count_macs(model: nn.Module, *example_inputs: Tensor) -> int:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return int(counter.get_total_flops() // 2 // example_inputs[0].shape[0])
+    return int(counter.get_total_flops() // 2 // inputs[0].shape[0])
 
 
 @contextmanager
@@ -55,8 +55,9 @@ def attention_in_the_open() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, ...]:
-    """Cost of every convolution and linear layer, observed in one forward pass at the example's shapes."""
+def layer_costs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
+    """Cost of every convolution and linear layer, observed in one forward pass on `example_input`."""
+    batch = as_inputs(example_input)[0].shape[0]
     positions: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -66,20 +67,20 @@ def layer_costs(model: nn.Module, *example_inputs: Tensor) -> tuple[LayerCost, .
         if isinstance(module, nn.Linear):
             count = out.numel() // weight.shape[0]
         else:
-            mapped = args[0] if isinstance(module, _TRANSPOSED) else out
+            mapped = args[0] if isinstance(module, TRANSPOSED) else out
             count = prod(mapped.shape[2:]) * mapped.shape[0]
         key = f"{name}.weight" if name else "weight"
-        positions[key] = positions.get(key, 0) + count // example_inputs[0].shape[0]
+        positions[key] = positions.get(key, 0) + count // batch
         shapes[key] = tuple(weight.shape)
 
-    watch_layers(model, record, *example_inputs)
+    watch_layers(model, example_input, record)
     return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
 
 
 def watch_layers(
     model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
     record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
-    *example_inputs: Tensor,
 ) -> None:
     """Run the model once in eval mode; `record(name, layer, inputs, output)` for each call of a layer with MACs."""
     hooks = [
@@ -88,11 +89,11 @@ def watch_layers(
             with_kwargs=True,
         )
         for name, module in model.named_modules()
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear))
+        if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED, nn.Linear))
     ]
     try:
         with evaluating(model):
-            model(*example_inputs)
+            model(*as_inputs(example_input))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""Attributes that give sizes, read and written so that they agree with the tensors."""
+"""Read and write the attributes of modules that give sizes, so that they agree with the tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.places import Attribute
 
 
 def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
-    """The values of an integer attribute (one) or of a tuple of them; empty if there is no such attribute."""
+    """The integers that an attribute holds, one or a tuple of them; empty if there is no such attribute."""
     module, _, name = path.rpartition(".")
     try:
         value = getattr(model.get_submodule(module), name)
@@ -24,7 +25,7 @@ def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
 
 
 def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
-    """Set the attribute, or its entry, to `size`; tuples stay tuples and lists are replaced, not changed."""
+    """Set the attribute, or one entry of it, to `size`; a tuple or list is replaced by a new one of its kind."""
     module = model.get_submodule(attribute.module)
     if attribute.item is None:
         setattr(module, attribute.name, size)
@@ -38,13 +39,13 @@ def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
     """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
 
-    `rows` of the weight were kept: a grouped convolution has as many blocks left as these lie in.
+    `rows` are those of the weight that were kept: a grouped convolution keeps the groups that they lie in.
     """
     weight = getattr(module, "weight", None)
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if isinstance(module, TRANSPOSED):
         assert isinstance(weight, Tensor)
         module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    elif isinstance(module, CONVOLUTIONS):
         assert isinstance(weight, Tensor)
         if rows is not None:
             module.groups = len({row // (module.out_channels // module.groups) for row in rows})

@@ -1,4 +1,4 @@
-"""Residual blocks that are gone: in their place stands a module that passes its input on."""
+"""Bypass whole residual blocks: in place of each stands a module that passes its input on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsekit.errors import ModelError
 
 
 class Passthrough(nn.Module):
-    """Returns its first argument, whatever else a block is given."""
+    """Returns its first argument, whatever else it is given."""
 
     def forward(self, x: Any, *args: Any, **keywords: Any) -> Any:
         """`x`, as it is."""
@@ -19,9 +19,9 @@ class Passthrough(nn.Module):
 
 
 def bypass_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put a `Passthrough` in the place of each named module, wherever it is registered, in place.
+    """Put a `Passthrough` where each named module is registered, in place.
 
-    Raises ModelError if there is none.
+    Raises ModelError if there is no such module.
     """
     for name in names:
         modules = dict(model.named_modules(remove_duplicate=False))

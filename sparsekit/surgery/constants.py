@@ -1,13 +1,8 @@
-"""Constants of dead channels: what is lost with a dropped channel goes into the bias, or into a constant that stays.
+"""Fold the constants that dead channels put out into what stays, so that cutting the channels does not lose them.
 
-A channel whose scale is zero still puts out act(shift), the same at every position. Dropping it would lose that
-constant. Rather than derive it from operator rules, it is observed at the input of each consuming layer on two
-random batches: what does not vary there is a constant, whatever lies in between (pooling, gates, additions). An
-observation is not a proof: a channel that those batches never excite, and other images do, passes for a constant.
-
-Where every output position reads all of the kernel, a constant is a bias. A zero-padded convolution reads less of
-it at the border, but of each input channel alike: there the constants that go are exactly a multiple of a constant
-that stays, its carrier, and are merged into the carrier's column.
+A channel whose scale is zero still puts out act(shift), the same at every position. Constants are observed, not
+derived: a channel that does not vary at the input of the layer that reads it, on two random batches, is taken to be
+constant. That is not a proof: a channel that only other images excite passes for a constant too.
 """
 
 from __future__ import annotations
@@ -19,35 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import ModelError
+from sparsekit.errors import ModelError, first_line
 from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.plan import PrunePlan
 
 # A channel counts as constant when it varies by less than this, relative to its size (float32 noise of a sum).
 CONSTANT_TOLERANCE = 1e-6
-# A carrier below this share of the largest constant it takes over would need weights far larger than any other.
+# With a carrier below this share of the largest constant it takes over, weights would become far too large.
 _SMALLEST_CARRIER = 0.01
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
-# Forwards that use `weight` as it is, besides torch's own. By name: nothing else here needs timm loaded.
+_LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
+# Forwards that use `weight` as it is, besides torch's own; by name, so that timm need not be loaded.
 _AS_IS = {"timm.layers.linear.Linear.forward", "timm.layers.conv2d_same.Conv2dSame.forward"}
 
 
 def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
-    """Detach the channels that `plan` drops from every layer that reads them, without losing their constants.
+    """Detach the channels that `plan` drops from the layers that read them, and keep their constants; in place.
 
-    In place. Afterwards the dropped columns of every consumer are zero, so that dropping the channels changes
-    nothing more: this is the masked dense model. The constants a_i of the dropped input channels i go
+    The columns that read dropped channels become zero. The constants a_i of the dropped channels i go
 
-    - into the bias, as sum over i and the kernel of a_i W[:, i], where that is exact: linear layers, 1x1
-      convolutions and convolutions that do not zero-pad;
-    - else into the largest constant a_j that stays, W[:, j] += sum over i of (a_i / a_j) W[:, i], which is exact
-      wherever all input channels are padded alike.
+    - into the bias, as the sum over i and the kernel of a_i W[:, i]. That is exact where every output position reads
+      the whole kernel: linear layers, 1x1 convolutions, and convolutions without zero padding;
+    - elsewhere into the column of the largest constant a_j that stays, the carrier: W[:, j] += sum over i of
+      (a_i / a_j) W[:, i]. That is exact because all input channels are padded alike.
 
-    Both need a layer that uses its weight as it is, alone and ungrouped (a standardised weight would change with
-    its columns). Elsewhere, and without a carrier (see `keep_carriers`), a constant other than 0 is dropped.
-    Returns how many constants were folded, by module.
+    Both need an ungrouped layer that uses its weight as it is and shares it with no other (`plain_layers`). Of other
+    layers, and without a carrier (see `keep_carriers`), constants other than 0 are lost. Returns how many were folded,
+    by module.
     """
     cuts = [cut for cut in plan.cuts if cut.role == "consumer" and cut.drop]
     layers = plain_layers(model, (cut.tensor for cut in cuts))
@@ -83,6 +76,45 @@ def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
+def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers and ungrouped convolutions that hold these tensors, by tensor.
+
+    Their weight has one column for each input channel, in order.
+    """
+    modules = dict(model.named_modules())
+    found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
+    return {
+        tensor: module
+        for tensor, module in found
+        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
+    }
+
+
+def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+    """Those of `readers_of` that use their weight as it is and share it with no other module."""
+    held = [tensor for module in model.modules() for tensor in module._parameters.values()]
+
+    def is_plain(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")  # None if it is computed: normalised or parametrised
+        alone = weight is not None and sum(tensor is weight for tensor in held) == 1
+        return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
+
+    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
+
+
+def bias_is_exact(module: nn.Module) -> bool:
+    """Whether a constant input channel of a plain layer adds the same number to every output position."""
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, CONVOLUTIONS):
+        return False
+    if all(size == 1 for size in module.kernel_size):
+        return module.padding in ("valid", "same") or not any(module.padding)
+    # A forward that is not torch's may pad in another way than `padding` says.
+    unpadded = module.padding == "valid" or (module.padding != "same" and not any(module.padding))
+    return _is_torch_own(module) and (unpadded or module.padding_mode in ("reflect", "replicate", "circular"))
+
+
 @dataclass(frozen=True)
 class Reading:
     """Lowest and highest value of each input channel of a layer, over all positions; float64, on the CPU."""
@@ -99,12 +131,12 @@ class Reading:
 
     @property
     def carriers(self) -> Tensor:
-        """Which constants others may be expressed in: not 0, and steady measured by their own size alone."""
+        """Which channels may be carriers: constant, not 0, and steady measured by their own size."""
         size = self.constants.abs()
         return (size > 0) & (self.high - self.low <= CONSTANT_TOLERANCE * size)
 
     def carrier(self, stays: Tensor) -> int | None:
-        """The largest carrier among the channels that stay, if it is large enough for the constants that go."""
+        """The largest carrier among the channels that stay; None if none is large enough for the constants that go."""
         size = self.constants.abs()
         largest = size.masked_fill(stays, 0).max()
         usable = size.where(self.carriers & stays & (size >= _SMALLEST_CARRIER * largest), 0.0)
@@ -114,7 +146,7 @@ class Reading:
 def observe_inputs(
     model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], layers: Mapping[str, nn.Module]
 ) -> dict[str, Reading]:
-    """What each layer (by its weight's name) reads on two random batches; layers never reached are left out."""
+    """What each layer reads on two random batches, by its weight's name; layers that do not run are left out."""
     readings: dict[str, Reading] = {}
 
     def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -134,9 +166,9 @@ def observe_inputs(
             for seed in (0, 1) if layers else ():
                 model(*random_inputs(input_shapes, seed, model, batch=2))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(
-            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: {reason}"
+            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: "
+            f"{first_line(error)}"
         ) from error
     finally:
         for hook in hooks:
@@ -144,35 +176,23 @@ def observe_inputs(
     return readings
 
 
-def _channel_dim(module: nn.Module) -> int:
-    """Where the input of a linear layer or convolution has its channels, with or without a batch dimension."""
-    return -1 - len(module.kernel_size) if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) else -1
+def _add_to_bias_(module: nn.Module, constants: Tensor) -> None:
+    """Add to the bias what input channels with these constants (n_inputs,) contribute."""
+    bias, weight = getattr(module, "bias", None), module.weight
+    assert isinstance(weight, Tensor)
+    amount = weight.reshape(*weight.shape[:2], -1).sum(2) @ constants.to(weight)
+    if bias is None:
+        bias = nn.Parameter(torch.zeros_like(amount), requires_grad=weight.requires_grad)
+        module.bias = bias
+    bias.add_(amount)
 
 
-def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers and ungrouped convolutions among the modules that hold these tensors, by tensor.
-
-    Position i of their weight's input dimension is input channel i.
-    """
-    modules = dict(model.named_modules())
-    found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
-    return {
-        tensor: module
-        for tensor, module in found
-        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
-    }
-
-
-def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
-    """Those of `readers_of` whose weight is the filter itself, and of this module alone."""
-    held = [tensor for module in model.modules() for tensor in module._parameters.values()]
-
-    def is_plain(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")  # computed, not held, if normalised or parametrised
-        alone = weight is not None and sum(tensor is weight for tensor in held) == 1
-        return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
-
-    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
+def _merge_(module: nn.Module, dim: int, carrier: int, shares: Tensor) -> None:
+    """Add to the carrier's column the columns of all input channels, times their shares (n_inputs,)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    columns = weight.movedim(dim, 0)  # a view
+    columns[carrier] += torch.tensordot(shares.to(weight), columns, 1)
 
 
 def _is_torch_own(module: nn.Module) -> bool:
@@ -190,33 +210,6 @@ def _forward_name(module: nn.Module) -> str:
     return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
 
 
-def bias_is_exact(module: nn.Module) -> bool:
-    """Whether a constant input channel of a plain layer adds the same number to every output position."""
-    if isinstance(module, nn.Linear):
-        return True
-    if not isinstance(module, _CONVOLUTIONS):
-        return False
-    if all(size == 1 for size in module.kernel_size):
-        return module.padding in ("valid", "same") or not any(module.padding)
-    # Where the forward is not torch's, the padding may be another than it says.
-    unpadded = module.padding == "valid" or (module.padding != "same" and not any(module.padding))
-    return _is_torch_own(module) and (unpadded or module.padding_mode in ("reflect", "replicate", "circular"))
-
-
-def _add_to_bias_(module: nn.Module, constants: Tensor) -> None:
-    """Add what input channels of these values (n_inputs,) contribute at every position."""
-    bias, weight = getattr(module, "bias", None), module.weight
-    assert isinstance(weight, Tensor)
-    amount = weight.reshape(*weight.shape[:2], -1).sum(2) @ constants.to(weight)
-    if bias is None:
-        bias = nn.Parameter(torch.zeros_like(amount), requires_grad=weight.requires_grad)
-        module.bias = bias
-    bias.add_(amount)
-
-
-def _merge_(module: nn.Module, dim: int, carrier: int, shares: Tensor) -> None:
-    """Add to the carrier's column those of all input channels, times their shares (n_inputs,)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    columns = weight.movedim(dim, 0)  # a view
-    columns[carrier] += torch.tensordot(shares.to(weight), columns, 1)
+def _channel_dim(module: nn.Module) -> int:
+    """The dimension of the channels in the input of a linear layer or convolution, counted from the end."""
+    return -1 - len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else -1

@@ -1,4 +1,4 @@
-"""The cut itself: a plan and a model give a new, smaller module."""
+"""Cut a model by a plan: the result is a new, smaller module."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A new, smaller module without the channels that `plan` drops; `model` is left as it is.
 
     Constants of dead channels are folded where that is exact. Training flags, devices, dtypes and requires_grad
-    carry over. Raises ModelError if the plan names a tensor the model does not have or of another size, would empty
-    a layer, or has inputs that the model does not take.
+    carry over. Raises ModelError if the plan names a tensor that the model lacks or has in another size, if it would
+    empty a layer, or if the model does not run on inputs of the plan's shapes.
     """
     return cut_masked_(mask_model(model, plan), plan)
 
 
 def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
-    """Take out of a masked model what nothing reads any more, in place."""
+    """Cut from a masked model the channels that nothing reads any more, in place."""
     bypass_(masked, (block.module for block in plan.blocks))
     leave_sizes_to_torch_(masked, plan.rewrites)
     planned = {cut.tensor for cut in plan.cuts}
@@ -52,10 +52,16 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     return masked
 
 
-def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
-    """Whether it is the gain of a convolution that was standardised, or a bias no constant was folded into."""
-    module, _, name = cut.tensor.rpartition(".")
-    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
+Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _holders(model: nn.Module) -> Holders:
+    """The modules that hold each parameter and buffer, with its name there, by its id."""
+    holders: Holders = defaultdict(list)
+    for module in model.modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            holders[id(tensor)].append((module, key))
+    return holders
 
 
 def _resize_(model: nn.Module, cut: TensorCut) -> None:
@@ -64,16 +70,10 @@ def _resize_(model: nn.Module, cut: TensorCut) -> None:
     write_size_(model, Attribute(module, name, item), len(cut.keep))
 
 
-Holders = dict[int, list[tuple[nn.Module, str]]]
-
-
-def _holders(model: nn.Module) -> Holders:
-    """By the identity of each parameter and buffer, the modules that hold it and its name there."""
-    holders: Holders = defaultdict(list)
-    for module in model.modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            holders[id(tensor)].append((module, key))
-    return holders
+def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
+    """Whether the tensor does not exist: the gain of a convolution made plain, or a bias that no constant needed."""
+    module, _, name = cut.tensor.rpartition(".")
+    return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
 
 
 def _slice_(model: nn.Module, cut: TensorCut, holders: Holders) -> None:

@@ -1,8 +1,9 @@
-"""The masked model: full size, but nothing reads what the plan drops."""
+"""Mask a model by a plan: it keeps its full size, but nothing reads the channels that the plan drops."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,62 +16,17 @@ from sparsekit.surgery.norms import is_standardised, make_plain_, normalise_what
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy of full size in which nothing reads the dropped channels: what the cut model has to reproduce.
+    """A copy of full size in which nothing reads the dropped channels: the cut model has to compute the same.
 
     Raises ModelError if the plan does not fit the model, or the model does not run on inputs of the plan's shapes.
     """
     _check_fits(model, plan)
-    masked = _with_plain_readers(model, plan)
-    _silence_blocks_(masked, plan)
-    fold_constants_(masked, plan)
-    _silence_(masked, plan)
-    _confine_layer_norms_(masked, plan)
-    return masked
+    return _masked(model, plan, fold_constants_)
 
 
 def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """As `mask_model`, with constants of dead channels dropped instead of folded."""
-    copied = _with_plain_readers(model, plan)
-    _silence_blocks_(copied, plan)
-    blank_columns_(copied, plan)
-    _silence_(copied, plan)
-    _confine_layer_norms_(copied, plan)
-    return copied
-
-
-def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy in which no layer that loses columns computes its filters from all of them."""
-    copied = copy.deepcopy(model)
-    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
-    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
-    return copied
-
-
-def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
-    """Blocks that go add nothing to what they read; in place."""
-    with torch.no_grad():
-        for block in plan.blocks:
-            for scale in block.scales:
-                model.get_parameter(scale).zero_()
-
-
-def _silence_(model: nn.Module, plan: PrunePlan) -> None:
-    """Where a response norm looks at all channels, those that go have to be zero, not only unread; in place."""
-    if not any(cut.role == "response" for cut in plan.cuts):
-        return
-    tensors = dict(model.named_parameters())
-    with torch.no_grad():
-        for cut in plan.cuts:
-            if cut.role not in ("consumer", "response") and cut.tensor in tensors:
-                tensor = tensors[cut.tensor]
-                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
-
-
-def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
-    """Layer norms that lose channels look at those that stay, as the cut ones will; in place."""
-    for cut in plan.cuts:
-        if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
-            normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)
+    """As `mask_model`, but constants of dead channels are lost, not folded, and the plan is not checked."""
+    return _masked(model, plan, blank_columns_)
 
 
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
@@ -83,7 +39,7 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             )
     for cut in plan.cuts:
         if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
-            continue  # of a composed plan: the first cut may have made it, for a constant
+            continue  # in a composed plan the first cut may make this bias, for a constant
         size = len(cut.keep) + len(cut.drop)
         if cut.role == "size":
             found = read_sizes(model, cut.tensor)
@@ -96,3 +52,50 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             )
         if not cut.keep:
             raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")
+
+
+def _masked(
+    model: nn.Module, plan: PrunePlan, detach_: Callable[[nn.Module, PrunePlan], object]
+) -> nn.Module:
+    """A copy in which `detach_` takes the dropped channels from the layers that read them."""
+    masked = _with_plain_readers(model, plan)
+    _silence_blocks_(masked, plan)
+    detach_(masked, plan)
+    _silence_(masked, plan)
+    _confine_layer_norms_(masked, plan)
+    return masked
+
+
+def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy in which standardised convolutions that lose columns are plain."""
+    copied = copy.deepcopy(model)
+    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
+    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
+    return copied
+
+
+def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
+    """Set the layer scales of residual blocks that go to zero, in place."""
+    with torch.no_grad():
+        for block in plan.blocks:
+            for scale in block.scales:
+                model.get_parameter(scale).zero_()
+
+
+def _silence_(model: nn.Module, plan: PrunePlan) -> None:
+    """Set dropped channels to zero if the plan cuts a response norm, which looks at all channels; in place."""
+    if not any(cut.role == "response" for cut in plan.cuts):
+        return
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for cut in plan.cuts:
+            if cut.role not in ("consumer", "response") and cut.tensor in tensors:
+                tensor = tensors[cut.tensor]
+                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
+
+
+def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
+    """Let layer norms that lose channels look only at those that stay, as the cut ones will; in place."""
+    for cut in plan.cuts:
+        if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
+            normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)

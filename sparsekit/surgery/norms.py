@@ -1,4 +1,4 @@
-"""Norms and a cut: layer norms over what stays, standardised convolutions made plain, and what makes up for a mean."""
+"""What a cut does to norms: layer norms, response norms, root mean square norms, and standardised convolutions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from sparsekit.structure.plan import TensorCut
 _MARK, _KEPT = "_normalises_what_stays", "_kept"
 
 
+_KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+
+
 def normalise_what_stays_(module: nn.Module, keep: tuple[int, ...]) -> None:
-    """Give the module a subclass whose layer norms look at the channels `keep` only, in place."""
+    """Give the module a subclass whose layer norms look only at the channels `keep`, in place."""
     cls = _original_class(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -34,6 +37,53 @@ def normalise_all_(module: nn.Module) -> None:
         delattr(module, _KEPT)
 
 
+def make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
+    """Change epsilon and scale of a norm by a mean over channels, so that the cut leaves its outputs; in place.
+
+    Of d channels k stay and the others are zero. With m the mean over all d and m' that over the k, m = m' k / d. So a
+    global response norm x / (m + eps) is (d / k) x / (m' + eps d / k), and a root mean square norm x / sqrt(m + eps),
+    with m the mean of squares, is sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
+    """
+    module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
+    ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
+    is_root_mean_square = hasattr(module, "normalized_shape")
+    with torch.no_grad():
+        module.weight.mul_(ratio**0.5 if is_root_mean_square else ratio)
+    module.eps *= ratio
+    if is_root_mean_square:
+        module.normalized_shape = (len(cut.keep),)
+
+
+def is_standardised(module: nn.Module) -> bool:
+    """Whether the module is one of timm's weight-standardised convolutions."""
+    return isinstance(module, nn.Conv2d) and type(module).__name__ in _KINDS
+
+
+def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
+    """Turn the named standardised convolutions of `model` into plain ones that compute the same, in place."""
+    for name in names:
+        module = model.get_submodule(name)
+        with torch.no_grad():
+            weight = effective_weight(module)
+        requires_grad = bool(module.weight.requires_grad)
+        module.weight = nn.Parameter(weight, requires_grad=requires_grad)
+        if "gain" in module._parameters:
+            del module.gain
+        module.__class__ = _plain_class(module)
+
+
+def effective_weight(module: Any) -> Tensor:
+    """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
+    weight: Tensor = module.weight
+    flat = weight.flatten(1)
+    variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
+    standardised = (flat - mean) / (variance + module.eps).sqrt()
+    if isinstance(gain := getattr(module, "gain", None), Tensor):
+        standardised = standardised * (gain * module.scale).reshape(-1, 1)
+    effective: Tensor = standardised.reshape_as(weight)
+    return effective
+
+
 def _original_class(module: nn.Module) -> Any:
     """The module's class before its layer norms were confined to some channels."""
     cls = type(module)
@@ -41,7 +91,7 @@ def _original_class(module: nn.Module) -> Any:
 
 
 class _OverWhatStays(TorchFunctionMode):
-    """Layer norms with this scale see the kept channels of their input's last dimension, and give 0 for the others."""
+    """Layer norms with this scale normalise the kept channels of the last dimension, and give 0 for the others."""
 
     def __init__(self, weight: Tensor, keep: tuple[int, ...]) -> None:
         super().__init__()
@@ -67,41 +117,8 @@ def _arguments(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
-    """Of torch's layer_norm, however they were given."""
+    """The arguments of torch's layer_norm, however they were given."""
     return input, normalized_shape, weight, bias, eps
-
-
-_KINDS = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-
-
-def is_standardised(module: nn.Module) -> bool:
-    """Whether the module is one of timm's weight-standardised convolutions."""
-    return isinstance(module, nn.Conv2d) and type(module).__name__ in _KINDS
-
-
-def effective_weight(module: Any) -> Tensor:
-    """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
-    weight: Tensor = module.weight
-    flat = weight.flatten(1)
-    variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
-    standardised = (flat - mean) / (variance + module.eps).sqrt()
-    if isinstance(gain := getattr(module, "gain", None), Tensor):
-        standardised = standardised * (gain * module.scale).reshape(-1, 1)
-    effective: Tensor = standardised.reshape_as(weight)
-    return effective
-
-
-def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
-    """Turn the named standardised convolutions of `model` into plain ones that compute the same, in place."""
-    for name in names:
-        module = model.get_submodule(name)
-        with torch.no_grad():
-            weight = effective_weight(module)
-        requires_grad = bool(module.weight.requires_grad)
-        module.weight = nn.Parameter(weight, requires_grad=requires_grad)
-        if "gain" in module._parameters:
-            del module.gain
-        module.__class__ = _plain_class(module)
 
 
 def _plain_class(module: nn.Module) -> type[nn.Conv2d]:
@@ -110,20 +127,3 @@ def _plain_class(module: nn.Module) -> type[nn.Conv2d]:
 
         return Conv2dSame
     return nn.Conv2d
-
-
-def make_up_for_the_mean_(model: nn.Module, cut: TensorCut) -> None:
-    """Of a norm over d channels, of which k stay: epsilon times d / k, and the scale to suit.
-
-    With m the mean over all d channels and m' that over the k that stay, the others being zero, m = m' k / d. So for
-    a global response norm x / (m + eps) = (d / k) x / (m' + eps d / k), and for a root mean square norm, m being that
-    of squares, x / sqrt(m + eps) = sqrt(d / k) x / sqrt(m' + eps d / k): exactly.
-    """
-    module: Any = model.get_submodule(cut.tensor.rpartition(".")[0])
-    ratio = (len(cut.keep) + len(cut.drop)) / len(cut.keep)
-    is_root_mean_square = hasattr(module, "normalized_shape")
-    with torch.no_grad():
-        module.weight.mul_(ratio**0.5 if is_root_mean_square else ratio)
-    module.eps *= ratio
-    if is_root_mean_square:
-        module.normalized_shape = (len(cut.keep),)

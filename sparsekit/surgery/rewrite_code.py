@@ -1,10 +1,8 @@
-"""Code that computes a size from something that does not shrink, and how a cut module does without.
+"""Rewrite reshapes in a module's code whose sizes a cut makes wrong.
 
-Attention is often written `qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)` with `c` the width of the
-*input*: right as long as no head is gone, and no attribute can mend it. But a reshape may leave one size to torch.
-Where a computed size stands in the way of a cut, the module gets a subclass of its class whose method is the same
-but for -1 (or a plain number) in that place. An artifact records the places, and nothing else, so loading one runs
-no foreign code.
+Attention is often written `qkv.reshape(b, n, 3, self.num_heads, c // self.num_heads)`, with `c` the width of the
+input. That is wrong once a head is gone, and no attribute can mend it. So the module gets a subclass whose method has
+-1, or a plain number, in that place. An artifact records only the places: loading one runs no foreign code.
 """
 
 from __future__ import annotations
@@ -27,37 +25,10 @@ _RESHAPES = ("reshape", "view")
 _MARK = "_rewritten_places"
 
 
-def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
-    """Hash of a method's text and its reshape calls in order; None if it cannot be taken apart safely."""
-    try:
-        text = textwrap.dedent(inspect.getsource(function))
-        definition = ast.parse(text).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or function.__closure__:
-        return None  # a closure is what super() without arguments needs
-    return hashlib.sha256(text.encode()).hexdigest(), _reshape_calls(definition)
-
-
-def _reshape_calls(definition: ast.AST) -> list[ast.Call]:
-    calls = [
-        node
-        for node in ast.walk(definition)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPES
-    ]
-    return sorted(calls, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))
-
-
-def size_arguments(call: ast.Call) -> list[ast.expr]:
-    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
-        return call.args[0].elts
-    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
-
-
 def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
-    """Give every module named by `places` a subclass in which the size in each place is -1, in place.
+    """Give every module named by `places` a subclass with the place's size (-1: left to torch) there, in place.
 
-    Raises InputError if there is no such module, or a method's text is not the one the places belong to.
+    Raises InputError if there is no such module, or the text of its method is not the recorded one.
     """
     modules = dict(model.named_modules())
     by_method: dict[tuple[str, str], list[Place]] = {}
@@ -76,37 +47,9 @@ def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
                 f"{cls.__module__}.{cls.__qualname__}.{method} is not the code the cut was made for; install the "
                 "versions that the artifact was written with"
             )
-        # Of one place, what is written last stands.
+        # Where a place is written twice, the last size counts.
         together = {replace(place, size=-1): place for place in (*earlier, *found)}
         module.__class__ = _subclass(cls, tuple(sorted(together.values())))
-
-
-def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
-    methods = {
-        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
-        for one in {place.method for place in places}
-    }
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
-    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
-    return made
-
-
-def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """How to copy or pickle a rewritten module: the class is made again where the copy is."""
-    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
-
-
-def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
-    made = _subclass(cls, places)
-    return made.__new__(made)
-
-
-def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
-    return (
-        place.source == source
-        and 0 <= place.call < len(calls)
-        and 0 <= place.argument < len(size_arguments(calls[place.call]))
-    )
 
 
 def rewritten_places(module: nn.Module) -> tuple[Place, ...]:
@@ -119,6 +62,43 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before anything was rewritten."""
     cls = type(module)
     return cls.__bases__[0] if _MARK in vars(cls) else cls
+
+
+def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
+    """The hash of a method's text, and its reshape calls in order; None if the method cannot be rewritten safely."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+        definition = ast.parse(text).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or function.__closure__:
+        return None  # a closure is what super() without arguments needs
+    return hashlib.sha256(text.encode()).hexdigest(), _reshape_calls(definition)
+
+
+def size_arguments(call: ast.Call) -> list[ast.expr]:
+    """The sizes that a reshape call is given, as arguments or in one tuple; empty if some are unpacked from a name."""
+    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
+        return call.args[0].elts
+    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
+
+
+def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:
+    return (
+        place.source == source
+        and 0 <= place.call < len(calls)
+        and 0 <= place.argument < len(size_arguments(calls[place.call]))
+    )
+
+
+def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module]:
+    methods = {
+        one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
+        for one in {place.method for place in places}
+    }
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
+    made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
+    return made
 
 
 def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
@@ -137,11 +117,29 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     assert isinstance(around, ast.ClassDef)
     around.body = [definition]
     tree = ast.fix_missing_locations(ast.Module([around], []))
-    ast.increment_lineno(
-        definition, function.__code__.co_firstlineno - 1
-    )  # tracebacks show the line it comes from
+    # Tracebacks show the line that the code comes from.
+    ast.increment_lineno(definition, function.__code__.co_firstlineno - 1)
     namespace: dict[str, Any] = {}
     exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
     made: Callable[..., Any] = vars(namespace[around.name])[definition.name]
     made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return made
+
+
+def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """How to copy or pickle a rewritten module: its class is made anew."""
+    return _empty, (original_class(module), rewritten_places(module)), module.__dict__
+
+
+def _empty(cls: type[nn.Module], places: tuple[Place, ...]) -> nn.Module:
+    made = _subclass(cls, places)
+    return made.__new__(made)
+
+
+def _reshape_calls(definition: ast.AST) -> list[ast.Call]:
+    calls = [
+        node
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _RESHAPES
+    ]
+    return sorted(calls, key=lambda call: (call.end_lineno or 0, call.end_col_offset or 0))

@@ -1,4 +1,4 @@
-"""The proof of a cut: the masked and the cut model agree."""
+"""Prove a cut: the masked and the cut model give the same outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsekit.errors import VerificationError
+from sparsekit.errors import VerificationError, first_line
 from sparsekit.evaluation import comparing, flat_tensors, random_inputs
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.mask import mask_model
@@ -14,15 +14,37 @@ from sparsekit.surgery.mask import mask_model
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest absolute difference of two models' outputs, and the largest absolute output it is measured against."""
+    """How far two models' outputs are apart: the largest absolute difference, and the largest absolute output."""
 
     max_abs: float
     scale: float
 
     @property
     def max_rel(self) -> float:
-        """`max_abs` relative to the largest output; 0 for two models that both put out nothing but zeros."""
+        """`max_abs` relative to the largest output."""
         return self.max_abs / self.scale if self.scale > 0 else self.max_abs
+
+
+def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
+    """Prove that the masked and the cut model agree within `tolerance`, relative to the largest output.
+
+    Raises VerificationError if they do not, or if the cut model does not run.
+    """
+    masked = mask_model(model, plan)
+    try:
+        agreement = compare_outputs(masked, pruned, plan.input_shapes)
+    except VerificationError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the cut model does not run: {first_line(error)}; nothing was written"
+        ) from error
+    if not agreement.max_rel <= tolerance:
+        raise VerificationError(
+            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
+            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
+        )
+    return agreement
 
 
 def compare_outputs(
@@ -44,12 +66,6 @@ def compare_outputs(
     return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
 
 
-def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """All tensors the model returns, in eval mode and true float32."""
-    with comparing(model):
-        return flat_tensors(model(*inputs))
-
-
 def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
     """Largest difference of two models' outputs on the same inputs.
 
@@ -69,22 +85,7 @@ def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
     return Agreement(max_abs, scale)
 
 
-def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
-    """Prove the surgery: the masked dense model and the cut one agree within `tolerance` of the largest output.
-
-    Raises VerificationError if they do not, or the cut one does not run.
-    """
-    masked = mask_model(model, plan)
-    try:
-        agreement = compare_outputs(masked, pruned, plan.input_shapes)
-    except VerificationError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise VerificationError(f"the cut model does not run: {reason}; nothing was written") from error
-    if not agreement.max_rel <= tolerance:
-        raise VerificationError(
-            f"the cut model differs from the masked one by {agreement.max_abs:.3g} (largest output "
-            f"{agreement.scale:.3g}, tolerance {tolerance:g}); nothing was written"
-        )
-    return agreement
+def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All tensors the model returns, in eval mode and true float32."""
+    with comparing(model):
+        return flat_tensors(model(*inputs))

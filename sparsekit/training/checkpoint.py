@@ -1,6 +1,6 @@
-"""Nested training state in one safetensors file: tensors as tensors, everything else as JSON in the header.
+"""Save and load training state as one safetensors file: tensors as tensors, all else as JSON in the header.
 
-No pickle: reading a file from somebody else cannot run code.
+There is no pickle: reading a file from somebody else cannot run code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _STRUCTURE = "sparsekit_state"
 def save_state(path: Path, state: Any) -> None:
     """Write `state` atomically: any nesting of dict (str or int keys), list, tuple, tensor, scalar, None.
 
-    NaN, infinities, int keys and tuples come back as they were; tensors that share memory are written
-    separately. Raises TypeError for anything else, before the old file is touched.
+    NaN, infinities, int keys and tuples come back as they were. Tensors that share memory are written separately.
+    Raises TypeError for anything else, before the old file is touched.
     """
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_encode(state, tensors, "state"), allow_nan=False)
@@ -50,7 +50,7 @@ def load_state(path: Path) -> Any:
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor], where: str) -> Any:
-    """JSON form of `value`: scalars as they are, all else a list [tag, content]."""
+    """The JSON form of `value`: scalars as they are, all else as a list [tag, content]."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""Images with labels: opening, splitting, transforming and batching them.
+"""Open labelled images: the embedded digits, class folders and tars, and timm's datasets.
 
-timm finds the images (folders, tars) and transforms them. Reading is done here, because timm's datasets skip
-an image they cannot read, and a silently different data set is worse than a stop.
+timm finds the images, but they are read here: timm's datasets skip an image that they cannot read, and a data set that
+silently differs is worse than a stop.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
 from torch.utils.data import Dataset
 
-from sparsekit.errors import DataError
+from sparsekit.errors import DataError, first_line
 
 Picture = Image.Image
 Labels = NDArray[np.int64]
@@ -35,9 +35,8 @@ _SYNONYMS = {
 class UnreadableImageError(DataError):
     """One image cannot be read; the message names its file.
 
-    A DataLoader worker hands over an exception as the text of its traceback and builds the exception again
-    from that text; the constructor takes the message out of it, so users see one line whatever the number of
-    workers.
+    A DataLoader's worker hands over only the text of the traceback, and the exception is built again from that. So the
+    constructor takes the message out of a traceback, and users see one line whatever the number of workers.
     """
 
     def __init__(self, message: str) -> None:
@@ -46,10 +45,10 @@ class UnreadableImageError(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Images(Dataset[tuple[Picture, int]]):
-    """Decoded images with their labels, read on demand.
+    """Images with their labels, read on demand.
 
-    read(i) gives the picture of index i, where(i) its name for messages; `indices` (n,) are those that
-    belong to this data set and `labels` (n,) their classes. in_memory: reading costs nothing.
+    indices, labels: (n,), which images of the source these are, and their classes. read, where: give the picture of an
+    index, and its name for messages. in_memory: reading costs nothing.
     """
 
     read: Callable[[int], Picture]
@@ -66,9 +65,8 @@ class Images(Dataset[tuple[Picture, int]]):
         try:
             return self.read(index), int(self.labels[position])
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UnreadableImageError(
-                f"cannot read the image {self.where(index)} ({reason}). Repair or remove it."
+                f"cannot read the image {self.where(index)} ({first_line(error)}). Repair or remove it."
             ) from error
 
     def subset(self, positions: Labels) -> Images:
@@ -77,6 +75,7 @@ class Images(Dataset[tuple[Picture, int]]):
 
 
 def open_digits() -> tuple[Images, tuple[str, ...]]:
+    """The 1,797 handwritten digits of scikit-learn (8x8 pixels), and the names of their classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -89,46 +88,8 @@ def open_digits() -> tuple[Images, tuple[str, ...]]:
     return images, tuple(str(digit) for digit in range(10))
 
 
-def _item(pictures: Sequence[Picture], index: int) -> Picture:
-    return pictures[index]
-
-
-def _numbered(name: str, index: int) -> str:
-    return f"{index} of {name}"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where the bytes of one image lie: in a file of its own (size -1) or inside a tar."""
-
-    file: str
-    offset: int
-    size: int
-    name: str
-
-
-def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
-    # Opened anew for each image: worker processes that shared one open tar would move each other's file
-    # position.
-    place = places[index]
-    with open(place.file, "rb") as file:
-        file.seek(place.offset)
-        content = file.read(place.size)
-    return _decode(io.BytesIO(content))
-
-
-def _decode(file: Any) -> Picture:
-    image: Picture = Image.open(file)
-    image.load()
-    return image
-
-
-def _name_stored(places: Sequence[_Stored], index: int) -> str:
-    place = places[index]
-    return place.file if place.size < 0 else f"{place.name} in {place.file}"
-
-
 def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
+    """A split below `root`, a folder or tar of class folders, and the names of its classes. Raises DataError."""
     path = _find_split(root, split)
     is_tar = path.is_file()
     try:
@@ -158,31 +119,8 @@ def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
     return images, tuple(sorted(classes, key=classes.__getitem__))
 
 
-def _place_in_tar(file: str, member: Any, child: Any) -> _Stored:
-    # A tar inside the tar: its members count their offsets from its own start.
-    start = 0 if child is None else child.offset_data
-    name = member.name if child is None else f"{child.name}/{member.name}"
-    return _Stored(file, start + member.offset_data, member.size, name)
-
-
-def _find_split(root: Path, split: str) -> Path:
-    if not root.exists():
-        raise DataError(f"the data folder {root} does not exist (working directory: {Path.cwd()}).")
-    if split in ("", "."):
-        return root
-    synonyms = next((names for names in _SYNONYMS.values() if split in names), (split,))
-    for candidate in (split, *synonyms):
-        for path in (root / candidate, root / f"{candidate}.tar"):
-            if path.exists():
-                return path
-    there = sorted(os.listdir(root))[:8] if root.is_dir() else []
-    raise DataError(
-        f"{root} has no {split!r} and no '{split}.tar'; it holds {', '.join(there) or 'nothing'}. "
-        "Name one of these as the split, or '' if the class folders lie in it directly."
-    )
-
-
 def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
+    """A split of a timm dataset downloaded to `root`, and the names of its classes. Raises DataError."""
     if name.lower().startswith(("wds/", "tfds/", "hfids/")):
         raise DataError(
             f"data {name!r} is a stream; give one that can be split and indexed: torch/..., hfds/..."
@@ -203,6 +141,68 @@ def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...
         raise DataError(f"data {name!r}, split {split!r}, has no images.")
     read = partial(_read_source, source) if reader is None else partial(_read_reader, reader)
     return Images(read, partial(_numbered, f"{name}, split {split}"), np.arange(len(labels)), labels), names
+
+
+def _item(pictures: Sequence[Picture], index: int) -> Picture:
+    return pictures[index]
+
+
+def _numbered(name: str, index: int) -> str:
+    return f"{index} of {name}"
+
+
+def _find_split(root: Path, split: str) -> Path:
+    if not root.exists():
+        raise DataError(f"the data folder {root} does not exist (working directory: {Path.cwd()}).")
+    if split in ("", "."):
+        return root
+    synonyms = next((names for names in _SYNONYMS.values() if split in names), (split,))
+    for candidate in (split, *synonyms):
+        for path in (root / candidate, root / f"{candidate}.tar"):
+            if path.exists():
+                return path
+    there = sorted(os.listdir(root))[:8] if root.is_dir() else []
+    raise DataError(
+        f"{root} has no {split!r} and no '{split}.tar'; it holds {', '.join(there) or 'nothing'}. "
+        "Name one of these as the split, or '' if the class folders lie in it directly."
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where the bytes of one image lie: in a file of its own (size -1), or in a tar."""
+
+    file: str
+    offset: int
+    size: int
+    name: str
+
+
+def _place_in_tar(file: str, member: Any, child: Any) -> _Stored:
+    # The offsets of members of a tar inside the tar count from its own start.
+    start = 0 if child is None else child.offset_data
+    name = member.name if child is None else f"{child.name}/{member.name}"
+    return _Stored(file, start + member.offset_data, member.size, name)
+
+
+def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
+    # Opened anew for each image: workers that shared one open tar would move each other's position in it.
+    place = places[index]
+    with open(place.file, "rb") as file:
+        file.seek(place.offset)
+        content = file.read(place.size)
+    return _decode(io.BytesIO(content))
+
+
+def _decode(file: Any) -> Picture:
+    image: Picture = Image.open(file)
+    image.load()
+    return image
+
+
+def _name_stored(places: Sequence[_Stored], index: int) -> str:
+    place = places[index]
+    return place.file if place.size < 0 else f"{place.name} in {place.file}"
 
 
 def _source_labels(source: Any, reader: Any) -> list[int]:

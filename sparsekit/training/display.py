@@ -1,4 +1,4 @@
-"""What a phase shows while it trains."""
+"""Show a phase while it trains, and the metrics of an epoch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from sparsekit.training.options import StepHook
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One epoch (1 is the first): mean training loss, accuracy in [0, 1] on the validation data, last lr.
+    """One epoch (1 is the first).
 
-    train_accuracy is None under mixup and cutmix, zero_share and strength are None without a hook. seconds
-    covers training and validation.
+    loss: mean over the training images. accuracy, validation_loss: on the validation images, accuracy in [0, 1].
+    train_accuracy: None under mixup and cutmix. lr: of the last update. seconds: training and validation together.
+    zero_share, strength: None without a hook.
     """
 
     phase: str
@@ -34,14 +35,15 @@ class EpochMetrics:
 
 
 @dataclass(frozen=True)
-class Display:
-    """A bar on a terminal, a line an epoch elsewhere, nothing without a console."""
+class ProgressDisplay:
+    """Shows a bar on a terminal, a line for each epoch elsewhere, and nothing without a console."""
 
     console: Console | None
     bar: Progress | None = None
     task: TaskID | None = None
 
     def step(self, done: int, loss: float, hook: StepHook | None) -> None:
+        """Show the loss after `done` batches of the phase, and the figures of the hook."""
         if self.bar is None or self.task is None:
             return
         shown = {} if hook is None else hook.progress()
@@ -50,6 +52,7 @@ class Display:
         self.bar.refresh()
 
     def epoch(self, metrics: EpochMetrics, epochs: int) -> None:
+        """Show an epoch that is over; `epochs` is how many the phase has."""
         if self.console is None:
             return
         text = f"loss {metrics.loss:.4f}" + _penalty_text(metrics.zero_share, metrics.strength)
@@ -68,19 +71,15 @@ class Display:
         self.bar.refresh()
 
 
-def _penalty_text(zero_share: float | None, strength: float | None) -> str:
-    zeros = "" if zero_share is None else f"  zeros {zero_share:.3f}"
-    return zeros + ("" if strength is None else f"  strength {strength:.3g}")
-
-
 @contextmanager
-def displaying(
+def open_display(
     console: Console | None, accelerator: Accelerator, phase: str, total: int
-) -> Iterator[Display]:
+) -> Iterator[ProgressDisplay]:
+    """The display of a phase of `total` batches, closed at the end; only the main process shows anything."""
     if console is None or not accelerator.is_main_process:
-        yield Display(None)
+        yield ProgressDisplay(None)
     elif not console.is_terminal:
-        yield Display(console)
+        yield ProgressDisplay(console)
     else:
         columns = (
             TextColumn("{task.description} {task.fields[epoch]}"),
@@ -91,4 +90,9 @@ def displaying(
         # Refreshed by hand at log points: a refreshing thread would take time from the training.
         with Progress(*columns, console=console, auto_refresh=False) as bar:
             task = bar.add_task(phase, total=total, epoch="", now="", accuracy="")
-            yield Display(console, bar, task)
+            yield ProgressDisplay(console, bar, task)
+
+
+def _penalty_text(zero_share: float | None, strength: float | None) -> str:
+    zeros = "" if zero_share is None else f"  zeros {zero_share:.3f}"
+    return zeros + ("" if strength is None else f"  strength {strength:.3g}")

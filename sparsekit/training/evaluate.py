@@ -1,4 +1,4 @@
-"""Accuracy and loss over a loader."""
+"""Evaluate a model: accuracy and loss over a loader."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ class Evaluation:
 
 
 def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Evaluation:
-    """Accuracy and loss over `loader`, exact over all processes; train/eval modes are restored.
+    """Accuracy and loss over `loader`, exact over all processes.
 
-    The model is moved to the accelerator's device. Raises DataError for an empty loader.
+    The model moves to the accelerator's device and keeps its training flags. Raises DataError for an empty loader.
     """
-    return evaluate_prepared(model, prepared_loader(loader, accelerator), accelerator)
+    return evaluate_prepared(model, prepare_loader(loader, accelerator), accelerator)
 
 
-def prepared_loader(loader: Loader, accelerator: Accelerator) -> Loader:
+def prepare_loader(loader: Loader, accelerator: Accelerator) -> Loader:
+    """The loader as accelerate prepares it: batches are shared among processes and moved to the device."""
     prepared: Loader = accelerator.prepare_data_loader(loader)  # returns a prepared one as it is
     return prepared
 
 
 def evaluate_prepared(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Evaluation:
+    """As `evaluate`, of a loader that is prepared already."""
     model.to(accelerator.device)
     columns = []
     with evaluating(model):

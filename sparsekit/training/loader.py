@@ -1,4 +1,4 @@
-"""Batches: images transformed, augmented in training, and put together."""
+"""Make batches: images are transformed, augmented in training, and put together."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TENSOR_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training images.
+    """Random changes to training images.
 
-    scale: share of the area a crop keeps; ratio: its width / height; hflip, vflip, random_erase:
-    probabilities; color_jitter: strength; auto_augment: a timm string such as "rand-m9-mstd0.5".
+    scale: share of the area that a crop keeps. ratio: its width over its height. hflip, vflip, random_erase:
+    probabilities. color_jitter: strength. auto_augment: a timm policy such as "rand-m9-mstd0.5".
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -46,12 +46,12 @@ def make_loader(
     augment: Augment | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of (images float32 (n, c, h, w), normalised; labels int64 (n,)).
+    """Batches of images, float32 (n, c, h, w), normalised, and labels, int64 (n,).
 
-    training: shuffled anew at each iteration by the global torch random state (seed it before an epoch to
-    repeat the epoch), and the last incomplete batch is left out unless it is the only one (BatchNorm cannot
-    train on one image). `augment` applies to training only; None means images as in evaluation. `dataset`
-    gives (PIL image, int).
+    `dataset` gives (PIL image, int). In training, images are shuffled anew at each iteration by the global torch random
+    state: seed it before an epoch to repeat the epoch. The last batch is left out if it is incomplete, unless it is the
+    only one, because BatchNorm cannot train on one image. `augment` applies to training only; None transforms images
+    as in evaluation. Raises DataError.
     """
     channels = config.input_size[0]
     if channels not in (1, 3):
@@ -74,48 +74,6 @@ def make_loader(
         drop_last=training and len(dataset) > batch_size,
         pin_memory=pin_memory,
     )
-
-
-@dataclass(frozen=True)
-class _Shuffle(Sampler[int]):
-    """A new random order at each iteration, from one draw of the global torch random state.
-
-    torch's RandomSampler does the same, but accelerate gives that one a generator of its own in a run of
-    several processes, and its state would have to be stored to repeat an epoch.
-    """
-
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-        yield from torch.randperm(self.size, generator=generator).tolist()
-
-
-@dataclass(frozen=True, eq=False)
-class _Transformed(Dataset[tuple[torch.Tensor, int]]):
-    images: Dataset[tuple[Picture, int]]
-    transform: Callable[[Picture], torch.Tensor]
-    mode: str
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, label = self.images[index]
-        return self.transform(_convert(image, self.mode)), label
-
-
-def _convert(image: Picture, mode: str) -> Picture:
-    if image.mode.startswith("I;16"):
-        # PIL would clip 16-bit grey values at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
 
 
 def _training_transform(config: InputConfig, augment: Augment) -> Callable[[Picture], torch.Tensor]:
@@ -149,3 +107,45 @@ def _evaluation_transform(config: InputConfig) -> Callable[[Picture], torch.Tens
         crop_pct=config.crop_pct,
     )
     return transform
+
+
+@dataclass(frozen=True, eq=False)
+class _Transformed(Dataset[tuple[torch.Tensor, int]]):
+    images: Dataset[tuple[Picture, int]]
+    transform: Callable[[Picture], torch.Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.images[index]
+        return self.transform(_convert(image, self.mode)), label
+
+
+def _convert(image: Picture, mode: str) -> Picture:
+    if image.mode.startswith("I;16"):
+        # PIL would clip 16-bit grey values at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+@dataclass(frozen=True)
+class _Shuffle(Sampler[int]):
+    """A new random order at each iteration, from one draw of the global torch random state.
+
+    torch's RandomSampler does the same. But in a run of several processes accelerate gives that one a generator of its
+    own, whose state would have to be stored to repeat an epoch.
+    """
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        yield from torch.randperm(self.size, generator=generator).tolist()

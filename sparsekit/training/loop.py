@@ -1,8 +1,6 @@
-"""The training loop of every phase, and the evaluation.
+"""Train a phase: the loop of epochs and steps, its metrics, and going on after an interruption.
 
-accelerate sees to devices, precision and processes; timm to optimizers, schedules, averaging and mixing.
-
-A step never waits for the device: losses are collected there and read at log points, at most once a second.
+A step never waits for the device: losses are collected there, and read at most once a second.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from torch.nn import functional as F
 from sparsekit.errors import DataError, FileError, InputError, TrainingError
 from sparsekit.evaluation import eval_mode, evaluating
 from sparsekit.training.checkpoint import load_state, save_state
-from sparsekit.training.display import Display, EpochMetrics, displaying
-from sparsekit.training.evaluate import evaluate_prepared, prepared_loader
+from sparsekit.training.display import EpochMetrics, ProgressDisplay, open_display
+from sparsekit.training.evaluate import evaluate_prepared, prepare_loader
 from sparsekit.training.optimizers import make_optimizer, make_scheduler
 from sparsekit.training.options import SCHEDULES, Distillation, Loader, StepHook, TrainOptions
 from sparsekit.training.seeding import seed_everything, seed_generators
@@ -51,16 +49,16 @@ def fit(
     on_epoch: Callable[[EpochMetrics], None] | None = None,
     console: Console | None = None,
 ) -> list[EpochMetrics]:
-    """Train `model` in place on loaders = (training, validation); return the metrics of all epochs of this
-    phase.
+    """Train `model` in place on `loaders`, (training, validation); return the metrics of all epochs of this phase.
 
-    Random states (Python, NumPy, torch, and generators of the training loader) are seeded from (seed, phase,
-    epoch) at the start of each epoch. With `state_path` the complete state is written there after each
-    epoch, before `on_epoch` is called; if the file exists, training goes on after its last epoch and ends
-    with the same weights as an uninterrupted run would (`on_epoch` is called for new epochs only). `teacher`
-    sees the same images in evaluation mode. The model stays on the accelerator's device; what else was
-    prepared with this accelerator is released. Raises InputError (options), FileError (a state file of
-    another run), TrainingError (loss not finite; the state file is then the one of the epoch before).
+    Each epoch begins with all random states (Python, NumPy, torch, the training loader's generators) seeded from (seed,
+    phase, epoch). With `state_path` the complete state is written there after each epoch, before `on_epoch` is called.
+    If that file exists, training goes on after its last epoch, and ends with the weights of an uninterrupted run;
+    `on_epoch` is called for new epochs only. `teacher` sees the same images, in eval mode. The model stays on the
+    accelerator's device; what else was prepared with this accelerator is released.
+
+    Raises InputError (options), DataError (no batch), FileError (a state file of another run) and TrainingError (loss
+    not finite; the state file is then the one of the epoch before).
     """
     _check(options, loaders[0])
     accumulated_before = accelerator.gradient_accumulation_steps
@@ -69,7 +67,7 @@ def fit(
     total = options.epochs * len(parts.training)
     try:
         history = _resume(state_path, header, parts)
-        with displaying(console, accelerator, phase, total) as display, _teaching(teacher, accelerator):
+        with open_display(console, accelerator, phase, total) as display, _teaching(teacher, accelerator):
             for epoch in range(len(history), options.epochs):
                 seed_everything(seed, phase, epoch)
                 seed_generators(parts.training, (seed, phase, epoch))
@@ -91,11 +89,11 @@ def fit(
 
 
 def steps_per_epoch(loader: Loader, options: TrainOptions, accelerator: Accelerator | None = None) -> int:
-    """Updates in an epoch; the last may have fewer than `accumulate` batches.
+    """How many updates an epoch has; the last may have fewer than `accumulate` batches.
 
-    With `accelerator`, of a loader that is not prepared yet: its processes share the batches.
+    Give the accelerator of a loader that is not prepared yet: its processes share the batches.
     """
-    shared = loader if accelerator is None else prepared_loader(loader, accelerator)
+    shared = loader if accelerator is None else prepare_loader(loader, accelerator)
     return math.ceil(len(shared) / options.accumulate)
 
 
@@ -104,7 +102,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """(1 - weight) x hard + weight x T^2 x KL(softmax(teacher / T) || softmax(student / T)).
 
-    student, teacher: logits (n, classes); the divergence is averaged over n. Hinton et al. 2015, arXiv
+    student, teacher: logits (n, classes). The divergence is averaged over n. Source: Hinton et al. 2015, arXiv
     1503.02531.
     """
     soft = F.kl_div(
@@ -118,7 +116,7 @@ def distillation_loss(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one call of `fit` works with; `forward` is `model` or its wrapper for several processes."""
+    """What one call of `fit` works with; `forward` is the model, or its wrapper in a run of several processes."""
 
     model: nn.Module
     forward: nn.Module
@@ -162,11 +160,11 @@ def _assemble(
     # The average is copied before accelerate puts its own forward, bound to the original, on the model.
     ema = None if options.ema is None else ModelEmaV3(model, decay=options.ema, use_warmup=True)
     optimizer = make_optimizer(model, options)
-    training = prepared_loader(loaders[0], accelerator)
+    training = prepare_loader(loaders[0], accelerator)
     accelerator.step = 0
     accelerator.gradient_accumulation_steps = options.accumulate
     if accelerator.scaler is not None:
-        # A phase must not depend on the loss scale the phase before ended with: a resumed process has none.
+        # The loss scale starts anew in each phase: a resumed process does not have the one of the phase before.
         accelerator.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
     return _Parts(
         model=model,
@@ -177,7 +175,7 @@ def _assemble(
         ema=ema,
         mixup=_make_mixup(model, training, options),
         training=training,
-        validation=prepared_loader(loaders[1], accelerator),
+        validation=prepare_loader(loaders[1], accelerator),
         options=options,
         accelerator=accelerator,
         hook=hook,
@@ -199,26 +197,6 @@ def _make_mixup(model: nn.Module, loader: Loader, options: TrainOptions) -> Mixu
         label_smoothing=options.smoothing,
         num_classes=classes,
     )
-
-
-def _release(parts: _Parts, *, accelerated_forward: bool) -> None:
-    if accelerated_forward:
-        parts.accelerator.unwrap_model(parts.forward, keep_fp32_wrapper=False)
-        parts.model.__dict__.pop("forward", None)
-    if parts.options.channels_last:
-        parts.model.to(memory_format=torch.contiguous_format)
-    parts.accelerator.free_memory()
-
-
-def _state(parts: _Parts) -> dict[str, Any]:
-    scaler = parts.accelerator.scaler
-    return {
-        "model": dict(parts.model.state_dict()),
-        "optimizer": parts.optimizer.state_dict(),
-        "ema": None if parts.ema is None else dict(parts.ema.module.state_dict()),
-        "scaler": None if scaler is None else scaler.state_dict(),
-        "hook": None if parts.hook is None else parts.hook.state_dict(),
-    }
 
 
 def _resume(state_path: Path | None, header: Mapping[str, Any], parts: _Parts) -> list[EpochMetrics]:
@@ -255,13 +233,19 @@ def _difference(key: str, state: Any, wanted: Any) -> str:
     return f"{key} was {found!r}, is {wanted!r}"
 
 
-def _run_epoch(parts: _Parts, display: Display, phase: str, epoch: int) -> EpochMetrics:
+@contextmanager
+def _teaching(teacher: Distillation | None, accelerator: Accelerator) -> Iterator[None]:
+    with nullcontext() if teacher is None else eval_mode(teacher.model.to(accelerator.device)):
+        yield
+
+
+def _run_epoch(parts: _Parts, display: ProgressDisplay, phase: str, epoch: int) -> EpochMetrics:
     start = time.perf_counter()
     loss, train_accuracy, lr = _train_epoch(parts, display, phase, epoch)
     if parts.hook is not None:
         parts.hook.check_processes()
     if parts.accelerator.num_processes > 1:
-        # BatchNorm statistics differ between processes; the first one's are stored, so all use them.
+        # BatchNorm statistics differ between processes: all take those of the first, which are stored.
         for module in (parts.model, *([] if parts.ema is None else [parts.ema.module])):
             for buffer in module.buffers():
                 buffer.copy_(broadcast(buffer))
@@ -289,9 +273,9 @@ def _run_epoch(parts: _Parts, display: Display, phase: str, epoch: int) -> Epoch
 
 
 def _train_epoch(
-    parts: _Parts, display: Display, phase: str, epoch: int
+    parts: _Parts, display: ProgressDisplay, phase: str, epoch: int
 ) -> tuple[float, float | None, float]:
-    """Mean loss, accuracy on the training images (None under mixup), learning rate of the last update."""
+    """The mean loss, the accuracy on the training images (None under mixup), the learning rate of the last update."""
     accelerator, n_batches = parts.accelerator, len(parts.training)
     losses = torch.zeros(n_batches, device=accelerator.device)
     # correct, seen
@@ -344,9 +328,7 @@ def _loss(parts: _Parts, images: torch.Tensor, labels: torch.Tensor) -> tuple[to
 
 
 def _update(parts: _Parts, loss: torch.Tensor, update: int) -> bool:
-    """Gradients of `loss`, and an update unless more batches are to be accumulated first; True if there was
-    one.
-    """
+    """Compute gradients and update, unless more batches are to be accumulated first; returns whether it did."""
     accelerator, options = parts.accelerator, parts.options
     accelerator.backward(loss)
     if not accelerator.sync_gradients:
@@ -354,7 +336,7 @@ def _update(parts: _Parts, loss: torch.Tensor, update: int) -> bool:
     if options.clip_grad is not None:
         accelerator.clip_grad_norm_(parts.forward.parameters(), options.clip_grad)
     parts.stepper.step()
-    # A step skipped for overflow in half precision changed no weight, so there is nothing to shrink.
+    # A step that was skipped, for overflow in half precision, changed no weight: there is nothing to shrink.
     if parts.hook is not None and not parts.stepper.step_was_skipped:
         parts.hook.step(parts.optimizer)
     parts.stepper.zero_grad()
@@ -383,7 +365,21 @@ def _not_finite(phase: str, where: str, hook: StepHook | None) -> TrainingError:
     )
 
 
-@contextmanager
-def _teaching(teacher: Distillation | None, accelerator: Accelerator) -> Iterator[None]:
-    with nullcontext() if teacher is None else eval_mode(teacher.model.to(accelerator.device)):
-        yield
+def _state(parts: _Parts) -> dict[str, Any]:
+    scaler = parts.accelerator.scaler
+    return {
+        "model": dict(parts.model.state_dict()),
+        "optimizer": parts.optimizer.state_dict(),
+        "ema": None if parts.ema is None else dict(parts.ema.module.state_dict()),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "hook": None if parts.hook is None else parts.hook.state_dict(),
+    }
+
+
+def _release(parts: _Parts, *, accelerated_forward: bool) -> None:
+    if accelerated_forward:
+        parts.accelerator.unwrap_model(parts.forward, keep_fp32_wrapper=False)
+        parts.model.__dict__.pop("forward", None)
+    if parts.options.channels_last:
+        parts.model.to(memory_format=torch.contiguous_format)
+    parts.accelerator.free_memory()

@@ -1,4 +1,4 @@
-"""Models by name, through timm's factories behind plain arguments."""
+"""Build timm models by name, load and save their weights, and tell what images they expect."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_data_config
 from torch import nn
 
-from sparsekit.errors import FileError, ModelError
-from sparsekit.files import atomic_path
-
-_SHOWN_KEYS = 4
+from sparsekit.errors import FileError, ModelError, first_line, first_names
+from sparsekit.files import atomic_path, is_pickle
 
 
 @dataclass(frozen=True)
 class InputConfig:
     """What a model expects of an image.
 
-    input_size: (channels, height, width); mean and std: one number a channel, for pixels in [0, 1];
-    interpolation: a timm name ("bicubic"); crop_pct: share of the resized image that the central crop keeps.
+    input_size: (channels, height, width). mean, std: one number for each channel, for pixels in [0, 1].
+    interpolation: a timm name ("bicubic"). crop_pct: share of the resized image that the central crop keeps.
     """
 
     input_size: tuple[int, int, int]
@@ -46,17 +44,16 @@ def create_model(
     image_size: int | None = None,
     args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm model; new weights are drawn from the global random state, so seed before the call.
+    """Build a timm model; new weights are drawn from the global random state, so seed it before the call.
 
-    `image_size` (pixels a side) reaches only architectures whose weights depend on it (vision transformers).
-    `checkpoint` is a safetensors file whose names and shapes must fit; `args` goes to the architecture.
+    `image_size`, in pixels, is used by architectures whose weights depend on it (vision transformers). `checkpoint` is
+    a safetensors file whose names and shapes must fit. `args` are further arguments of the architecture.
 
-    Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError
-    (checkpoint).
+    Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError (checkpoint).
     """
     _check_name(name)
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
-    # Weights from the file replace all others, so a download would be for nothing.
+    # Weights from a file replace all others: there is nothing to download.
     download = pretrained and checkpoint is None
     model = _build(name, download, image_size, keywords)
     if checkpoint is not None:
@@ -67,9 +64,9 @@ def create_model(
 def build_arguments(
     name: str, *, num_classes: int, in_chans: int, image_size: int | None, args: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The keywords with which `timm.create_model` builds what `create_model` built; random state untouched.
+    """The keywords with which `timm.create_model` builds what `create_model` built.
 
-    Says whether the architecture takes an image size, which only trying tells. Raises ModelError.
+    Whether the architecture takes an image size is found by building it. The random state does not move.
     """
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
     if image_size is None:
@@ -82,45 +79,33 @@ def build_arguments(
     return {**keywords, "img_size": image_size}
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state as a safetensors file that `load_weights_` reads, atomically."""
-    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+def input_config(
+    model: nn.Module,
+    *,
+    image_size: int | None = None,
+    in_chans: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> InputConfig:
+    """Input size, normalisation and resizing of `model`: what is given, else what timm has for its weights.
 
-
-def _check_name(name: str) -> None:
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
-        return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names."
-    raise ModelError(f"unknown model {name!r}; {hint}")
-
-
-def _build(name: str, pretrained: bool, image_size: int | None, keywords: Mapping[str, Any]) -> nn.Module:
-    random_state = torch.get_rng_state()
-    try:
-        if image_size is not None:
-            try:
-                return timm.create_model(name, pretrained, img_size=image_size, **keywords)
-            except TypeError as error:
-                if "img_size" not in str(error):
-                    raise
-                # A size-free architecture: build it as if the attempt had not been made.
-                torch.set_rng_state(random_state)
-        return timm.create_model(name, pretrained, **keywords)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if pretrained:
-            raise ModelError(
-                f"the pretrained weights of {name!r} could not be loaded ({reason}). "
-                "Check the name and the network, or set pretrained to false and give a checkpoint."
-            ) from error
-        wanted = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
-        raise ModelError(
-            f"model {name!r} cannot be built with {wanted}, image size {image_size} ({reason}). "
-            "Mend the arguments or the image size."
-        ) from error
+    `in_chans` is by default that of the first convolution. One channel gets the average of mean and std over three.
+    Raises ModelError if mean or std have another number of channels.
+    """
+    channels = _first_in_channels(model) if in_chans is None else in_chans
+    given = {"interpolation": interpolation, "crop_pct": crop_pct, "img_size": image_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    resolved = resolve_data_config(given, model=model)  # type: ignore[no-untyped-call]
+    _, height, width = resolved["input_size"]
+    return InputConfig(
+        input_size=(channels, int(height), int(width)),
+        mean=_per_channel("mean", resolved["mean"] if mean is None else mean, channels),
+        std=_per_channel("std", resolved["std"] if std is None else std, channels),
+        interpolation=str(resolved["interpolation"]),
+        crop_pct=float(resolved["crop_pct"]),
+    )
 
 
 def load_weights_(model: nn.Module, checkpoint: Path, *, num_classes: int) -> None:
@@ -155,66 +140,45 @@ def load_weights_(model: nn.Module, checkpoint: Path, *, num_classes: int) -> No
     model.load_state_dict(weights)
 
 
-def _complaint(kind: str, keys: Sequence[str]) -> list[str]:
-    if not keys:
-        return []
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN_KEYS])}{more}"]
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the model's state as a safetensors file that `load_weights_` reads, atomically."""
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+def _check_name(name: str) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names."
+    raise ModelError(f"unknown model {name!r}; {hint}")
 
 
-def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    if not checkpoint.is_file():
-        raise FileError(f"checkpoint {checkpoint} does not exist or is no file.")
-    with checkpoint.open("rb") as file:
-        start = file.read(4)
-    # torch.save writes zip archives or bare pickles; unpickling can run any code, so we never do.
-    if start == b"PK\x03\x04" or start[:1] == b"\x80":
-        target = checkpoint.with_suffix(".safetensors")
-        raise FileError(
-            f"checkpoint {checkpoint} is a pickle; only safetensors files are read. Convert it once: "
-            'python -c "import torch, safetensors.torch as s; '
-            f"w = torch.load('{checkpoint}', weights_only=True, map_location='cpu'); "
-            "w = {k: v.clone().contiguous() for k, v in w.get('state_dict', w).items()}; "
-            f"s.save_file(w, '{target}')\""
-        )
+def _build(name: str, pretrained: bool, image_size: int | None, keywords: Mapping[str, Any]) -> nn.Module:
+    random_state = torch.get_rng_state()
     try:
-        return load_file(checkpoint)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"checkpoint {checkpoint} is damaged or no safetensors file ({error}).") from error
-
-
-def input_config(
-    model: nn.Module,
-    *,
-    image_size: int | None = None,
-    in_chans: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-    crop_pct: float | None = None,
-) -> InputConfig:
-    """Input size, normalisation and resizing of `model`: what is given, else timm's for its weights.
-
-    `in_chans` is read off the first convolution when not given. A single channel gets the average mean and
-    std of a three-channel configuration. Raises ModelError when mean or std have another number of channels.
-    """
-    channels = _first_in_channels(model) if in_chans is None else in_chans
-    given = {"interpolation": interpolation, "crop_pct": crop_pct, "img_size": image_size}
-    given = {key: value for key, value in given.items() if value is not None}
-    resolved = resolve_data_config(given, model=model)  # type: ignore[no-untyped-call]
-    _, height, width = resolved["input_size"]
-    return InputConfig(
-        input_size=(channels, int(height), int(width)),
-        mean=_per_channel("mean", resolved["mean"] if mean is None else mean, channels),
-        std=_per_channel("std", resolved["std"] if std is None else std, channels),
-        interpolation=str(resolved["interpolation"]),
-        crop_pct=float(resolved["crop_pct"]),
-    )
+        if image_size is not None:
+            try:
+                return timm.create_model(name, pretrained, img_size=image_size, **keywords)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+                # It takes no image size: build it as if that had not been tried.
+                torch.set_rng_state(random_state)
+        return timm.create_model(name, pretrained, **keywords)
+    except Exception as error:
+        reason = first_line(error)
+        if pretrained:
+            raise ModelError(
+                f"the pretrained weights of {name!r} could not be loaded ({reason}). "
+                "Check the name and the network, or set pretrained to false and give a checkpoint."
+            ) from error
+        wanted = ", ".join(f"{key}={value!r}" for key, value in keywords.items())
+        raise ModelError(
+            f"model {name!r} cannot be built with {wanted}, image size {image_size} ({reason}). "
+            "Mend the arguments or the image size."
+        ) from error
 
 
 def _first_in_channels(model: nn.Module) -> int:
@@ -232,3 +196,32 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> tuple[flo
     raise ModelError(
         f"{name} must have one number for each of the {channels} image channels, got {list(values)}."
     )
+
+
+def _read_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    if not checkpoint.is_file():
+        raise FileError(f"checkpoint {checkpoint} does not exist or is no file.")
+    if is_pickle(checkpoint):  # unpickling can run any code, so we never do
+        target = checkpoint.with_suffix(".safetensors")
+        raise FileError(
+            f"checkpoint {checkpoint} is a pickle; only safetensors files are read. Convert it once: "
+            'python -c "import torch, safetensors.torch as s; '
+            f"w = torch.load('{checkpoint}', weights_only=True, map_location='cpu'); "
+            "w = {k: v.clone().contiguous() for k, v in w.get('state_dict', w).items()}; "
+            f"s.save_file(w, '{target}')\""
+        )
+    try:
+        return load_file(checkpoint)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"checkpoint {checkpoint} is damaged or no safetensors file ({error}).") from error
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _complaint(kind: str, keys: Sequence[str]) -> list[str]:
+    if not keys:
+        return []
+    return [f"{len(keys)} {kind}: {first_names(keys)}"]

@@ -1,4 +1,4 @@
-"""timm's optimizers and schedules for the options of a phase."""
+"""Make timm's optimizer and schedule for the options of a phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsekit.training.options import SCHEDULES, TrainOptions
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """timm's optimizer for these options. Raises InputError for an unknown name (nearest given) or arguments."""
+    """timm's optimizer for these options. Raises InputError for an unknown name, and for arguments that do not fit."""
     known = [str(name) for name in list_optimizers()]
     if options.optimizer.lower() not in known:
         near = difflib.get_close_matches(options.optimizer.lower(), known, n=3)
@@ -39,6 +39,7 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optim
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions, updates: int) -> Any:
+    """timm's schedule for these options; `updates` is how many an epoch has."""
     name, arguments = SCHEDULES[options.schedule]
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -1,4 +1,4 @@
-"""How a phase trains, and what may act in it."""
+"""Options of a training phase, and what may act in it: a hook after each update, a teacher."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from sparsekit.options import Schedule
+
 Loader = DataLoader[Any]
 # Our name of a schedule -> timm's name and arguments.
-SCHEDULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+SCHEDULES: Mapping[Schedule, tuple[str, Mapping[str, Any]]] = {
     "cosine": ("cosine", {}),
     "linear": ("poly", {"decay_rate": 1.0}),
     "constant": ("constant", {}),
@@ -23,12 +25,11 @@ SCHEDULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 class TrainOptions:
     """How one phase trains.
 
-    optimizer: a timm name ("sgd" is SGD with Nesterov momentum, "momentum" without); optimizer_args: more of
-    its arguments. Weight decay leaves out biases and other one-dimensional parameters. schedule: "cosine",
-    "linear" (both from lr to min_lr) or "constant", stepped after each update; the first warmup_epochs rise
-    linearly. clip_grad: largest gradient norm. accumulate: batches an update. smoothing: label smoothing.
-    mixup, cutmix: alpha, 0 for off. ema: decay of the weight average, None for off; the phase then ends with
-    the average.
+    optimizer: a timm name ("sgd" is SGD with Nesterov momentum, "momentum" without). optimizer_args: further arguments
+    of it. weight_decay: leaves out biases and other one-dimensional parameters. schedule: how the learning rate goes
+    from lr to min_lr ("constant": stays at lr), after it has risen linearly for warmup_epochs; it changes after each
+    update. clip_grad: largest norm of the gradient. accumulate: batches for one update. smoothing: label smoothing.
+    mixup, cutmix: alpha, 0 for off. ema: decay of the weight average, None for off; the phase ends with the average.
     """
 
     epochs: int = 10
@@ -37,7 +38,7 @@ class TrainOptions:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
     clip_grad: float | None = None
@@ -59,12 +60,10 @@ class StepHook(Protocol):
         """Set to zero in `model`, a copy such as the weight average, what is zero in the trained one."""
 
     def progress(self) -> dict[str, float]:
-        """Figures to show: "zero_share" and "strength"; called at log points and at the end of an epoch
-        only.
-        """
+        """Figures to show, "zero_share" and "strength"; called at log points and at the end of an epoch."""
 
     def check_processes(self) -> None:
-        """Called by every process at the end of an epoch; raises TrainingError if they have drifted apart."""
+        """Raise TrainingError if the processes have drifted apart; each calls it at the end of an epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that has to be stored to go on after an interruption."""
@@ -75,7 +74,7 @@ class StepHook(Protocol):
 
 @dataclass(frozen=True)
 class Distillation:
-    """Loss (1 - weight) x CE + weight x T^2 x KL(teacher || student), both softened by the temperature T."""
+    """Learning from a teacher: loss (1 - weight) x CE + weight x T^2 x KL(teacher || student), at temperature T."""
 
     model: nn.Module
     weight: float = 0.5

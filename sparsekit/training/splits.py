@@ -1,4 +1,4 @@
-"""Training, validation and test images of one data set, drawn by a seed."""
+"""Split a data set into training, validation and test images, drawn by a seed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def open_data(
 ) -> ImageData:
     """Open a data set by name and split it.
 
-    name: "digits" (1,797 embedded 8x8 digits), "folder" (class folders, or a tar of them, below `root`), or
-    a timm name such as "torch/cifar10" or "hfds/...", already downloaded to `root`. train, validation, test
-    name splits: for "folder" a folder or tar below `root` ("train" also finds "train.tar"; "" is `root`
-    itself). Where validation or test is None, that share of train is set aside, class by class, by `seed`.
-    limits: at most so many images of train, validation, test, class by class. Raises DataError.
+    name: "digits" (1,797 embedded 8x8 digits), "folder" (class folders, or a tar of them, below `root`), or a timm name
+    such as "torch/cifar10" or "hfds/...", already downloaded to `root`. train, validation, test: names of splits; for
+    "folder" a folder or tar below `root` ("train" also finds "train.tar", "" is `root` itself). If validation or test
+    is None, its share of train is set aside, drawn class by class by `seed`. limits: at most so many images of train,
+    validation and test, drawn in the same way. Raises DataError.
     """
     splits = (train, validation, test)
     named = [split for split in splits if split is not None]
@@ -79,8 +79,14 @@ def open_data(
     )
 
 
-def _named(name: str, root: Path | None) -> str:
-    return f"{name} {root}" if root is not None else name
+def fingerprint(data: ImageData) -> str:
+    """A hash of the names and labels of the images in each split: it changes when the splits do."""
+    digest = hashlib.sha256()
+    for images in (data.train, data.validation, data.test):
+        for index, label in zip(images.indices, images.labels, strict=True):
+            digest.update(f"{images.where(index)}\0{label}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -100,6 +106,10 @@ def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str,
     return names[0]
 
 
+def _named(name: str, root: Path | None) -> str:
+    return f"{name} {root}" if root is not None else name
+
+
 def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
     # Compared by content: "val" and "validation", or "val" and "test" of torch/cifar10, name the same images.
     for (name, images), (other_name, other) in combinations(zip(names, parts, strict=True), 2):
@@ -116,18 +126,8 @@ def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
             )
 
 
-def fingerprint(data: ImageData) -> str:
-    """A hash of which images, by name and label, are in which split: it changes when the splits do."""
-    digest = hashlib.sha256()
-    for images in (data.train, data.validation, data.test):
-        for index, label in zip(images.indices, images.labels, strict=True):
-            digest.update(f"{images.where(index)}\0{label}\n".encode())
-        digest.update(b"\n")
-    return digest.hexdigest()[:16]
-
-
 def _set_aside(images: Images, share: float, total: int, rng: np.random.Generator) -> tuple[Images, Images]:
-    """Part `images` into round(share x total) of them and the rest."""
+    """Split `images` into round(share x total) of them and the rest."""
     count = round(share * total)
     if not 0 < count < len(images):
         raise DataError(
@@ -146,7 +146,7 @@ def _limit(images: Images, count: int | None, rng: np.random.Generator) -> Image
 
 
 def _draw(labels: Labels, count: int, rng: np.random.Generator) -> Labels:
-    """`count` sorted positions, each class in proportion (largest remainders get the odd ones)."""
+    """`count` random positions, sorted, each class in proportion; the largest remainders get the odd ones."""
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * (count / len(labels))
     quota = np.floor(exact).astype(np.int64)

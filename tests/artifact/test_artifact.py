@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sparsekit
+from sparsekit.artifact import format as artifact_format
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import check_round_trip, load
 from sparsekit.artifact.save import save
@@ -70,7 +71,7 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 import models_by_hand, sparsekit
-from sparsekit.modes import flat_tensors
+from sparsekit.evaluation import flat_tensors
 torch.set_num_threads(1)
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     inputs = load_file(folder / "inputs.safetensors")
@@ -400,8 +401,8 @@ KEYS = "format source attributes tensors bypassed plain rewrites sha256 plan inf
 
 def test_the_keys_are_those_of_the_documented_format(artifact: Path) -> None:
     assert sorted(json.loads((artifact / "structure.json").read_text())) == sorted(KEYS.split())
-    assert sparsekit.artifact.__doc__ is not None
-    assert all(f"\n    {key} " in sparsekit.artifact.__doc__ for key in KEYS.split())
+    assert artifact_format.__doc__ is not None
+    assert all(f"\n    {key} " in artifact_format.__doc__ for key in KEYS.split())
 
 
 @pytest.mark.parametrize("key", KEYS.split())

@@ -1,4 +1,4 @@
-"""The census against graphs whose convolutions fit ONNX Runtime's blocked layout, or do not."""
+"""The summary against graphs whose convolutions fit ONNX Runtime's blocked layout, or do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsekit.errors import FileError
 from sparsekit.export.graph_summary import GraphSummary, summarise_graph
 
 
-def _census(model: nn.Module, folder: Path) -> GraphSummary:
+def _summary(model: nn.Module, folder: Path) -> GraphSummary:
     return summarise_graph(sk.export_onnx(model, folder / "model.onnx", torch.zeros(1, 3, 16, 16)))
 
 
@@ -25,21 +25,21 @@ def _stack(width: int, activation: type[nn.Module]) -> nn.Sequential:
 
 
 def test_fused_and_blocked_convolutions_leave_nothing_else(tmp_path: Path) -> None:
-    census = _census(_stack(32, nn.ReLU), tmp_path)
-    assert census.blocked + census.plain == 2
-    assert census.activations == census.norms == 0
-    assert census.operators == 2 + census.reorders
-    if not census.blocked:
+    summary = _summary(_stack(32, nn.ReLU), tmp_path)
+    assert summary.blocked + summary.plain == 2
+    assert summary.activations == summary.norms == 0
+    assert summary.operators == 2 + summary.reorders
+    if not summary.blocked:
         pytest.skip("no blocked layout on this processor")
     # Of 31 channels the second convolution cannot read blocks.
-    odd = _census(_stack(31, nn.ReLU), tmp_path)
+    odd = _summary(_stack(31, nn.ReLU), tmp_path)
     assert (odd.blocked, odd.plain) == (1, 1)
 
 
 def test_what_is_not_fused_is_counted(tmp_path: Path) -> None:
-    assert _census(_stack(32, nn.GELU), tmp_path).activations == 2
+    assert _summary(_stack(32, nn.GELU), tmp_path).activations == 2
     behind = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(3))
-    assert _census(behind, tmp_path).norms == 1
+    assert _summary(behind, tmp_path).norms == 1
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:

@@ -21,35 +21,35 @@ from sparsekit.export.session import open_session
 from sparsekit.latency import layers as layer_latency
 from sparsekit.latency.operators import Operator
 from sparsekit.latency.table import LatencyTable
-from sparsekit.machine import conv_block
+from sparsekit.machine import conv_step
 
 
 @pytest.fixture(autouse=True)
-def blocks_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
+def steps_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever processor runs the tests."""
-    monkeypatch.setattr(export, "conv_block", lambda: 16)
-    monkeypatch.setattr(layer_latency, "conv_block", lambda: 16)
+    monkeypatch.setattr(export, "conv_step", lambda: 16)
+    monkeypatch.setattr(layer_latency, "conv_step", lambda: 16)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "block", "factor"),
+    ("inputs", "outputs", "step", "factor"),
     [
         (8, 8, 16, 2),
         (4, 4, 16, 4),
         (4, 4, 8, 2),
         (8, 16, 16, 2),
         (16, 8, 16, 2),
-        (16, 16, 16, 1),  # blocks already
+        (16, 16, 16, 1),  # whole steps already
         (32, 16, 16, 1),
         (1, 1, 16, 1),  # depthwise has kernels of its own
         (2, 2, 16, 1),  # eight times as much to multiply
-        (24, 24, 16, 1),  # would be three blocks
+        (24, 24, 16, 1),  # would be three steps
         (12, 12, 16, 1),
         (5, 5, 16, 1),
     ],
 )
-def test_how_many_groups_make_whole_blocks(inputs: int, outputs: int, block: int, factor: int) -> None:
-    assert merge_factor(inputs, outputs, block) == factor
+def test_how_many_groups_make_whole_steps(inputs: int, outputs: int, step: int, factor: int) -> None:
+    assert merge_factor(inputs, outputs, step) == factor
 
 
 def _files(model: nn.Module, example: Tensor, folder: Path) -> tuple[Path, Path]:
@@ -145,8 +145,8 @@ def _regular() -> nn.Sequential:
 
 
 def test_merged_groups_lie_in_the_blocked_layout(tmp_path: Path) -> None:
-    if conv_block() != 16:
-        pytest.skip("blocks of another size on this processor")
+    if conv_step() != 16:
+        pytest.skip("steps of another size on this processor")
     plain, merged = (summarise_graph(file) for file in _files(_regular(), torch.zeros(1, 3, 8, 8), tmp_path))
     assert (plain.plain, merged.plain) == (1, 0)
     assert merged.reorders < plain.reorders

@@ -62,7 +62,7 @@ class Stopwatch(LatencyTable):
 @pytest.fixture(autouse=True)
 def nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files with merged groups are the matter of test_group_merging."""
-    monkeypatch.setattr(layer_latency, "conv_block", lambda: 1)
+    monkeypatch.setattr(layer_latency, "conv_step", lambda: 1)
 
 
 def _whole_takes(ms: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def problems(load: Load, *args: str, **kwargs: str) -> list[str]:
 def fields(spec: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, info in spec.model_fields.items():
         yield prefix + key, info
-        section = specs.section_of(info)
+        section = specs.nested_spec(info)
         if section is not None:
             yield from fields(section, f"{prefix}{key}.")
 

@@ -40,15 +40,15 @@ def test_the_macs_of_a_layer_are_those_counted_by_hand(
 def test_the_batch_size_does_not_matter(name: str) -> None:
     model, inputs = build(name)
     single = tuple(x[:1] for x in inputs)
-    assert count_macs(model, *inputs) == count_macs(model, *single)
-    assert layer_costs(model, *inputs) == layer_costs(model, *single)
+    assert count_macs(model, inputs) == count_macs(model, single)
+    assert layer_costs(model, inputs) == layer_costs(model, single)
 
 
 def test_a_layer_that_runs_twice_costs_twice() -> None:
     model, inputs = build("UsedTwice")
-    costs = {cost.weight: cost.macs for cost in layer_costs(model, *inputs)}
+    costs = {cost.weight: cost.macs for cost in layer_costs(model, inputs)}
     assert costs["shared.weight"] == 2 * 6 * 6 * 9 * 64
-    assert sum(costs.values()) == count_macs(model, *inputs)
+    assert sum(costs.values()) == count_macs(model, inputs)
 
 
 def attention_macs(tokens: int, width: int, hidden: int) -> int:
@@ -63,8 +63,8 @@ def test_attention_counts_whatever_kernel_would_run_it() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     model, inputs = build("Attention")
     by_layer = 5 * (8 * 24 + 8 * 8 + 8 * 10) + 10 * 3
-    assert count_macs(model, *inputs) == by_layer + 2 * 5**2 * 8
-    assert sum(cost.macs for cost in layer_costs(model, *inputs)) == by_layer
+    assert count_macs(model, inputs) == by_layer + 2 * 5**2 * 8
+    assert sum(cost.macs for cost in layer_costs(model, inputs)) == by_layer
 
 
 def test_a_vision_transformer_costs_what_its_paper_layout_says() -> None:
@@ -80,8 +80,8 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     model.inner_norm.eval()
     flags = [m.training for m in model.modules()]
     statistics = model.stem_norm.running_mean.clone()
-    count_macs(model, *inputs)
-    layer_costs(model, *inputs)
+    count_macs(model, inputs)
+    layer_costs(model, inputs)
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(model.stem_norm.running_mean, statistics)
     assert not any(m._forward_hooks for m in model.modules())
@@ -123,7 +123,7 @@ def test_shared_parameters_count_once() -> None:
 
 def layer_macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Without products of activations, which attention has and no weight shows."""
-    return sum(cost.macs for cost in layer_costs(model, *inputs))
+    return sum(cost.macs for cost in layer_costs(model, inputs))
 
 
 # Its layers look at channels as if they were positions, and so get cheaper with channels that no weight of theirs has.

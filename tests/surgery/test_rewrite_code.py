@@ -215,7 +215,9 @@ def test_a_place_survives_json_text() -> None:
 def test_a_place_in_other_code_is_refused_and_the_module_stays(wrong: dict[str, Any]) -> None:
     model = Heads()
     place = replace(places_of(model)[0], **wrong)
-    with pytest.raises(InputError, match=r"test_rewriting\.Heads\..* is not the code the cut was made for"):
+    with pytest.raises(
+        InputError, match=r"test_rewrite_code\.Heads\..* is not the code the cut was made for"
+    ):
         leave_sizes_to_torch_(model, [place])
     assert type(model) is Heads
 
