@@ -32,7 +32,7 @@ import sparsekit
 from sparsekit import cli
 from sparsekit.recipe import messages
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import section_of
+from sparsekit.recipe.specs import nested_spec
 
 DOCS = Path(__file__).parent
 PACKAGE = Path(sparsekit.__file__).parent
@@ -98,7 +98,7 @@ def recipe_page() -> str:
 
 def _sections(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     for key, info in spec.model_fields.items():
-        section = section_of(info)
+        section = nested_spec(info)
         if section is not None:
             yield prefix + key, section
             yield from _sections(section, f"{prefix}{key}.")
@@ -107,7 +107,7 @@ def _sections(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[Ba
 def _keys(spec: type[BaseModel], prefix: str) -> list[str]:
     rows = ["| key | value | default | |", "|---|---|---|---|"]
     for key, info in spec.model_fields.items():
-        section = section_of(info)
+        section = nested_spec(info)
         anchor = f"{prefix}{key}".replace(".", "")
         name = f"`{prefix}{key}`" if section is None else f"[`{prefix}{key}`](#{anchor})"
         # The words that a message about a wrong value uses.

@@ -25,7 +25,7 @@ import sparsekit
 from sparsekit.coupling import trace
 from sparsekit.coupling.rules import movement, norms, table
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.recipe.specs import section_of
+from sparsekit.recipe.specs import nested_spec
 from sparsekit.sparsify import prox
 from sparsekit.surgery import cut
 
@@ -86,7 +86,7 @@ def test_generated_pages_are_not_stale() -> None:
 def _keys(spec: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
     for key, info in spec.model_fields.items():
         yield prefix + key, info.description
-        section = section_of(info)
+        section = nested_spec(info)
         if section is not None:
             yield from _keys(section, f"{prefix}{key}.")
 
