@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparsekit.export.onnx_file import export_onnx as export_onnx
     from sparsekit.export.parity import Parity as Parity
     from sparsekit.export.parity import check_parity as check_parity
+    from sparsekit.integrations.torch_pruning import importance as importance
     from sparsekit.latency.compare import Interval as Interval
     from sparsekit.latency.compare import Latency as Latency
     from sparsekit.latency.compare import LatencyComparison as LatencyComparison
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from sparsekit.selection.carriers import keep_carriers as keep_carriers
     from sparsekit.selection.costs import channel_latencies as channel_latencies
     from sparsekit.selection.costs import channel_macs as channel_macs
-    from sparsekit.selection.importance import output_shares as output_shares
     from sparsekit.selection.keep_masks import keep_masks as keep_masks
     from sparsekit.selection.knapsack import choose_channels as choose_channels
     from sparsekit.sparsify.schedules import PhaseShares as PhaseShares
@@ -100,13 +100,13 @@ __all__ = [
     "describe_machine",
     "export_onnx",
     "find_groups",
+    "importance",
     "keep_carriers",
     "keep_masks",
     "library_versions",
     "load",
     "make_plan",
     "measure_layers",
-    "output_shares",
     "rebind_scheduler",
     "recalibrate_batchnorms",
     "save",
@@ -157,13 +157,13 @@ _HOMES = {
     "describe_machine": "machine",
     "export_onnx": "export.onnx_file",
     "find_groups": "coupling.find_groups",
+    "importance": "integrations.torch_pruning",
     "keep_carriers": "selection.carriers",
     "keep_masks": "selection.keep_masks",
     "library_versions": "machine",
     "load": "artifact.load",
     "make_plan": "structure.plan",
     "measure_layers": "latency.layers",
-    "output_shares": "selection.importance",
     "rebind_scheduler": "surgery.transplant",
     "recalibrate_batchnorms": "repair.recalibration",
     "save": "artifact.save",

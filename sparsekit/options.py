@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
+# What an automatic strength learns from, and what importance can be computed by at a cut.
 LearnedImportance = Literal["taylor", "magnitude"]
+Importance = Literal[
+    "magnitude", "group_magnitude", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "random"
+]
 MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]

@@ -35,8 +35,10 @@ from torch.nn import functional as F
 
 from sparsekit.errors import InputError
 from sparsekit.evaluation import eval_mode, random_inputs
+from sparsekit.options import Importance
 from sparsekit.selection.importance import output_shares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
+from sparsekit.structure.masks import Scores
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.mask import detached
 from sparsekit.surgery.verify import agreement, outputs
@@ -51,7 +53,7 @@ Side = Literal["out", "in"]
 # For each layer and side, the positions there of each channel of a group, ascending.
 Positions = dict[tuple[str, Side], list[list[int]]]
 
-_CRITERIA = {
+_CRITERIA: Mapping[str, str] = {
     "group_magnitude": "GroupMagnitudeImportance",
     "bn_scale": "BNScaleImportance",
     "lamp": "LAMPImportance",
@@ -79,13 +81,13 @@ _TOLERANCE = 1e-4
 def importance(
     model: nn.Module,
     groups: ChannelGroups,
-    criterion: str | Callable[[Any], Tensor | None],
+    criterion: Importance | Callable[[Any], Tensor | None],
     *,
     batches: Batches | None = None,
     loss: Loss | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """Importance of every channel of the free groups, by a criterion of Torch-Pruning.
+) -> Scores:
+    """How important every channel of the free groups is, by our criterion or one of Torch-Pruning.
 
     Gives (n_channels,) for each free group, float64 on the CPU, >= 0 and finite; or `math.inf` throughout for a group
     that the criterion cannot rank, which then stays whole: whole residual blocks, channels that no convolution or

@@ -185,6 +185,18 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             f"cut.method {cut.method} finds nothing to cut when sparsify.epochs is 0: no channel "
             "becomes zero; use threshold, gap or budget",
         )
+    learned = sparsify.strength == "auto" and sparsify.epochs > 0
+    if cut.importance != "magnitude" and (learned or cut.method == "zeros"):
+        reason = (
+            "cut.method zeros ranks nothing"
+            if cut.method == "zeros"
+            else "sparsify.strength auto chooses in training"
+        )
+        yield Contradiction(
+            ("cut.importance", "sparsify.strength", "cut.method"),
+            f"cut.importance is read where masks are chosen at the cut, got {cut.importance} although {reason}; see "
+            "sparsify.importance, or leave cut.importance out",
+        )
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
         yield from _target_contradictions(recipe, cut.target)

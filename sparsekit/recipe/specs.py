@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from sparsekit.options import (
+    Importance,
     Interpolation,
     LearnedImportance,
     MaskMethod,
@@ -296,6 +297,14 @@ class CutSpec(StrictSpec):
         default=False,
         description="whole residual blocks may go too, where learned layer scales are all that makes them differ from "
         "the identity",
+    )
+    importance: Importance = Field(
+        default="magnitude",
+        description="what channels are ranked by where masks are chosen at the cut: magnitude, the norms of their "
+        "filters; or a criterion of Torch-Pruning: group_magnitude, bn_scale, lamp, fpgm, taylor, hessian, random",
+    )
+    importance_images: int = Field(
+        default=256, ge=1, description="training images whose gradients taylor and hessian take"
     )
 
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError
+from sparsekit.integrations.torch_pruning import importance as importance_by
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import SpeedSearch, search_speed
+from sparsekit.recipe.recipe import Recipe
 from sparsekit.runs.arguments import Target, build_model
+from sparsekit.runs.rehearsal import Inputs
 from sparsekit.runs.results import ChoiceFound, SparsifyResult
 from sparsekit.runs.run import Run, on_cpu
 from sparsekit.selection.costs import channel_latencies, channel_macs
@@ -24,6 +28,24 @@ from sparsekit.selection.knapsack import Knapsack, choose_channels
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.training.checkpoint import load_state
+from sparsekit.training.loader import make_loader
+
+
+def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: ChannelGroups) -> Scores | None:
+    """How important the recipe's criterion says that channels are; None for the norms of their filters.
+
+    "taylor" and "hessian" take the gradients of random training images.
+    """
+    criterion, images = recipe.cut.importance, inputs.data.train
+    if criterion == "magnitude":
+        return None
+    count = min(recipe.cut.importance_images, len(images))
+    chosen = np.random.default_rng(recipe.seed).permutation(len(images))[:count]
+    size = recipe.data.eval_batch_size or recipe.data.batch_size
+    device = next(model.parameters()).device
+    loader = make_loader(images.subset(chosen), inputs.config, training=False, batch_size=size)
+    batches = ((batch.to(device), labels.to(device)) for batch, labels in loader)
+    return importance_by(model, groups, criterion, batches=batches, seed=recipe.seed)
 
 
 def check_speed(run: Run) -> tuple[float, float]:
@@ -80,8 +102,10 @@ def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks,
     settled = run.files.checkpoints / "settled.safetensors"
     if target.takes_knapsack and settled.exists():
         return load_state(settled), run.files.result("sparsify", SparsifyResult).choice
+    importance = cut_importance(run.recipe, run.inputs, model, groups)
     if target.takes_knapsack:
-        return choose_masks(run, model, with_latencies(run, model, groups), output_shares(model, groups))
+        ranked = output_shares(model, groups) if importance is None else importance
+        return choose_masks(run, model, with_latencies(run, model, groups), ranked)
     masks = keep_masks(
         model,
         groups,
@@ -89,6 +113,7 @@ def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks,
         threshold=spec.threshold,
         relative=spec.relative,
         target=target.share,
+        importance=importance,
     )
     return masks, None
 

@@ -21,7 +21,7 @@ from sparsekit.report.dry_run import DryRun
 from sparsekit.report.inspection import Inspection, inspect_module
 from sparsekit.report.schema import RunReport
 from sparsekit.runs.arguments import Arguments, Target, build_model
-from sparsekit.runs.choosing import search_masks
+from sparsekit.runs.choosing import cut_importance, search_masks
 from sparsekit.runs.rehearsal import open_inputs
 from sparsekit.runs.report_assembly import write_report
 from sparsekit.selection.importance import output_shares
@@ -64,7 +64,7 @@ def inspect_model(
 
 
 def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
-    """What the recipe's target would keep, by the sizes of the filters, and how fast that is; trains nothing.
+    """What the recipe's target would keep, by `cut.importance`, and how fast that is; trains nothing.
 
     The weights are those of the dense model of the run directory `run`, or what the recipe starts from. Raises
     InputError for a recipe without a target, FileError for a run that has not trained its dense model.
@@ -82,13 +82,15 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
         target = replace(target, max_accuracy_drop=None)
     with console.status("measuring"):
         groups = find_groups(model, example, **Arguments.of(recipe).grouping)
+        given = cut_importance(recipe, inputs, model, groups)
+        importance = output_shares(model, groups) if given is None else given
         measured = measure_layers(model, groups, timed, threads=threads)
         if target.is_speed:
             search = search_masks(
                 target,
                 model,
                 measured,
-                output_shares(model, measured),
+                importance,
                 timed,
                 threads=threads,
                 say=lambda line: console.print(line, highlight=False),
@@ -97,9 +99,9 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
             remarks = [*filter(None, [search.remark]), *remarks]
         else:
             if target.takes_knapsack:
-                masks = choose_channels(groups, output_shares(model, groups), target.limits)
+                masks = choose_channels(groups, importance, target.limits)
             else:
-                masks = keep_masks(model, groups, method="budget", target=target.share)
+                masks = keep_masks(model, groups, method="budget", target=target.share, importance=given)
             found = time_masks(model, measured, masks, timed, threads=threads)
             trials = (found,)
     asked = target.besides_accuracy

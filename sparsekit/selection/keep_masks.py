@@ -41,6 +41,7 @@ def keep_masks(
     """Keep-mask (bool (n_channels,), True = keep) for every free group.
 
     `importance` (n_channels,) of each free group ranks channels within it; without, the norms of their filters do.
+    Groups whose importance is infinite stay whole.
     The methods:
 
     - "zeros" removes channels whose penalised weights are all exactly 0.
@@ -66,6 +67,11 @@ def keep_masks(
     for name, dead in blocks.items():
         rounding[name] = Rounding(1, 0 if bool(dead) else 1)
         ranked[name] = torch.where(dead, -1.0, 1.0).double()
+
+    for name, values in ranked.items():
+        if not bool(values.isfinite().all()):  # nothing ranks these
+            rounding[name] = Rounding(1, len(values))
+            ranked[name] = torch.ones_like(values)
 
     def finish(masks: Masks) -> Masks:
         return {name: round_up(masks[name], ranked[name], rounding[name]) for name in rounding}

@@ -122,7 +122,7 @@ PROGRAM = """
 import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[1])
-from test_integrations import EXAMPLE, F, convnet, images
+from test_trainers import EXAMPLE, F, convnet, images
 import sparsekit as sk, sparsekit.errors
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -203,10 +203,3 @@ def test_a_state_without_the_pull_is_refused() -> None:
         reviving.load_state_dict(plain.state_dict())
     with pytest.raises(InputError, match="revives channels"):
         plain.load_state_dict(reviving.state_dict())
-
-
-def test_reviving_is_for_a_constant_strength() -> None:
-    model = nn.Sequential(nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 1))
-    groups = find_groups(model, torch.zeros(1, 8))
-    with pytest.raises(InputError, match="revive is for a constant strength"):
-        sparsifier_of(model, groups, strength="auto", total_steps=9, target={"macs": 0.5}, revive=True)

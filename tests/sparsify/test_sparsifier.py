@@ -459,7 +459,7 @@ def test_taylor_keeps_what_the_loss_depends_on_and_magnitude_what_is_large(
     assert sparsifier.shortfall() == ""
 
 
-def test_costs_decide_between_channels_that_are_worth_the_same() -> None:
+def test_costs_decide_between_channels_that_are_equally_important() -> None:
     model = Points(x=torch.ones(4), y=torch.ones(4))
     optimizer = SGD(model.parameters(), lr=0.01)
     sparsifier = sparsifier_of(
@@ -706,16 +706,23 @@ def test_the_strength_is_zero_before_the_first_step_and_as_used_after_it() -> No
         ({"costs": {}}, "costs must have a number >= 0 for every group"),
         ({"strength": "high"}, "got 'high'"),
         ({"penalty": "lasso"}, "got 'lasso'"),
-        ({"strength": "auto", "target": {"macs": 0.5}}, "needs total_steps and a target"),
-        ({"strength": "auto", "total_steps": 10}, "needs total_steps and a target"),
+        ({"strength": "auto", "target": {"macs": 0.5}}, "total_steps must be at least 1"),
+        ({"strength": "auto", "total_steps": 10}, "needs a target"),
+        ({"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "importance": "size"}, "got 'size'"),
         (
             {"strength": "auto", "total_steps": 10, "target": {"macs": 0.5}, "penalty": "group_mcp"},
             "take 'group_lasso', or give a strength",
         ),
         ({"total_steps": 0}, "total_steps must be at least 1"),
-        ({"round_to": 0}, "round_to must be at least 1"),
-        ({"target": {"flops": 0.5}}, "macs, params, channels, latency"),
-        ({"target": {"macs": 0.5, "params": 0.5}}, "macs, params, channels, latency"),
+        ({"round_to": -1}, "round_to must be 'auto' or at least 1"),
+        (
+            {"strength": "auto", "total_steps": 9, "target": {"flops": 0.5}},
+            "macs, params, channels, latency",
+        ),
+        (
+            {"strength": "auto", "total_steps": 9, "target": {"macs": 0.5, "params": 0.5}},
+            "macs, params, channels, latency",
+        ),
         ({"strength": "auto", "total_steps": 10, "target": {"macs": 0.001}}, "out of reach"),
     ],
 )
@@ -808,7 +815,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         automatic.load_state_dict(state)
 
 
-def test_the_plan_can_be_seen_and_its_target_moved() -> None:
+def test_the_outcome_can_be_seen_and_its_target_moved() -> None:
     model = Points(x=torch.tensor([0.1, 0.2, 0.3, 3.0, 4.0, 5.0]))
     optimizer = SGD(model.parameters(), lr=0.01)
     sparsifier = sparsifier_of(
@@ -830,7 +837,7 @@ def test_the_plan_can_be_seen_and_its_target_moved() -> None:
         optimizer.step()
         sparsifier.step(optimizer)
     assert (model.x == 0).tolist() == [True, True, False, False, False, False]
-    with pytest.raises(InputError, match="constant strength has no plan"):
+    with pytest.raises(InputError, match="constant strength has no target"):
         sparsifier_of(model, _groups(("x",), n=6), strength=0.1).expected_masks()
 
 
@@ -842,7 +849,7 @@ def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> 
     sparsifier, resumed = (sparsifier_of(model, groups, **arguments) for _ in range(2))
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     _train(model, optimizer, range(5), sparsifier)
-    # Not what the plan would have chosen: the filters that are largest.
+    # Not what would have been chosen: the filters that are largest.
     scores = filter_norms(model, groups)
     masks = {name: score <= score.median() for name, score in scores.items()}
     sparsifier.settle(masks)

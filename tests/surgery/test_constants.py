@@ -272,11 +272,13 @@ def test_a_stream_that_two_batch_norms_write_has_a_constant_for_each_place_it_is
 # carriers
 
 
-def slimmed(reader: nn.Module, dead: list[int], **arguments: int) -> tuple[nn.Module, ChannelGroups, Masks]:
-    """A model some of whose scales, but not shifts, are zero, and the masks of the channels that scores leave."""
+def slimmed(
+    reader: nn.Module, dead: list[int], round_to: int = 1
+) -> tuple[nn.Module, ChannelGroups, Masks]:
+    """A model some of whose scales, but not shifts, are zero, and the masks of the channels that are not."""
     model = reading(reader, dead=dead)
-    groups = find_groups(model, images())
-    return model, groups, keep_masks(model, groups, method="threshold", threshold=1e-9, **arguments)
+    groups = find_groups(model, images(), round_to=round_to)
+    return model, groups, keep_masks(model, groups, method="threshold", threshold=1e-9)
 
 
 def kept(mask: Tensor) -> list[int]:
