@@ -304,8 +304,8 @@ def page(rows: Sequence[Row], picture: str, command: str) -> str:
         "# Asked and measured: speed-ups in ONNX Runtime",
         "",
         f"Written by `{command}`, whose docstring says what was run. Efficiency: speed-up / MACs ratio. Torch-Pruning "
-        "(TP) is cut to the same MACs ratio, without and with multiples of 16; what it retains at our speed is that of a "
-        "further cut. Retained: the share of all importance that the channels kept have.",
+        "(TP) is cut to the same MACs ratio, without and with multiples of 16; what it retains at our speed is that of "
+        "a further cut. Retained: the share of all importance that the channels kept have.",
         "",
         f"- machine: {machine['cpu']}, {machine['logical_cores']} cores, one thread, batch 1; versions: "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
