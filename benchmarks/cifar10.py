@@ -648,9 +648,9 @@ def page(rows: Sequence[Row], settings: Mapping[str, Any], picture: str) -> str:
     lines = [
         "# CIFAR-10: accuracy at equal measured speed",
         "",
-        "Written by `benchmarks/cifar10.py`, whose docstring says what each arm does. Accuracy is that on the images "
-        "named below: before the cut, right after it, and after fine-tuning; means over the seeds, and the spread "
-        "(largest less smallest) of the last. Dense training goes on for as many epochs.",
+        "Written by `python benchmarks/cifar10.py --data DIR`, whose docstring says what each arm does. Accuracy is "
+        "that on the images named below: before the cut, right after it, and after fine-tuning; means over the seeds, "
+        "and the spread (largest less smallest) of the last. Dense training goes on for as many epochs.",
         "",
         "- settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()),
         f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "
@@ -736,7 +736,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs") / "cifar10", help="trained networks")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "cifar10.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "cifar10.md")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "cifar10.md")
     return parser.parse_args()
 
 

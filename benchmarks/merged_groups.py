@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "merged_groups.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "merged_groups.md")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "merged_groups.md")
     arguments = parser.parse_args()
     console = Console()
     rows = [measure(name, arguments.rounds) for name in track(arguments.models, console=console)]

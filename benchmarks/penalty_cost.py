@@ -3,7 +3,7 @@
     python benchmarks/penalty_cost.py
     python benchmarks/penalty_cost.py --device cuda --batch 64 --threads 8
 
-The second writes docs/penalty_cost_cuda.md and results/penalty_cost_cuda.json.
+The second writes docs/results/penalty_cost_cuda.md and results/penalty_cost_cuda.json.
 
 Everything is timed in one process, once a round in an order drawn anew each round, on the model as it trains:
 
@@ -17,7 +17,7 @@ Everything is timed in one process, once a round in an order drawn anew each rou
 
 Medians over the rounds. The claims, with a constant strength and with "auto": ours takes at most 1 % of the step (on a
 CPU: a GPU's step is so short that starting a few kernels is a larger share of it), and at most a tenth of
-Torch-Pruning's time. Writes docs/penalty_cost.md.
+Torch-Pruning's time. Writes docs/results/penalty_cost.md.
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="results; by default in benchmarks/results")
-    parser.add_argument("--docs", type=Path, help="page; by default in docs")
+    parser.add_argument("--docs", type=Path, help="page; by default in docs/results")
     arguments = parser.parse_args()
     name = (
         "penalty_cost" if arguments.device == "cpu" else f"penalty_cost_{arguments.device.partition(':')[0]}"
     )
     here = Path(__file__).parent
     output = arguments.output or here / "results" / f"{name}.json"
-    docs = arguments.docs or here.parent / "docs" / f"{name}.md"
+    docs = arguments.docs or here.parent / "docs" / "results" / f"{name}.md"
     torch.set_num_threads(arguments.threads)
     rows = [measure(name, arguments) for name in arguments.models]
     write_json(output, rows)

@@ -304,16 +304,16 @@ def page(rows: Sequence[Row], picture: str, command: str) -> str:
         "# Asked and measured: speed-ups in ONNX Runtime",
         "",
         f"Written by `{command}`, whose docstring says what was run. Efficiency: speed-up / MACs ratio. Torch-Pruning "
-        "(TP) is cut to the same MACs ratio, without and with multiples of 16; its score at our speed is that of a "
-        "further cut.",
+        "(TP) is cut to the same MACs ratio, without and with multiples of 16; what it retains at our speed is that of "
+        "a further cut. Retained: the share of all importance that the channels kept have.",
         "",
         f"- machine: {machine['cpu']}, {machine['logical_cores']} cores, one thread, batch 1; versions: "
         + ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
         "",
         f"![asked and measured]({picture})",
         "",
-        "| model | asked | measured | 95 % interval | MACs ratio | efficiency | score | TP | TP, 16 "
-        "| TP score at our speed | TP, 16 |",
+        "| model | asked | measured | 95 % interval | MACs ratio | efficiency | retained | TP | TP, 16 "
+        "| TP retained at our speed | TP, 16 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -352,7 +352,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
         f"- measured within 3 % of what was asked: {near} of {len(rows)}",
         f"- efficiency of at least {EFFICIENT['resnet']} (ResNets) or {EFFICIENT['']} (others): "
         f"{len(efficient)} of {len(rows)}",
-        "- a larger retained score than Torch-Pruning at the same speed: "
+        "- more importance retained than by Torch-Pruning at the same speed: "
         f"{sum(ours > theirs for ours, theirs in compared)} of {len(compared)} comparisons; in "
         f"{len(at_speed) - len(compared)} more none of its cuts got as fast",
         f"- error of the predicted speed-up of whole networks, over {len(errors)} cuts: median "
@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of latency tables; a temporary one by default")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "speed.md")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "speed.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "strength_auto.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "strength_auto.md")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "results" / "strength_auto.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console, rows = Console(), []

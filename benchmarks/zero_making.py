@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "zero_making.json")
     parser.add_argument(
-        "--docs", type=Path, default=HERE.parent / "docs", help="folder of the page and the plot"
+        "--docs", type=Path, default=HERE.parent / "docs" / "results", help="folder of the page and the plot"
     )
     a = parser.parse_args()
     torch.set_num_threads(a.threads)

@@ -684,8 +684,8 @@ def page(records: Sequence[Record]) -> str:
         [
             "# sparsekit on timm's architectures",
             "",
-            "Written by `benchmarks/zoo.py`, whose docstring says what each stage does. Half the units of every "
-            "free group are cut; `removed` and `frozen` are fractions. Frozen parameters lie in tensors that no "
+            "Written by `python benchmarks/zoo.py`, whose docstring says what each stage does. Half the units of "
+            "every free group are cut; `removed` and `frozen` are fractions. Frozen parameters lie in tensors that no "
             "free group touches; the reason given is the one that keeps most of them. The status is `ok` or the "
             "first stage that failed.",
             "",
@@ -770,7 +770,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of torch, in each process")
     parser.add_argument("--resume", action="store_true", help="keep the results there are, run the others")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of zoo.json")
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs" / "zoo.md", help="the page")
+    parser.add_argument(
+        "--docs", type=Path, default=HERE.parent / "docs" / "results" / "zoo.md", help="the page"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
