@@ -202,8 +202,8 @@ class RunReport(_Record):
     """Everything a run found. `input_shape` is (channels, height, width) of one image.
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
-    same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
+    same benchmark. `round_trip_max_abs` is the largest logit difference after the saved model was loaded
+    again. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
     being pruned further (both empty but for a budget of accuracy), the graphs what ONNX Runtime makes of the
     files (runs of before that was counted have none). The ratios are computed from the figures, so that they
     cannot disagree with them.
