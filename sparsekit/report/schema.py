@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 
 from sparsekit import files
 from sparsekit.errors import FileError
+from sparsekit.options import Precision
 
 # ----------------------------------------------------------------------------------------------------- schema
 
@@ -92,7 +93,7 @@ class IntervalFigures(_Record):
 class VariantFigures(_Record):
     """The pruned model in fewer bits; `speedup` is over the dense model in float32."""
 
-    precision: Literal["int8", "fp16"]
+    precision: Precision
     accuracy_onnx: Fraction
     onnx_bytes: PositiveCount
     latency_ms: LatencyFigures
