@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import sparsekit
+from sparsekit import errors
 
 
 def test_the_public_names_are_these() -> None:
@@ -34,6 +35,7 @@ def test_the_public_names_are_these() -> None:
         "RecipeError",
         "Rounding",
         "RunError",
+        "RunReport",
         "SparsekitError",
         "Sparsifier",
         "SpeedSearch",
@@ -59,6 +61,7 @@ def test_the_public_names_are_these() -> None:
         "load",
         "make_plan",
         "measure_layers",
+        "read_report",
         "rebind_scheduler",
         "recalibrate_batchnorms",
         "save",
@@ -118,3 +121,19 @@ def test_imports_that_should_be_quick_leave_the_heavy_libraries_alone(module: st
     program = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"
+
+
+def test_a_source_tree_can_be_imported_without_installed_metadata() -> None:
+    program = (
+        "import importlib.metadata as m; m.version = m.distribution = None; "
+        "import sparsekit; print(sparsekit.__version__)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == sparsekit.__version__
+
+
+def test_every_error_raised_on_purpose_is_public() -> None:
+    raised = [error for error in vars(errors).values() if inspect.isclass(error)]
+    assert {error.__name__ for error in raised if issubclass(error, errors.SparsekitError)} <= set(
+        sparsekit.__all__
+    )
