@@ -38,7 +38,7 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
     What is found is in the journal after every attempt, so that a resumed run goes on with the next. Raises InputError
     if no attempt could be made.
     """
-    budget = _budget(run)
+    budget = _budget(run.arguments.target)
     noted = run.files.has_result("attempts")
     found = run.files.result("attempts", AttemptsResult) if noted else _first_result(run)
     while len(found.attempts) < run.recipe.cut.attempts:
@@ -60,7 +60,9 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
     )
     run.say(f"attempts: {taken.number} is taken")
     remark = "" if taken.accepted else _nothing_accepted(run.arguments.target, taken, len(found.attempts))
-    return replace(found, taken=taken.number, binds=_binding(run, taken, found), remark=remark)
+    return replace(
+        found, taken=taken.number, binds=_binding(run.arguments.target, taken, found), remark=remark
+    )
 
 
 def _first_result(run: Run) -> AttemptsResult:
@@ -74,9 +76,9 @@ def _tried(attempts: Sequence[Attempt]) -> list[tuple[float, float]]:
     return [(one.pressure, one.drop) for one in attempts]
 
 
-def _budget(run: Run) -> float:
+def _budget(target: Target) -> float:
     # As many images as are allowed are not one too many.
-    return (run.arguments.target.max_accuracy_drop or 0.0) + 1e-9
+    return (target.max_accuracy_drop or 0.0) + 1e-9
 
 
 def _attempt_folder(run: Run, number: int) -> Path:
@@ -103,7 +105,7 @@ def _attempt(
     choice = inner.files.result("cut", CutResult).choice
     tuned = inner.files.result("finetune", AttemptFinetuned)
     drop = found.dense_accuracy - tuned.validation_accuracy
-    accepted = drop <= _budget(run)
+    accepted = drop <= _budget(run.arguments.target)
     run.say(
         f"attempts: {number}, {asked}: {tuned.validation_accuracy:.4f} of the validation images, {drop:.4f} lower than "
         f"dense: {'within the budget' if accepted else 'too much'}"
@@ -151,9 +153,9 @@ _STAGES = (
 )
 
 
-def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
+def _binding(target: Target, taken: Attempt, found: AttemptsResult) -> str:
     """What kept the model from being pruned further: keys of the recipe."""
-    budget, tried = _budget(run), _tried(found.attempts)
+    budget, tried = _budget(target), _tried(found.attempts)
     more = next_pressure(tried, budget, found.most, largest_factor(found.full)) is not None
     _, beyond = bracket(tried, budget)
     if beyond is not None and any(one.failure for one in found.attempts if one.pressure == beyond[0]):
@@ -161,7 +163,7 @@ def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
     elif beyond is not None:
         keys = ["cut.target.max_accuracy_drop"]
     elif taken.pressure >= found.most:
-        keys = [f"cut.target.{key}" for key in run.arguments.target.besides_accuracy] or ["cut.min_channels"]
+        keys = [f"cut.target.{key}" for key in target.besides_accuracy] or ["cut.min_channels"]
     else:
         keys = []
     return " and ".join([*keys, *(["cut.attempts"] if more else [])])

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from accelerate import Accelerator
@@ -30,8 +30,10 @@ from sparsekit.recipe.specs import (
 from sparsekit.report.schema import read_report
 from sparsekit.runs import attempts, prune_stages
 from sparsekit.runs.accuracy_search import full_target, largest_factor, next_pressure, target_at
-from sparsekit.runs.attempts import Attempt, _binding
+from sparsekit.runs.arguments import Target
+from sparsekit.runs.attempts import _binding
 from sparsekit.runs.rehearsal import Inputs
+from sparsekit.runs.results import Attempt, AttemptFinetuned, AttemptsResult, CutResult
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
 from sparsekit.runs.stages import Stage
@@ -110,12 +112,16 @@ def recipe(**target: float) -> Recipe:
     )
 
 
+def target_of(**target: float) -> Target:
+    return Target.of(recipe(**target).cut.target)
+
+
 def test_what_the_search_starts_from() -> None:
-    full, most = full_target(recipe(), dense_ms=4.0, most=8.0)
+    full, most = full_target(target_of(), dense_ms=4.0, most=8.0)
     assert full == {"speedup": 2.0}
     assert full["speedup"] ** most == pytest.approx(0.9 * 8)
-    assert full_target(recipe(speedup=3.0, macs=0.3), 4.0, 8.0) == ({"speedup": 3.0, "macs": 0.3}, 1.0)
-    assert full_target(recipe(latency_ms=1.0), 4.0, 8.0) == ({"speedup": 4.0}, 1.0)
+    assert full_target(target_of(speedup=3.0, macs=0.3), 4.0, 8.0) == ({"speedup": 3.0, "macs": 0.3}, 1.0)
+    assert full_target(target_of(latency_ms=1.0), 4.0, 8.0) == ({"speedup": 4.0}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_what_leaves_nothing_to_search_is_refused(
     target: dict[str, float], most: float, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        full_target(recipe(**target), dense_ms=4.0, most=most)
+        full_target(target_of(**target), dense_ms=4.0, most=most)
 
 
 def attempt(pressure: float, drop: float, failure: str = "") -> Attempt:
@@ -148,13 +154,13 @@ def attempt(pressure: float, drop: float, failure: str = "") -> Attempt:
 def test_what_limits_the_speed_is_named(
     target: dict[str, float], tried: list[Attempt], most: float, binds: str
 ) -> None:
-    notes = {"full": target or {"speedup": 2.0}, "most": most}
-    assert _binding(recipe(**target), tried[-1], tried, notes) == binds
+    found = AttemptsResult(target or {"speedup": 2.0}, most, 0.9, tuple(tried))
+    assert _binding(target_of(**target), tried[-1], found) == binds
 
 
 def made(
     run: Run, monkeypatch: pytest.MonkeyPatch, outcome: Callable[[float], float | InputError]
-) -> dict[str, Any]:
+) -> AttemptsResult:
     """What attempts find if the validation accuracy (or the failure) at a speed is `outcome`; nothing is trained."""
 
     def run_stage(inner: Run, stage: Stage, *, also: Callable[[], None]) -> None:
@@ -165,10 +171,11 @@ def made(
         if isinstance(found, InputError):
             raise found
         record = inner.files.begin(stage.name, {})
-        inner.files.finish(record, {"choice": {}, "validation_accuracy": found, "macs": 7})
+        cut = CutResult(0.0, 8, 16, 8, 0, None, ())
+        inner.files.finish(record, cut if stage.name == "cut" else AttemptFinetuned(found, 7))
 
-    notes = {"full": {"speedup": 2.0}, "most": 2.0, "dense_accuracy": 0.9, "attempts": []}
-    monkeypatch.setattr(attempts, "_first_notes", lambda run: notes)
+    first = AttemptsResult({"speedup": 2.0}, 2.0, 0.9)
+    monkeypatch.setattr(attempts, "_first_result", lambda run: first)
     monkeypatch.setattr(attempts, "run_stage", run_stage)
     return attempts.make_attempts(run, lambda: None)
 
@@ -184,20 +191,15 @@ def bare_run(tmp_path: Path) -> Run:
 
 def test_what_cannot_be_made_counts_as_too_fast(bare_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = made(bare_run, monkeypatch, lambda speed: InputError("out of reach") if speed > 1.7 else 0.9)
-    first, second, *_ = found["attempts"]
-    assert (first["failure"], first["accuracy"]) == ("out of reach", None)
-    assert second["accepted"]
-    assert (
-        found["taken"]
-        == max((one for one in found["attempts"] if one["accepted"]), key=lambda one: one["pressure"])[
-            "number"
-        ]
-    )
-    assert found["binds"].startswith("cut.min_channels")
+    first, second, *_ = found.attempts
+    assert (first.failure, first.accuracy) == ("out of reach", None)
+    assert second.accepted
+    assert found.taken == max(found.attempts, key=lambda one: (one.accepted, one.pressure)).number
+    assert found.binds.startswith("cut.min_channels")
     # The journal has them all, so that a resumed run would go on behind them.
     again = RunDirectory(bare_run.files.path)
     again.open(resume=True)
-    assert again.result("attempts")["attempts"] == found["attempts"]
+    assert again.result("attempts", AttemptsResult).attempts == found.attempts
 
 
 def test_a_speed_at_which_nothing_can_go_loses_nothing(
@@ -208,11 +210,11 @@ def test_a_speed_at_which_nothing_can_go_loses_nothing(
         monkeypatch,
         lambda speed: prune_stages.NothingToCutError("nothing to remove") if speed < 1.6 else 0.8,
     )
-    assert [one["failure"] != "" for one in found["attempts"]] == [
-        one["target"]["speedup"] < 1.6 for one in found["attempts"]
+    assert [one.failure != "" for one in found.attempts] == [
+        one.target["speedup"] < 1.6 for one in found.attempts
     ]
-    assert found["taken"] == 1
-    assert "none of" in found["remark"]
+    assert found.taken == 1
+    assert "none of" in found.remark
 
 
 def test_if_nothing_can_be_made_that_is_told(bare_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,13 +317,13 @@ def fast_run(recipe: Path, made_once: Callable[[str, Callable[[Path], None]], Pa
 def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_run: Path) -> None:
     journal = json.loads((fast_run / "checkpoints" / "journal.json").read_text())
     stages = {stage["name"]: stage for stage in journal["stages"]}
-    choice = stages["cut"]["result"]["choice"]
+    choice = stages["cut"]["result"]["cut"]["choice"]
     assert choice == stages["sparsify"]["result"]["choice"]
     assert choice["asked"] == 1.2
     assert 1 <= len(choice["trials"]) <= 8
     assert choice["found"] in choice["trials"]
-    assert stages["cut"]["result"]["removed_live"] == 0
-    assert stages["cut"]["result"]["max_abs_logit_change"] < 1e-4
+    assert stages["cut"]["result"]["cut"]["removed_live"] == 0
+    assert stages["cut"]["result"]["effect"]["max_abs_logit_change"] < 1e-4
     report = read_report(fast_run / "report.json")
     assert report.params_ratio >= 1 / 0.9
     assert report.asked == {"speedup": 1.2, "params": 0.9}

@@ -73,7 +73,7 @@ def test_a_resumed_run_knows_stages_results_and_metrics(tmp_path: Path) -> None:
     first.advance(first.begin("sparsify", {"epochs": 3}), 4.5)
     first.add_metrics({"phase": "dense", "epoch": 0, "loss": 1.25})
     again = _opened(tmp_path, resume=True)
-    assert again.result("dense") == {"accuracy": 0.75, "notes": ["a"]}
+    assert again.result("dense", dict) == {"accuracy": 0.75, "notes": ["a"]}
     assert [(s.name, s.status, s.seconds) for s in again.stages.values()] == [
         ("dense", "done", 0.0),
         ("sparsify", "running", 4.5),
@@ -99,7 +99,7 @@ def test_a_stage_that_has_noted_something_keeps_its_settings(tmp_path: Path) -> 
     first.check_settings("attempts", {"epochs": 3})
     first.note("attempts", {"tried": [1]})
     again = _opened(tmp_path, resume=True)
-    assert again.result("attempts") == {"tried": [1]}
+    assert again.result("attempts", dict) == {"tried": [1]}
     assert not again.is_done("attempts")
     with pytest.raises(FileError, match="epochs"):
         again.check_settings("attempts", {"epochs": 3})
@@ -180,7 +180,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     other.add_metrics({"phase": "dense", "epoch": 0})
     other.log("hello")
     assert _files(tmp_path) == before
-    assert other.result("dense") == {"accuracy": 1.0}
+    assert other.result("dense", dict) == {"accuracy": 1.0}
 
 
 def test_a_stage_that_left_nothing_behind_may_begin_again_with_other_settings(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_done_stage_is_skipped_and_only_what_it_depends_on_is_locked(tmp_path:
     run_stage(run, stage)
     again = _run(tmp_path, "sparsify.debias=0.3", resume=True)
     run_stage(again, Stage("x", lambda run, tick: pytest.fail("made again"), stage.sections, stage.leaves))
-    assert again.files.result("x") == {"found": 1}
+    assert again.files.result("x", dict) == {"found": 1}
     with pytest.raises(FileError, match=r"sparsify\.epochs"):
         run_stage(_run(tmp_path, "sparsify.epochs=99", resume=True), stage)
     (run.files.path / "left.txt").unlink()
