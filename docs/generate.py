@@ -219,6 +219,7 @@ SUBJECTS: dict[str, str] = {
     "Training goes on": "transplant transplant_ema rebind_scheduler",
     "Files": "save load export_onnx check_parity Parity summarise_graph GraphSummary",
     "Measurements": "compare_latency LatencyComparison Latency Interval describe_machine library_versions",
+    "Runs": "read_report RunReport",
     "Errors": "SparsekitError InputError RecipeError DataError ModelError FileError RunError TrainingError "
     "VerificationError",
 }

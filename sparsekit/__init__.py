@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sparsekit.machine import describe_machine as describe_machine
     from sparsekit.machine import library_versions as library_versions
     from sparsekit.repair.recalibration import recalibrate_batchnorms as recalibrate_batchnorms
+    from sparsekit.report.schema import RunReport as RunReport
+    from sparsekit.report.schema import read_report as read_report
     from sparsekit.selection.carriers import keep_carriers as keep_carriers
     from sparsekit.selection.costs import channel_latencies as channel_latencies
     from sparsekit.selection.costs import channel_macs as channel_macs
@@ -84,6 +86,7 @@ __all__ = [
     "RecipeError",
     "Rounding",
     "RunError",
+    "RunReport",
     "SparsekitError",
     "Sparsifier",
     "SpeedSearch",
@@ -111,6 +114,7 @@ __all__ = [
     "load",
     "make_plan",
     "measure_layers",
+    "read_report",
     "rebind_scheduler",
     "recalibrate_batchnorms",
     "save",
@@ -143,6 +147,7 @@ _HOMES = {
     "RecipeError": "errors",
     "Rounding": "structure.groups",
     "RunError": "errors",
+    "RunReport": "report.schema",
     "SparsekitError": "errors",
     "Sparsifier": "sparsify.sparsifier",
     "SpeedSearch": "latency.search",
@@ -170,6 +175,7 @@ _HOMES = {
     "load": "artifact.load",
     "make_plan": "structure.plan",
     "measure_layers": "latency.layers",
+    "read_report": "report.schema",
     "rebind_scheduler": "surgery.transplant",
     "recalibrate_batchnorms": "repair.recalibration",
     "save": "artifact.save",

@@ -370,7 +370,7 @@ def _summary(path: Path, recipe: Recipe) -> str:
 
 
 def _latency_table(comparison: LatencyComparison) -> RenderableType:
-    """One row a file; under it what the figures are worth."""
+    """One row a file; under it how far the figures can be trusted."""
     from rich import box
     from rich.console import Group
     from rich.table import Table

@@ -18,7 +18,7 @@ from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
-from sparsekit.errors import InputError, ModelError
+from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.evaluation import evaluating
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost
@@ -112,13 +112,9 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be copied: {_one_line(error)}; every cut is tried on copies, so keep what "
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; every cut is tried on copies, so keep what "
             "cannot be copied out of the module"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
@@ -127,7 +123,7 @@ def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, 
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example input of shape "
-            f"{[tuple(x.shape) for x in inputs]}: {_one_line(error)}"
+            f"{[tuple(x.shape) for x in inputs]}: {first_line(error)}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparsekit.errors import VerificationError
+from sparsekit.errors import VerificationError, first_line
 from sparsekit.evaluation import evaluating, random_inputs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.places import Place
@@ -149,7 +149,7 @@ class Trial:
         except VerificationError as error:
             return str(error)
         except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return first_line(error)
         exact = next(self.model.parameters()).dtype == torch.float64
         if not found.max_rel <= (_PROOF_TOLERANCE if exact else _FLOAT32_TOLERANCE):
             return f"the cut model's outputs are off by {found.max_rel:.2g} of the largest"
@@ -170,7 +170,7 @@ class Trial:
             with torch.no_grad():
                 model(*random_inputs(self.groups.input_shapes, 0, model, batch=2))
         except Exception as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            return first_line(error)
         return ""
 
     def _masked(self, names: list[str], plan: PrunePlan) -> tuple[nn.Module, list[Tensor]]:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsekit.errors import InputError
+from sparsekit.errors import InputError, first_line
 from sparsekit.evaluation import eval_mode, random_inputs
 from sparsekit.options import Importance
 from sparsekit.selection.importance import output_shares
@@ -175,7 +175,7 @@ def _called(criterion: Any, theirs: Any, name: str) -> Tensor | None:
         return torch.zeros_like(found) if not bool(plain(theirs).any()) else found
     except Exception as error:
         raise InputError(
-            f"{type(criterion).__name__} cannot rank the channels of {name}: {_one_line(error)}; "
+            f"{type(criterion).__name__} cannot rank the channels of {name}: {first_line(error)}; "
             "rank by another criterion"
         ) from error
 
@@ -525,7 +525,7 @@ def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, hist
         difference = agreement(expected_outputs, outputs(theirs, inputs)).max_rel
     except Exception as error:
         raise InputError(
-            f"the model that torch_pruning cuts does not run: {_one_line(error)}; it leaves sizes in the model's code "
+            f"the model that torch_pruning cuts does not run: {first_line(error)}; it leaves sizes in the model's code "
             "and attributes as they were, sparsekit.apply_plan does not"
         ) from error
     if not difference <= _TOLERANCE:
@@ -558,7 +558,7 @@ def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: Prun
             graph.load_pruning_history([(name, is_out, list(indices)) for name, is_out, indices in history])
     except Exception as error:
         raise InputError(
-            f"torch_pruning cannot cut {type(model).__name__}: {_one_line(error)}; cut with sparsekit.apply_plan"
+            f"torch_pruning cannot cut {type(model).__name__}: {first_line(error)}; cut with sparsekit.apply_plan"
         ) from error
     return theirs
 
@@ -622,7 +622,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch_pruning\b")
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

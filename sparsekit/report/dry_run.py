@@ -22,7 +22,7 @@ class DryRun:
     """A model's target, the masks that would meet it, what they leave as shares, and how fast that was.
 
     `trials` are all that were measured on the way, the last word is `found`'s. `remark` says what the reader should
-    know: why the target was not met as asked, or that the scores are those of an untrained model.
+    know: why the target was not met as asked, or that the weights are those of an untrained model.
     """
 
     model: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from rich import box
@@ -16,9 +15,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
+from sparsekit.options import Quantity
+from sparsekit.selection.costs import CostModel
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
 
+_COUNTED: tuple[Quantity, ...] = ("macs", "params")
 # How the table says what part members play, in this order. Sizes are consequences, which JSON has.
 _PARTS: dict[str, tuple[Role, ...]] = {
     "made by": ("producer",),
@@ -43,23 +45,20 @@ class Inspection:
         """Plain data: the totals and, for each group, its cost, its members and why it stays whole, if it must.
 
         `channels` counts what can go on its own and `rows_per_channel` the rows each of them has in the first layer
-        that makes it: more than 1 for an attention head. A member owns `per_channel` positions along `dim`.
+        that makes it: more than 1 for an attention head. Shares are those of all that goes with the whole group; what
+        lies between two groups counts in both. A member owns `per_channel` positions along `dim`.
         """
-        macs = {layer.weight: layer.macs for layer in self.groups.layers}
-        params = {name: prod(self.groups.tensor_shapes[name]) for name in self.groups.parameters}
+        costs = CostModel(self.groups, frozen=True)
         return {
             "model": self.model,
             "input_shape": list(self.input_shape),
             "macs": self.macs,
             "params": self.params,
-            "groups": [self._row(group, macs, params) for group in self.groups],
+            "groups": [self._row(group, costs) for group in self.groups],
         }
 
-    def _row(self, group: ChannelGroup, macs: Mapping[str, int], params: Mapping[str, int]) -> dict[str, Any]:
-        """Shares are those of all that goes with the whole group; a layer between two groups counts in both."""
-        owned = _owned_shares(group, self.groups.tensor_shapes)
-        lost_macs = sum(share * macs.get(tensor, 0) for tensor, share in owned.items())
-        lost_params = sum(share * params.get(tensor, 0) for tensor, share in owned.items())
+    def _row(self, group: ChannelGroup, costs: CostModel) -> dict[str, Any]:
+        lost_macs, lost_params = (costs.of(q) - costs.of(q, {group.name: 0.0}) for q in _COUNTED)
         return {
             "name": group.name,
             "channels": group.n_channels,
@@ -110,18 +109,6 @@ def inspect_module(
     )
     shape = tuple(example_input.shape[1:])
     return Inspection(name, shape, count_macs(model, example_input), count_params(model), groups)
-
-
-def _owned_shares(group: ChannelGroup, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
-    """For each tensor of the group, the share of it that would go with all of the group's channels."""
-    owned: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for member in group.members:
-        if member.role != "size":
-            owned[member.tensor][member.dim] += len(member.positions)
-    return {
-        tensor: 1 - prod(1 - count / shapes[tensor][dim] for dim, count in by_dim.items())
-        for tensor, by_dim in owned.items()
-    }
 
 
 def _rows_per_channel(group: ChannelGroup) -> int:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 
 from sparsekit import files
 from sparsekit.errors import FileError
+from sparsekit.options import Precision
 
 # ----------------------------------------------------------------------------------------------------- schema
 
@@ -92,7 +93,7 @@ class IntervalFigures(_Record):
 class VariantFigures(_Record):
     """The pruned model in fewer bits; `speedup` is over the dense model in float32."""
 
-    precision: Literal["int8", "fp16"]
+    precision: Precision
     accuracy_onnx: Fraction
     onnx_bytes: PositiveCount
     latency_ms: LatencyFigures
@@ -202,8 +203,8 @@ class RunReport(_Record):
     """Everything a run found. `input_shape` is (channels, height, width) of one image.
 
     `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
-    same benchmark. `round_trip_max_abs` is the largest logit difference after a fresh process loaded the
-    saved model. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
+    same benchmark. `round_trip_max_abs` is the largest logit difference after the saved model was loaded
+    again. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
     being pruned further (both empty but for a budget of accuracy), the graphs what ONNX Runtime makes of the
     files (runs of before that was counted have none). The ratios are computed from the figures, so that they
     cannot disagree with them.

@@ -51,7 +51,7 @@ class Revival:
 
     @torch.no_grad()
     def of_channels(self, *, relative: bool) -> Tensor:
-        """The pull (n,) at each channel, `relative` to the size of its gradients or in their own units."""
+        """The loss's pull at each channel (n,), `relative` to the size of its gradients or in their own units."""
         if self._seen * _NEWEST < 1:
             return torch.zeros_like(self._held.sizes)
         left = (1 - _NEWEST) ** self._seen  # of the zeros that the means started with
