@@ -14,13 +14,13 @@ number of epochs:
 
     dense                        no penalty, no cut
     dense_untaught               the same, and no teacher
-    group_lasso, scale_l1, l1    sparsekit's penalties, proximal, strength "auto"
+    group_lasso, scale_l1, l1    sparsekit's penalties, proximal, with an automatic strength
     linear_decay, growing_l2     the same choice of channels, taken to zero without a penalty: multiplied down in equal
                                  parts (as HESSO, arXiv 2409.09085, does), or by a weight decay that grows to 1 (as
                                  GReg, arXiv 2012.09243, does)
     tp_group_norm, tp_bn_scale   Torch-Pruning's GroupNormPruner and BNScalePruner, with their authors' coefficients
     magnitude                    one-shot, Torch-Pruning's global magnitude pruning
-    random                       one-shot, blocks of channels drawn from all layers alike
+    random                       one-shot, steps of channels drawn from all layers alike
 
 The cut of every arm is the smallest (channels in multiples of 16) that ONNX Runtime runs `asked` times as
 fast as the dense network, measured interleaved with it, one thread. Ours takes the measurement at the end of the
@@ -48,36 +48,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch_pruning as tp
+from channels import PenalisedChannels
+from common import Labelled, machine_text, save_figure, versions_text, write_json, write_text
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
+from timm.data.readers.reader_factory import create_reader
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.errors import InputError
-from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.latency.compare import Interval
-from sparsekit.machine import describe_machine, library_versions
-from sparsekit.selection.carriers import keep_carriers
-from sparsekit.sparsify.penalised_weights import PenalisedWeights
-from sparsekit.sparsify.schedules import PhaseShares
-from sparsekit.structure.counting import count_macs
-from sparsekit.structure.groups import ChannelGroups
-from sparsekit.structure.masks import Masks
-from sparsekit.training.data_sources import Images
-from sparsekit.training.loop import distillation_loss
-from sparsekit.training.splits import ImageData, open_data
 
 HERE = Path(__file__).parent
 Row = Mapping[str, Any]
+Masks = dict[str, Tensor]
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 MULTIPLE = 16
 BATCH = 128
@@ -124,8 +116,8 @@ def build_network(width: int) -> ResNet:
 class Cifar:
     """Images as uint8 (n, 3, 32, 32) and labels (n,)."""
 
-    train: tuple[Tensor, Tensor]
-    judged: tuple[Tensor, Tensor]
+    train: Labelled
+    judged: Labelled
 
 
 def read_images(folder: Path, n_train: int | None, judge: str, device: str) -> Cifar:
@@ -134,22 +126,47 @@ def read_images(folder: Path, n_train: int | None, judge: str, device: str) -> C
     Where validation images judge, those are the tenth and what training leaves.
     """
 
-    def opened(limit: int | None) -> ImageData:
-        return open_data(
-            "folder", root=folder, train="cifar10_train", test="cifar10_val", limits=(limit, None, None)
-        )
-
-    def stacked(*parts: Images) -> tuple[Tensor, Tensor]:
-        pictures = [np.asarray(images[i][0].convert("RGB")) for images in parts for i in range(len(images))]
-        labels = np.concatenate([images.labels for images in parts])
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        return images.to(device), torch.from_numpy(labels).to(device)
-
-    data, every = opened(n_train), opened(None).train
+    images, labels = read_split(folder, "cifar10_train")
+    rng = np.random.default_rng(0)
+    every = np.arange(len(labels))
+    aside = drawn(labels, every, round(0.1 * len(labels)), rng)
+    left = np.setdiff1d(every, aside)
+    chosen = left if n_train is None or n_train >= len(left) else drawn(labels, left, n_train, rng)
     if judge == "test":
-        return Cifar(stacked(data.train), stacked(data.test))
-    rest = every.subset(np.flatnonzero(~np.isin(every.indices, data.train.indices)))
-    return Cifar(stacked(data.train), stacked(data.validation, *([rest] if len(rest) else [])))
+        judged = read_split(folder, "cifar10_val")
+    else:
+        others = np.concatenate([aside, np.setdiff1d(left, chosen)])
+        judged = images[others], labels[others]
+
+    def moved(images: np.ndarray, labels: np.ndarray) -> Labelled:
+        pictures = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return pictures.to(device), torch.from_numpy(labels).to(device)
+
+    return Cifar(moved(images[chosen], labels[chosen]), moved(*judged))
+
+
+def read_split(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 32, 32, 3) and labels (n,) of class folders in a tar, or in a folder."""
+    tar = folder / f"{name}.tar"
+    # timm would keep the index of a tar in a pickle beside it.
+    reader: Any = (
+        create_reader("", root=str(tar), cache_tarinfo=False)
+        if tar.is_file()
+        else create_reader("", root=str(folder / name))
+    )
+    read = [reader[i] for i in range(len(reader))]
+    pictures = [np.asarray(Image.open(file).convert("RGB")) for file, _ in read]
+    return np.stack(pictures), np.array([label for _, label in read], dtype=np.int64)
+
+
+def drawn(labels: np.ndarray, among: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the positions `among`, sorted, each class in proportion; the largest remainders get the odd ones."""
+    classes, sizes = np.unique(labels[among], return_counts=True)
+    exact = sizes * (count / len(among))
+    quota = np.floor(exact).astype(np.int64)
+    quota[np.argsort(quota - exact, kind="stable")[: count - int(quota.sum())]] += 1
+    picked = [rng.permutation(among[labels[among] == c])[:n] for c, n in zip(classes, quota, strict=True)]
+    return np.sort(np.concatenate(picked))
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -159,7 +176,7 @@ def normalised(images: Tensor) -> Tensor:
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
-def batches(data: tuple[Tensor, Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Labelled, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A training epoch: shuffled, flipped and shifted by up to 4 px, the same for everyone who asks."""
     images, labels = data
     generator = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -184,9 +201,21 @@ def batches(data: tuple[Tensor, Tensor], seed: int, epoch: int) -> Iterator[tupl
 After = Callable[[torch.optim.Optimizer], None]
 
 
+def taught_loss(hard: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of labels and of a teacher (Hinton et al. 2015, arXiv 1503.02531), logits being (n, classes)."""
+    weight, temperature = DISTILLATION
+    soft = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - weight) * hard + weight * temperature**2 * soft
+
+
 def train(
     model: nn.Module,
-    data: tuple[Tensor, Tensor],
+    data: Labelled,
     *,
     seed: int,
     epochs: range,
@@ -223,7 +252,7 @@ def train(
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
             if taught is not None:
-                loss = distillation_loss(loss, logits.float(), taught[number], *DISTILLATION)
+                loss = taught_loss(loss, logits.float(), taught[number])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if before_step is not None:
@@ -237,7 +266,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+def accuracy(model: nn.Module, data: Labelled) -> float:
     """Fraction of the images classified right, in float32."""
     model.to(data[0].device).eval()
     right = 0
@@ -256,7 +285,7 @@ class Speed:
 
     dense: nn.Module
     folder: Path
-    known: dict[tuple[Any, ...], Interval] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], sk.Interval] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._export(self.dense, "dense.onnx")
@@ -265,7 +294,7 @@ class Speed:
         plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
         return sk.export_onnx(plain, self.folder / name, torch.zeros(TIMED_BATCH, 3, 32, 32))
 
-    def of(self, model: nn.Module, *, rounds: int = 60) -> Interval:
+    def of(self, model: nn.Module, *, rounds: int = 60) -> sk.Interval:
         """Speed-up with its interval; looked up for a search (60 rounds), measured anew for more."""
         key = tuple(tuple(p.shape) for p in model.parameters())
         if rounds > 60 or key not in self.known:
@@ -279,18 +308,18 @@ def cut_to_speed(cut_at: Callable[[float], nn.Module], asked: float, speed: Spee
 
     No bisection: a share that empties a layer can make a peer leave it whole.
     """
-    dense = count_macs(speed.dense, EXAMPLE)
+    dense = sk.count_macs(speed.dense, EXAMPLE)
     for percent in range(1, 100):
         try:
             candidate = cut_at(percent / 100)
-        except InputError:  # more than there is to remove
+        except sk.InputError:  # more than there is to remove
             break
         # What has nearly all of its multiply-accumulates left needs no stopwatch.
-        if dense / count_macs(candidate, EXAMPLE) < 1 + 0.7 * (asked - 1):
+        if dense / sk.count_macs(candidate, EXAMPLE) < 1 + 0.7 * (asked - 1):
             continue
         if speed.of(candidate).value >= asked:
             return candidate
-    raise InputError(f"no cut reaches a speed-up of {asked}")
+    raise sk.InputError(f"no cut reaches a speed-up of {asked}")
 
 
 # ---- the arms --------------------------------------------------------------------------------------------------------
@@ -298,13 +327,18 @@ def cut_to_speed(cut_at: Callable[[float], nn.Module], asked: float, speed: Spee
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
 
+def groups_of(model: nn.Module) -> sk.ChannelGroups:
+    """Of which every arm keeps a multiple."""
+    return sk.find_groups(model, EXAMPLE, round_to=MULTIPLE, min_channels=MULTIPLE)
+
+
 def by_masks(
-    model: nn.Module, masks_at: Callable[[float], Masks], groups: ChannelGroups
+    model: nn.Module, masks_at: Callable[[float], Masks], groups: sk.ChannelGroups
 ) -> Callable[[float], nn.Module]:
     """A cut of sparsekit, proved."""
 
     def cut(level: float) -> nn.Module:
-        masks = keep_carriers(model, groups, masks_at(level), round_to=MULTIPLE)
+        masks = sk.keep_carriers(model, groups, masks_at(level))
         plan = sk.make_plan(groups, masks)
         pruned = sk.apply_plan(model, plan)
         sk.verify_cut(model, pruned, plan)
@@ -314,18 +348,12 @@ def by_masks(
 
 
 def cut_zeros_first(model: nn.Module, asked: float, speed: Speed) -> nn.Module:
-    """Exactly the zeros if that is fast enough; else the lowest scores as well."""
-    groups = sk.find_groups(model, EXAMPLE)
+    """Exactly the zeros if that is fast enough; else the least important channels as well."""
+    groups = groups_of(model)
 
     def masks_at(level: float) -> Masks:
-        return sk.keep_masks(
-            model,
-            groups,
-            method="budget" if level else "zeros",
-            target={"macs": 1 - level},
-            round_to=MULTIPLE,
-            min_channels=MULTIPLE,
-        )
+        method: Literal["budget", "zeros"] = "budget" if level else "zeros"
+        return sk.keep_masks(model, groups, method=method, target={"macs": 1 - level})
 
     cut_at = by_masks(model, masks_at, groups)
     zeros = cut_at(0.0)
@@ -333,8 +361,8 @@ def cut_zeros_first(model: nn.Module, asked: float, speed: Speed) -> nn.Module:
 
 
 def at_random(model: nn.Module, seed: int) -> Callable[[float], nn.Module]:
-    """Blocks of channels drawn from all groups alike; the first of each group stays."""
-    groups = sk.find_groups(model, EXAMPLE)
+    """Steps of channels drawn from all groups alike; the first of each group stays."""
+    groups = groups_of(model)
     generator = torch.Generator().manual_seed(seed)
     ranks = {
         g.name: torch.rand(-(-g.n_channels // MULTIPLE), generator=generator)
@@ -369,13 +397,13 @@ def by_peer(model: nn.Module, importance: Any, at_most: float) -> Callable[[floa
 def peer_cut_to_speed(model: nn.Module, importance: Any, asked: float, speed: Speed) -> nn.Module:
     """As `cut_to_speed`; where no share is fast enough, with layers cut by less (one to be emptied is left whole)."""
     for at_most in (0.95, 0.85, 0.75, 0.65):
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(sk.InputError):
             return cut_to_speed(by_peer(model, importance, at_most), asked, speed)
-    raise InputError(f"no cut of Torch-Pruning reaches a speed-up of {asked}")
+    raise sk.InputError(f"no cut of Torch-Pruning reaches a speed-up of {asked}")
 
 
 def fade_(
-    weights: PenalisedWeights,
+    channels: PenalisedChannels,
     masks: Masks,
     arm: str,
     step: int,
@@ -388,8 +416,7 @@ def fade_(
     else:
         settings = optimizer.param_groups[0]
         left = 1 - settings["lr"] / (1 - settings["momentum"]) * min(step / steps, 1.0)
-    kept = weights.numbers.join(masks).to(weights.device)
-    weights.hold_(torch.where(kept > 0, 1.0, left))
+    channels.multiply_(torch.where(channels.join(masks), 1.0, left))
 
 
 @dataclass
@@ -498,23 +525,14 @@ class Seed:
         def make() -> nn.Module:
             model = self.start()
             timed = torch.zeros(TIMED_BATCH, 3, 32, 32)
-            groups = sk.measure_layers(model, sk.find_groups(model, EXAMPLE), timed)
+            groups = sk.measure_layers(model, groups_of(model), timed)
             model.to(self.data.train[0].device)
             steps = self.arguments.sparsify * (len(self.data.train[0]) // BATCH)
-            shares = PhaseShares(*self.arguments.shares)
-            sparsifier = sk.Sparsifier(
-                model,
-                groups,
-                penalty="group_lasso" if arm in FADES else arm,
-                strength="auto",
-                total_steps=steps,
-                shares=shares,
-                target={"latency": 1 / asked},
-                round_to=MULTIPLE,
-                min_channels=MULTIPLE,
-                importance=self.arguments.importance,
-            )
-            weights = PenalisedWeights(model, groups, "group_lasso")
+            shares = sk.PhaseShares(*self.arguments.shares)
+            strength = sk.AutoStrength({"latency": 1 / asked}, steps, shares, self.arguments.importance)
+            penalty = "group_lasso" if arm in FADES else arm
+            sparsifier = sk.Sparsifier(model, groups, penalty, strength=strength)
+            channels = PenalisedChannels(model, groups)
             look, last = round(shares.warmup * steps) + 1, round((1 - shares.debias) * steps)
             step, masks = 0, Masks()
 
@@ -522,17 +540,16 @@ class Seed:
                 nonlocal step, masks
                 step += 1
                 if arm in FADES and step > look:
-                    fade_(weights, masks, arm, step - look, last - look, optimizer)
+                    fade_(channels, masks, arm, step - look, last - look, optimizer)
                     return
                 sparsifier.step(optimizer)
                 if step == look:
                     masks = sk.search_speed(
                         copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format),
                         groups,
-                        sparsifier.worth(),
+                        sparsifier.importance(),
                         timed,
                         speedup=MARGIN * asked,
-                        rounding={group.name: (MULTIPLE, MULTIPLE) for group in groups.free},
                     ).masks
                     sparsifier.settle(masks)
 
@@ -568,8 +585,8 @@ class Seed:
         before = accuracy(model, self.data.judged)
         cut = copy.deepcopy(model) if arm in DENSE else self.cut(arm, model, asked)
         after = accuracy(cut, self.data.judged)
-        speed = Interval(1.0, 1.0, 1.0) if arm in DENSE else self.speed.of(cut, rounds=200)
-        ratio = count_macs(model, EXAMPLE) / count_macs(cut, EXAMPLE)
+        speed = sk.Interval(1.0, 1.0, 1.0) if arm in DENSE else self.speed.of(cut, rounds=200)
+        ratio = sk.count_macs(model, EXAMPLE) / sk.count_macs(cut, EXAMPLE)
         answers = self.answers if self.arguments.distill and arm != "dense_untaught" else None
         train(cut, self.data.train, answers=answers, **self.phase("finetune"))
         return row | {
@@ -644,7 +661,7 @@ def claims(rows: Sequence[Row]) -> list[str]:
 
 def page(rows: Sequence[Row], settings: Mapping[str, Any], picture: str) -> str:
     """The results as Markdown: for each arm and speed, means over the seeds and their spread."""
-    machine, versions = describe_machine(), library_versions()
+    versions = versions_text("torch", "timm", "torch-pruning", "onnxruntime")
     lines = [
         "# CIFAR-10: accuracy at equal measured speed",
         "",
@@ -653,10 +670,7 @@ def page(rows: Sequence[Row], settings: Mapping[str, Any], picture: str) -> str:
         "and the spread (largest less smallest) of the last. Dense training goes on for as many epochs.",
         "",
         "- settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()),
-        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "
-        + ", ".join(
-            f"{n} {versions[n]}" for n in ("torch", "timm", "torch-pruning", "onnxruntime") if n in versions
-        ),
+        f"- machine: {machine_text()}; versions: {versions}",
         "",
         f"![accuracy against measured speed-up]({picture})",
         "",
@@ -692,9 +706,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             )
         panel.set(title=title, xlabel="measured speed-up", ylabel="accuracy")
     panels[1].legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_path(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 
@@ -766,13 +778,13 @@ def main() -> None:
         "batch": BATCH,
         "judged on": f"{len(data.judged[0])} {a.judge} images",
     }
-    plans = [(s, arm, x) for s in a.seeds for arm in a.arms for x in ([1.0] if arm in DENSE else a.asked)]
+    wanted = [(s, arm, x) for s in a.seeds for arm in a.arms for x in ([1.0] if arm in DENSE else a.asked)]
     done = {(row["seed"], row["arm"], row["asked"]) for row in rows}
     with TemporaryDirectory() as folder, Progress(console=console) as progress:
         speed = Speed(build_network(a.width), Path(folder))
         task = progress.add_task("cifar10", total=None)
         shared: dict[int, Seed] = {}
-        for number, arm, asked in plans:
+        for number, arm, asked in wanted:
             if (number, arm, asked) in done:
                 continue
             progress.update(task, description=f"seed {number}, {arm}, {asked:g}x")

@@ -16,17 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import timm
 import torch
+from common import machine_text, versions_text, write_json, write_text
 from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 import sparsekit as sk
-from sparsekit.export.graph_summary import summarise_graph
-from sparsekit.export.session import open_session
-from sparsekit.files import write_json, write_text
-from sparsekit.machine import describe_machine, library_versions
 
 HERE = Path(__file__).parent
 MODELS = (
@@ -53,8 +51,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             for merged in (False, True)
         ]
         compared = sk.compare_latency(files, threads=1, rounds=rounds)
-        plain, merged = (summarise_graph(file) for file in files)
-        logits = [open_session(file).run(None, {"input": images.numpy()})[0] for file in files]
+        plain, merged = (sk.summarise_graph(file) for file in files)
+        logits = [run(file, images.numpy()) for file in files]
         sizes = [file.stat().st_size for file in files]
     (ratio,) = compared.speedups
     return {
@@ -72,17 +70,23 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def run(file: Path, images: Any) -> Any:
+    """The logits that ONNX Runtime gives."""
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": images})[0]
+
+
 def page(rows: Sequence[Mapping[str, Any]], rounds: int) -> str:
     """The rows as Markdown."""
-    machine, versions = describe_machine(), library_versions()
+    simd = ", ".join(sk.describe_machine()["simd"])
     lines = [
         "# Merged groups",
         "",
         "Written by `python benchmarks/merged_groups.py`, whose docstring says what is measured. Each pair is the file "
         "whose groups are as the model has them, and the one whose groups are merged.",
         "",
-        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores, {', '.join(machine['simd'])}; {rounds} rounds",
-        "- versions: " + ", ".join(f"{n} {versions[n]}" for n in ("torch", "timm", "onnx", "onnxruntime")),
+        f"- machine: {machine_text()}, {simd}; {rounds} rounds",
+        f"- versions: {versions_text('torch', 'timm', 'onnx', 'onnxruntime')}",
         "",
         "| model | ms | times as fast | convolutions outside the layout | reorders | MB | logits differ by |",
         "|---|---|---|---|---|---|---|",

@@ -9,14 +9,14 @@ Everything is timed in one process, once a round in an order drawn anew each rou
 
     step_ms           forward, backward and optimizer step (SGD with momentum) on one batch of random images
     ours_ms           Sparsifier.step, with every channel alive: strength 1e-9 shrinks, and kills nothing
-    auto_ms           Sparsifier.step with strength "auto", which learns from the gradients what channels are worth
-    planning_ms       the same in one of the hundred steps of a phase that plan it anew
+    auto_ms           Sparsifier.step with an AutoStrength, which learns the channels' importance from the gradients
+    deciding_ms       the same in one of the hundred steps of a phase that decide anew what is to go
     torch_pruning_ms  GroupNormPruner.regularize
     l2_ms             gradient += coefficient x weight, for all parameters at once
     naive_l1_ms       an L1 term of all parameters in the loss: its forward and backward pass alone
 
-Medians over the rounds. The claims, with a constant strength and with "auto": ours takes at most 1 % of the step (on a
-CPU: a GPU's step is so short that starting a few kernels is a larger share of it), and at most a tenth of
+Medians over the rounds. The claims, with a constant strength and an automatic one: ours takes at most 1 % of the step
+(on a CPU: a GPU's step is so short that starting a few kernels is a larger share of it), and at most a tenth of
 Torch-Pruning's time. Writes docs/results/penalty_cost.md.
 """
 
@@ -35,18 +35,16 @@ from typing import Any
 import timm
 import torch
 import torch_pruning as tp
+from common import versions_text, write_json, write_text
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.files import write_json, write_text
-from sparsekit.machine import describe_machine, library_versions
-from sparsekit.sparsify.schedules import PhaseShares
 
 MODELS = ("resnet18", "resnet50", "mobilenetv3_large_100")
 # A phase that is penalised from its first step to its last.
-WHOLE = PhaseShares(0.0, 0.0, 0.0)
+WHOLE = sk.PhaseShares(0.0, 0.0, 0.0)
 LARGEST_SHARE, LEAST_RATIO = 0.01, 10.0
 
 
@@ -57,14 +55,14 @@ def contestants(name: str, arguments: argparse.Namespace) -> dict[str, Callable[
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device=arguments.device)
     labels = torch.arange(arguments.batch, device=arguments.device) % 1000
     example = images[:1]
-    groups = sk.find_groups(model, example)
-    sparsifier = sk.Sparsifier(model, groups, penalty=arguments.penalty, strength=1e-9, adaptive=2.0)
-    settings: dict[str, Any] = {"strength": "auto", "target": {"macs": 0.5}, "importance": "taylor"}
-    auto = sk.Sparsifier(
-        model, groups, penalty=arguments.penalty, total_steps=10**6, shares=WHOLE, **settings
-    )
-    planning = sk.Sparsifier(
-        model, groups, penalty=arguments.penalty, total_steps=100, shares=WHOLE, **settings
+    groups = sk.find_groups(model, example, round_to=1, min_channels=1)
+
+    def penalised(strength: sk.ConstantStrength | sk.AutoStrength) -> sk.Sparsifier:
+        return sk.Sparsifier(model, groups, arguments.penalty, strength=strength)
+
+    constant = penalised(sk.ConstantStrength(1e-9, adaptive=2.0))
+    auto, deciding = (
+        penalised(sk.AutoStrength({"macs": 0.5}, total_steps, WHOLE)) for total_steps in (10**6, 100)
     )
     pruner = tp.pruner.GroupNormPruner(
         model,
@@ -92,9 +90,9 @@ def contestants(name: str, arguments: argparse.Namespace) -> dict[str, Callable[
 
     return {
         "step_ms": step,
-        "ours_ms": lambda: sparsifier.step(optimizer),
+        "ours_ms": lambda: constant.step(optimizer),
         "auto_ms": lambda: auto.step(optimizer),
-        "planning_ms": lambda: planning.step(optimizer),
+        "deciding_ms": lambda: deciding.step(optimizer),
         "torch_pruning_ms": lambda: pruner.regularize(model),
         "l2_ms": l2,
         "naive_l1_ms": naive_l1,
@@ -160,8 +158,7 @@ def page(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> st
     ours = [(row, key) for row in rows for key in ("ours_ms", "auto_ms")]
     share = max(row[key] / row["step_ms"] for row, key in ours)
     ratio = min(row["torch_pruning_ms"] / row[key] for row, key in ours)
-    machine, versions = describe_machine(), library_versions()
-    device = machine["cpu"]
+    device = sk.describe_machine()["cpu"]
     if arguments.device.startswith("cuda"):
         device = f"{torch.cuda.get_device_name(arguments.device)}, {device}"
     lines = [
@@ -172,18 +169,17 @@ def page(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> st
         "",
         f"- machine: {device}, {arguments.device}, {arguments.threads} threads; batch {arguments.batch}, "
         f"{arguments.size} px, {arguments.rounds} rounds; penalty {arguments.penalty}",
-        "- versions: "
-        + ", ".join(f"{n} {versions[n]}" for n in ("torch", "timm", "torch-pruning") if n in versions),
+        f"- versions: {versions_text('torch', 'timm', 'torch-pruning')}",
         f"- ours takes at most {share:.2%} of a step ({LARGEST_SHARE:.0%} allowed on a CPU), and Torch-Pruning "
         f"at least {ratio:.0f} times as long ({LEAST_RATIO:.0f} demanded)",
         "",
-        "| model | step | constant strength | auto | auto, planning | Torch-Pruning | L2 pass | naive L1 term |",
+        "| model | step | constant strength | auto | auto, deciding | Torch-Pruning | L2 pass | naive L1 term |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
             f"{row[key]:.2f} ({row[key] / row['step_ms']:.2%})"
-            for key in ("ours_ms", "auto_ms", "planning_ms", "torch_pruning_ms", "l2_ms", "naive_l1_ms")
+            for key in ("ours_ms", "auto_ms", "deciding_ms", "torch_pruning_ms", "l2_ms", "naive_l1_ms")
         ]
         lines.append(f"| {row['model']} | {row['step_ms']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])

@@ -5,19 +5,19 @@
 For each model (224 px, batch 1, one thread) and each speed-up asked (weights are random, of seed 0, scales of norms
 |N(1, 0.25)| because timm starts some at 0; --pretrained takes timm's):
 
-    ours        search_speed: the most worth under the latency, predicted from the table of this machine, measured and
-                corrected; widths under LayerNorm stay whole
+    ours        search_speed: the most importance under the latency, predicted from the table of this machine, measured
+                and corrected; widths under LayerNorm stay whole
     unaligned   Torch-Pruning, MagnitudePruner with GroupMagnitudeImportance, global, cut to our MACs ratio
     aligned     the same with round_to=16
     dense       the model itself, twice: the second is the null
 
 All five files run interleaved. Torch-Pruning is then cut further, to the speed that was measured for ours, and measured
-again, up to twice: its retained score at equal speed is read off the line between the cuts beside it.
+again, up to five times: the importance that it retains at equal speed is read off the line between the cuts beside it.
 
-Retained score: a channel is worth the share that it has in the squared norms of the layers that make it, in their
-multiply-accumulates (`sparsekit.channel_worth`), over all groups, those under LayerNorm included; a cut retains the
-share of all worth that its channels have. What Torch-Pruning kept is read off tags that travel with its cut. The table
-of latencies starts empty for each model, in --cache (by default a temporary folder).
+Retained importance: a channel is as important as the share that it has in the squared norms of the layers that make it,
+in their multiply-accumulates (`sparsekit.importance`, "magnitude"), over all groups, those under LayerNorm included; a
+cut retains the share of all importance that its channels have. What Torch-Pruning kept is read off tags that travel
+with its cut. The table of latencies starts empty for each model, in --cache (by default a temporary folder).
 """
 
 from __future__ import annotations
@@ -38,18 +38,12 @@ import numpy as np
 import timm
 import torch
 import torch_pruning as tp
+from common import machine_text, save_figure, versions_text, write_json, write_text
 from peers import classifier_layers, free_attention_, told_of_its_width_
 from rich.console import Console
 from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.latency.search import block_rounding
-from sparsekit.latency.table import LatencyTable
-from sparsekit.machine import describe_machine, library_versions
-from sparsekit.structure.counting import count_macs
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups
-from sparsekit.structure.masks import Masks
 
 HERE = Path(__file__).parent
 Row = Mapping[str, Any]
@@ -102,7 +96,7 @@ class PeerCuts:
 
     def __init__(self, model: nn.Module, round_to: int | None) -> None:
         self._model, self._round_to = model, round_to
-        self._dense = count_macs(model, EXAMPLE)
+        self._dense = sk.count_macs(model, EXAMPLE)
         self._cuts: dict[float, tuple[float, nn.Module]] = {}
 
     def to_macs(self, macs_ratio: float) -> nn.Module:
@@ -112,7 +106,7 @@ class PeerCuts:
             ratio = (low + high) / 2
             if ratio not in self._cuts:
                 pruned = peer_cut(self._model, ratio, self._round_to)
-                self._cuts[ratio] = self._dense / count_macs(pruned, EXAMPLE), pruned
+                self._cuts[ratio] = self._dense / sk.count_macs(pruned, EXAMPLE), pruned
             found = self._cuts[ratio][0]
             if abs(found / macs_ratio - 1) < 0.01:
                 break
@@ -120,13 +114,13 @@ class PeerCuts:
         return min(self._cuts.values(), key=lambda cut: abs(cut[0] - macs_ratio))[1]
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+# ---- importance ------------------------------------------------------------------------------------------------------
 
 
-def tag_(model: nn.Module, groups: ChannelGroups) -> dict[str, str]:
-    """Write each channel's number into a vector of it that no score reads; returns its name for each group.
+def tag_(model: nn.Module, groups: sk.ChannelGroups) -> dict[str, str]:
+    """Write each channel's number into a vector of it that no importance is read off; returns its name for each group.
 
-    A running mean, or the bias of a layer or LayerNorm: what magnitude scores do not look at.
+    A running mean, or the bias of a layer or LayerNorm: what magnitudes are not read off.
     """
     state, tags = model.state_dict(), {}
     with torch.no_grad():
@@ -145,18 +139,20 @@ def tag_(model: nn.Module, groups: ChannelGroups) -> dict[str, str]:
     return tags
 
 
-def kept_by_tags(pruned: nn.Module, group: ChannelGroup, tag: str) -> Tensor:
+def kept_by_tags(pruned: nn.Module, group: sk.ChannelGroup, tag: str) -> Tensor:
     """Which share of each channel is left, (n_channels,)."""
     numbers = pruned.state_dict()[tag].round().long()
     repeat = next(member.repeat for member in group.members if member.tensor == tag)
     return torch.bincount(numbers, minlength=group.n_channels)[: group.n_channels] / repeat
 
 
-def retained(worth: Masks, kept: Mapping[str, Tensor]) -> float:
-    """The share of all worth that is kept; groups that `kept` does not name are kept whole."""
-    total = sum(float(values.sum()) for values in worth.values())
+def retained(importance: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
+    """The share of all importance that is kept; groups that `kept` does not name are kept whole."""
+    total = sum(float(values.sum()) for values in importance.values())
     lost = sum(
-        float((worth[name] * (1 - share.double())).sum()) for name, share in kept.items() if name in worth
+        float((importance[name] * (1 - share.double())).sum())
+        for name, share in kept.items()
+        if name in importance
     )
     return 1 - lost / total
 
@@ -181,17 +177,16 @@ class Subject:
         self.model = timm.create_model(name, pretrained=pretrained).eval()
         if not pretrained:
             draw_norms_(self.model)
-        groups = sk.find_groups(self.model, EXAMPLE)
+        groups = sk.find_groups(self.model, EXAMPLE, round_to="auto", min_channels=8)
         started = time.perf_counter()
-        self.groups = sk.measure_layers(self.model, groups, EXAMPLE, table=LatencyTable(cache=cache))
+        self.groups = sk.measure_layers(self.model, groups, EXAMPLE, table=sk.LatencyTable(cache=cache))
         self.table_seconds = time.perf_counter() - started
-        scored = sk.find_groups(self.model, EXAMPLE, through_layer_norm=True)
-        self.worth = {
-            n: w for n, w in sk.channel_worth(self.model, scored).items() if bool(w.isfinite().all())
-        }
-        self.tags = tag_(self.model, scored)
-        self.scored = {group.name: group for group in scored.free if group.name in self.tags}
-        missing = sorted(set(self.worth) - set(self.scored))
+        ranked = sk.find_groups(self.model, EXAMPLE, through_layer_norm=True)
+        found = sk.importance(self.model, ranked, "magnitude")
+        self.importance = {name: values for name, values in found.items() if bool(values.isfinite().all())}
+        self.tags = tag_(self.model, ranked)
+        self.tagged = {group.name: group for group in ranked.free if group.name in self.tags}
+        missing = sorted(set(self.importance) - set(self.tagged))
         if missing:
             warnings.warn(f"{name}: no tag for {len(missing)} groups, which count as kept", stacklevel=2)
         self.dense = self.export(self.model)
@@ -203,23 +198,21 @@ class Subject:
 
     def macs_ratio(self, model: nn.Module) -> float:
         """Dense over cut."""
-        return count_macs(self.model, EXAMPLE) / count_macs(model, EXAMPLE)
+        return sk.count_macs(self.model, EXAMPLE) / sk.count_macs(model, EXAMPLE)
 
     def peer_retained(self, pruned: nn.Module) -> float:
-        """The score that a cut of Torch-Pruning retains."""
-        kept = {n: kept_by_tags(pruned, group, self.tags[n]) for n, group in self.scored.items()}
-        return retained(self.worth, kept)
+        """The importance that a cut of Torch-Pruning retains."""
+        kept = {n: kept_by_tags(pruned, group, self.tags[n]) for n, group in self.tagged.items()}
+        return retained(self.importance, kept)
 
     def row(self, asked: float, say: Callable[[str], None]) -> dict[str, Any]:
         """Ours and both variants of the peer at one speed."""
         started = time.perf_counter()
-        worth = {
-            group.name: self.worth.get(group.name, torch.full((group.n_channels,), torch.inf))
+        importance = {
+            group.name: self.importance.get(group.name, torch.full((group.n_channels,), torch.inf))
             for group in self.groups.free
         }
-        search = sk.search_speed(
-            self.model, self.groups, worth, EXAMPLE, speedup=asked, rounding=block_rounding(self.groups, 8)
-        )
+        search = sk.search_speed(self.model, self.groups, importance, EXAMPLE, speedup=asked)
         seconds = time.perf_counter() - started
         plan = sk.make_plan(self.groups, search.masks)
         ours = sk.apply_plan(self.model, plan)
@@ -245,7 +238,7 @@ class Subject:
         ours_figures = figures.pop("ours")
         for peer in list(figures):
             try:
-                figures[peer]["retained_score"] = self.peer_retained(cuts[peer])
+                figures[peer]["retained_importance"] = self.peer_retained(cuts[peer])
                 figures[peer] |= self._at_equal_speed(peer, figures[peer], ours_figures["measured"])
             except Exception as error:
                 say(f"{self.name} {asked:g}x: Torch-Pruning, {peer}, failed: {type(error).__name__}: {error}")
@@ -254,7 +247,7 @@ class Subject:
             "model": self.name,
             "asked": asked,
             **ours_figures,
-            "retained_score": retained(self.worth, search.masks),
+            "retained_importance": retained(self.importance, search.masks),
             "torch_pruning": figures,
             "null": compared.null.value,
             "trustworthy": compared.trustworthy,
@@ -266,11 +259,11 @@ class Subject:
         }
 
     def _at_equal_speed(self, peer: str, figures: Row, speed: float) -> dict[str, Any]:
-        """Torch-Pruning, cut until it is as fast as ours; its score there, between the two cuts beside that speed.
+        """Torch-Pruning, cut until it is as fast as ours: what it retains, between the two cuts beside that speed.
 
         None if it does not get there.
         """
-        points = [(figures["measured"], figures["retained_score"], figures["macs_ratio"])]
+        points = [(figures["measured"], figures["retained_importance"], figures["macs_ratio"])]
         for _ in range(MOST_CUTS):
             measured, _, macs_ratio = max(points) if max(points)[0] < speed else min(points)
             if abs(measured / speed - 1) < 0.01 or min(points)[0] <= speed <= max(points)[0]:
@@ -285,11 +278,11 @@ class Subject:
             compared = sk.compare_latency([self.dense, self.export(pruned)], rounds=30)
             points.append((compared.speedups[0].value, self.peer_retained(pruned), self.macs_ratio(pruned)))
         points.sort()
-        speeds, scores = [p[0] for p in points], [p[1] for p in points]
+        speeds, kept = [p[0] for p in points], [p[1] for p in points]
         reached = speed <= 1.01 * speeds[-1]
         return {
             "cuts": [list(point) for point in points],
-            "retained_at_our_speed": float(np.interp(speed, speeds, scores)) if reached else None,
+            "retained_at_our_speed": float(np.interp(speed, speeds, kept)) if reached else None,
         }
 
 
@@ -298,8 +291,7 @@ class Subject:
 
 def page(rows: Sequence[Row], picture: str, command: str) -> str:
     """The results as Markdown, with what they say."""
-    machine, versions = describe_machine(), library_versions()
-    named = ("torch", "timm", "torch-pruning", "onnxruntime")
+    versions = versions_text("torch", "timm", "torch-pruning", "onnxruntime")
     lines = [
         "# Asked and measured: speed-ups in ONNX Runtime",
         "",
@@ -307,8 +299,7 @@ def page(rows: Sequence[Row], picture: str, command: str) -> str:
         "(TP) is cut to the same MACs ratio, without and with multiples of 16; what it retains at our speed is that of "
         "a further cut. Retained: the share of all importance that the channels kept have.",
         "",
-        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores, one thread, batch 1; versions: "
-        + ", ".join(f"{name} {versions[name]}" for name in named if name in versions),
+        f"- machine: {machine_text()}, one thread, batch 1; versions: {versions}",
         "",
         f"![asked and measured]({picture})",
         "",
@@ -319,21 +310,22 @@ def page(rows: Sequence[Row], picture: str, command: str) -> str:
     for r in rows:
         peers = [r["torch_pruning"].get(peer) for peer in PEERS]
         speeds = " | ".join("-" if p is None else f"{p['measured']:.2f}x" for p in peers)
-        scores = " | ".join(score_text(p) for p in peers)
+        at_speed = " | ".join(retained_text(p) for p in peers)
         mark = "" if r["trustworthy"] else " (noisy)"
         lines.append(
             f"| {r['model']} | {r['asked']:g}x | {r['measured']:.2f}x{mark} | {r['low']:.2f} to {r['high']:.2f} "
-            f"| {r['macs_ratio']:.2f} | {r['efficiency']:.2f} | {r['retained_score']:.3f} | {speeds} | {scores} |"
+            f"| {r['macs_ratio']:.2f} | {r['efficiency']:.2f} | {r['retained_importance']:.3f} "
+            f"| {speeds} | {at_speed} |"
         )
     return "\n".join([*lines, "", *claims(rows), ""])
 
 
-def score_text(peer: Row | None) -> str:
-    """Its score at our speed, if it got there."""
+def retained_text(peer: Row | None) -> str:
+    """What it retains at our speed, if it got there."""
     if peer is None:
         return "failed"
-    score = peer["retained_at_our_speed"]
-    return "not as fast" if score is None else f"{score:.3f}"
+    share = peer["retained_at_our_speed"]
+    return "not as fast" if share is None else f"{share:.3f}"
 
 
 def claims(rows: Sequence[Row]) -> list[str]:
@@ -343,7 +335,9 @@ def claims(rows: Sequence[Row]) -> list[str]:
         r for r in rows if r["efficiency"] >= EFFICIENT["resnet" if r["model"].startswith("resnet") else ""]
     ]
     at_speed = [
-        (r["retained_score"], p["retained_at_our_speed"]) for r in rows for p in r["torch_pruning"].values()
+        (r["retained_importance"], p["retained_at_our_speed"])
+        for r in rows
+        for p in r["torch_pruning"].values()
     ]
     compared = [(ours, theirs) for ours, theirs in at_speed if theirs is not None]
     errors = [abs(trial[0] / trial[1] - 1) for r in rows for trial in r["trials"]]
@@ -382,9 +376,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         panel.plot([1, limit], [1, limit], color="grey", linewidth=0.8)
         panel.set(xlabel=label, ylabel="measured speed-up")
     left.legend(fontsize=7)
-    figure.tight_layout()
-    with atomic_path(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 

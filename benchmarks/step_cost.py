@@ -20,18 +20,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
+from common import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparsekit.files import write_json
-from sparsekit.training.loop import fit
-from sparsekit.training.models import create_model
-from sparsekit.training.options import TrainOptions
+import sparsekit as sk
 
 LIMIT = 1.05
 Loader = DataLoader[Any]
@@ -87,15 +86,24 @@ def bare_epoch(model: nn.Module, loader: Loader) -> float:
 def fit_epoch(model: nn.Module, loader: Loader, validation: Loader, accelerator: Accelerator) -> float:
     """Milliseconds a step of the same epoch through `fit`, penalty off."""
     clock = Clock()
-    options = TrainOptions(epochs=1, lr=0.01, weight_decay=0.0, schedule="constant")
-    fit(model, (loader, validation), options, phase="cost", seed=0, accelerator=accelerator, hook=clock)
+    options = sk.TrainOptions(epochs=1, lr=0.01, weight_decay=0.0, schedule="constant")
+    sk.fit(model, (loader, validation), options, phase="cost", seed=0, accelerator=accelerator, hook=clock)
     return clock.step_ms()
+
+
+def build(name: str, size: int) -> nn.Module:
+    """timm's model; of a transformer, whose position embedding depends on it, for images of this size."""
+    try:
+        model: nn.Module = timm.create_model(name, num_classes=10, img_size=size)
+    except TypeError:  # an architecture that runs on any
+        model = timm.create_model(name, num_classes=10)
+    return model
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Milliseconds a step of each contestant, one number a round."""
     torch.manual_seed(0)
-    model = create_model(arguments.model, num_classes=10, image_size=arguments.size)
+    model = build(arguments.model, arguments.size)
     accelerator = Accelerator(cpu=True)
 
     def loader(n_batches: int) -> Loader:

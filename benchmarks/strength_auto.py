@@ -1,13 +1,13 @@
-"""Does `strength: auto` leave what was asked for, whatever the architecture?
+"""Does an automatic strength leave what was asked for, whatever the architecture?
 
     python benchmarks/strength_auto.py
 
 For each architecture and share asked: a timm model learns scikit-learn's handwritten digits (1,400 images at 32 px) for
-a few epochs without a penalty, then with `Sparsifier(strength="auto", target={"macs": asked})` for one phase of 150
-updates. Nothing is tuned: convolutional networks with BatchNorm train with SGD, the others with AdamW, at one rate
-each. Noted: the share of the MACs left by a cut of the exact zeros alone (kept channels rounded up to a multiple), the
-largest change of a logit at that cut, and the accuracy on the 397 test images before the phase, at its end, and right
-after the cut.
+a few epochs without a penalty, then with `strength=AutoStrength({"macs": asked}, 150)` for one phase of 150 updates.
+Nothing is tuned: convolutional networks with BatchNorm train with SGD, the others with AdamW, at one rate each. Noted:
+the share of the MACs left by a cut of the exact zeros alone (kept channels rounded up to a multiple), the largest
+change of a logit at that cut, and the accuracy on the 397 test images before the phase, at its end, and right after
+the cut.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ from typing import Any, Literal
 
 import timm
 import torch
+from common import Labelled, digits, machine_text, versions_text, write_json, write_text
 from rich.console import Console
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.files import write_json, write_text
-from sparsekit.machine import describe_machine, library_versions
-from sparsekit.selection.carriers import keep_carriers
-from sparsekit.structure.counting import count_macs
 
 HERE = Path(__file__).parent
-EXAMPLE = torch.zeros(1, 1, 32, 32)
+SIDE = 32
+EXAMPLE = torch.zeros(1, 1, SIDE, SIDE)
 BATCH = 64
 PHASE = 150
-VIT = {"img_size": 32, "patch_size": 8, "depth": 4}
+VIT = {"img_size": SIDE, "patch_size": 8, "depth": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "resnet18": {},
     "resnetv2_50": {},
@@ -48,17 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
 WITHOUT_BATCHNORM = ("convnext", "deit")
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test images (n, 1, 32, 32) in [-1, 1] with labels, in a fixed random order."""
-    raw = load_digits()
-    order = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))
-    small = (torch.tensor(raw.images, dtype=torch.float32)[:, None] / 8 - 1)[order]
-    images = F.interpolate(small, (32, 32), mode="bilinear", align_corners=False)
-    labels = torch.tensor(raw.target)[order]
-    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
-
-
-def batches(data: tuple[Tensor, Tensor], steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Labelled, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random batches."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -77,7 +64,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     hook: sk.Sparsifier | None = make_hook() if make_hook else None
     model.train()
-    for images, labels in batches(digits()[0], steps, seed):
+    for images, labels in batches(digits(SIDE)[0], steps, seed):
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,7 +78,7 @@ def train(
 @torch.no_grad()
 def outputs(model: nn.Module) -> tuple[float, Tensor]:
     """Accuracy on the test images, and the logits."""
-    images, labels = digits()[1]
+    images, labels = digits(SIDE)[1]
     logits = model.eval()(images)
     return float((logits.argmax(1) == labels).float().mean()), logits
 
@@ -102,27 +89,18 @@ def run(
     """Train, sparsify, cut the zeros, and say what is left."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, in_chans=1, **MODELS[name])
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = sk.find_groups(model, EXAMPLE, round_to=multiple, min_channels=8)
     train(model, name, dense_steps, seed=1)
     dense, _ = outputs(model)
 
     def make_hook() -> sk.Sparsifier:
-        return sk.Sparsifier(
-            model,
-            groups,
-            strength="auto",
-            total_steps=PHASE,
-            target={"macs": asked},
-            round_to=multiple,
-            min_channels=8,
-            importance=importance,
-        )
+        strength = sk.AutoStrength({"macs": asked}, PHASE, importance=importance)
+        return sk.Sparsifier(model, groups, strength=strength)
 
     hook, _ = train(model, name, PHASE, seed=2, make_hook=make_hook)
     assert hook is not None
     before, logits = outputs(model)
-    masks = sk.keep_masks(model, groups, method="zeros", round_to=multiple, min_channels=8)
-    masks = keep_carriers(model, groups, masks, round_to=multiple)
+    masks = sk.keep_carriers(model, groups, sk.keep_masks(model, groups, method="zeros"))
     plan = sk.make_plan(groups, masks)
     pruned = sk.apply_plan(model, plan)
     after, cut_logits = outputs(pruned)
@@ -130,7 +108,7 @@ def run(
         "model": name,
         "importance": importance,
         "asked": asked,
-        "macs": count_macs(pruned, EXAMPLE) / count_macs(model, EXAMPLE),
+        "macs": sk.count_macs(pruned, EXAMPLE) / sk.count_macs(model, EXAMPLE),
         "zero_share": hook.progress()["zero_share"],
         "accuracy_dense": dense,
         "accuracy_before_cut": before,
@@ -141,15 +119,13 @@ def run(
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The results as Markdown."""
-    machine, versions = describe_machine(), library_versions()
     lines = [
         "# Strength without guessing: the share that was asked for",
         "",
         f"Written by `python {shlex.join(sys.argv)}`, whose docstring says what was run. MACs: the share left by a "
         "cut of the exact zeros. Accuracy: before the phase, at its end, right after the cut.",
         "",
-        f"- machine: {machine['cpu']}, {machine['logical_cores']} cores; versions: "
-        + ", ".join(f"{n} {versions[n]}" for n in ("torch", "timm") if n in versions),
+        f"- machine: {machine_text()}; versions: {versions_text('torch', 'timm')}",
         "",
         "| model | importance | asked | MACs left | accuracy dense | before the cut | after it | logit change |",
         "|---|---|---|---|---|---|---|---|",

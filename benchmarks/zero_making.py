@@ -29,15 +29,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from channels import PenalisedChannels
+from common import Labelled, digits, save_figure, write_json, write_text
 from rich.console import Console
 from rich.progress import track
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.files import atomic_path, write_json, write_text
-from sparsekit.sparsify.penalised_weights import PenalisedWeights
 
 HERE = Path(__file__).parent
 EXAMPLE = torch.zeros(1, 1, 8, 8)
@@ -55,15 +54,6 @@ STRENGTHS = {
     ("AdamW", "proximal"): {"l1": 0.1, "group_lasso": 0.03},
 }
 Run = dict[str, Any]
-
-
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test images (n, 1, 8, 8) in [-1, 1] with labels, in a fixed random order."""
-    raw = load_digits()
-    order = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))
-    images = (torch.tensor(raw.images, dtype=torch.float32)[:, None] / 8 - 1)[order]
-    labels = torch.tensor(raw.target)[order]
-    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
 
 
 def network() -> nn.Sequential:
@@ -85,16 +75,15 @@ def optimizer_of(kind: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def add_subgradient_(weights: PenalisedWeights, penalty: str, strength: float) -> None:
+def add_subgradient_(channels: PenalisedChannels, penalty: str, strength: float) -> None:
     """To every gradient: strength x sign(w), or strength x sqrt(p) x w / norm of the channel."""
-    tensors, held = weights.tensors, weights.shrunk
-    factors = held.sizes.sqrt() / weights.norms().clamp_min(1e-12)
-    for tensor, factor in zip(held.of(tensors), held.spread(factors, 0.0), strict=True):
+    factors = channels.sizes.sqrt() / channels.norms().clamp_min(1e-12)
+    for tensor, factor in channels.spread(factors):
         assert tensor.grad is not None
         tensor.grad.add_(tensor.sign() if penalty == "l1" else factor * tensor, alpha=strength)
 
 
-def gradient_noise(model: nn.Module, data: tuple[Tensor, Tensor], groups: Any) -> float:
+def gradient_noise(model: nn.Module, data: Labelled, groups: sk.ChannelGroups) -> float:
     """Standard deviation between batches of the gradient of a penalised weight, root mean square over weights."""
     model = copy.deepcopy(model)
     names = {member.tensor for group in groups.free for member in group.penalised}
@@ -114,17 +103,18 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
     training, test = digits()
     torch.manual_seed(seed)
     model = network()
-    groups = sk.find_groups(model, EXAMPLE)
+    groups = sk.find_groups(model, EXAMPLE, round_to=1, min_channels=1)
     optimizer = optimizer_of(kind, model)
     strength = STRENGTHS[kind, where][penalty]
-    weights = PenalisedWeights(model, groups, "group_lasso")
-    hook = sk.Sparsifier(model, groups, penalty=penalty, strength=strength, min_channels=1)  # type: ignore[arg-type]
-    start = float(weights.norms().median())
+    channels = PenalisedChannels(model, groups)
+    constant = sk.ConstantStrength(strength, adaptive=0.0)
+    hook = sk.Sparsifier(model, groups, penalty, strength=constant)  # type: ignore[arg-type]
+    start = float(channels.norms().median())
     generator = torch.Generator().manual_seed(seed)
     curve: list[tuple[int, float, float]] = []
     for step in range(steps + 1):
         if step % max(steps // 50, 1) == 0:
-            norms = weights.norms()
+            norms = channels.norms()
             curve.append(
                 (step, float((norms == 0).float().mean()), float((norms < 1e-3 * start).float().mean()))
             )
@@ -132,7 +122,7 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
         optimizer.zero_grad()
         F.cross_entropy(model(training[0][chosen]), training[1][chosen]).backward()  # type: ignore[no-untyped-call]
         if where == "subgradient":
-            add_subgradient_(weights, penalty, strength)
+            add_subgradient_(channels, penalty, strength)
         optimizer.step()
         if where == "proximal":
             hook.step(optimizer)
@@ -148,8 +138,8 @@ def run(kind: str, penalty: str, where: str, seed: int, steps: int) -> Run:
         "curve": curve,
         "zero_share": curve[-1][1],
         "small_share": curve[-1][2],
-        "norms": weights.norms().tolist(),
-        "sizes": weights.shrunk.sizes.tolist(),
+        "norms": channels.norms().tolist(),
+        "sizes": channels.sizes.tolist(),
         "noise": gradient_noise(model, training, groups),
     }
 
@@ -207,9 +197,7 @@ def plot(runs: Sequence[Run], file: Path) -> None:
         panel.set(title=kind, xlabel="step", ylim=(-0.03, 1.03))
     panels[0].set_ylabel("channels exactly zero")
     panels[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    with atomic_path(file) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 
@@ -265,14 +253,14 @@ def main() -> None:
     )
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    plans = [
+    combinations = [
         (kind, penalty, where, seed)
         for kind in OPTIMIZERS
         for penalty in ("l1", "group_lasso")
         for where in ("subgradient", "proximal")
         for seed in a.seeds
     ]
-    runs = [run(*plan, a.steps) for plan in track(plans, description="training")]
+    runs = [run(*one, a.steps) for one in track(combinations, description="training")]
     rows = floors(runs)
     kept = [{key: value for key, value in r.items() if key not in ("norms", "sizes")} for r in runs]
     write_json(a.output, {"runs": kept, "floors": rows})

@@ -44,18 +44,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import flat_tensors, machine_text, versions_text, write_json, write_text
 from rich.console import Console
 from rich.progress import Progress, track
 
 import sparsekit as sk  # torch comes with the first use of a function, which the parent never makes
-from sparsekit.files import write_json, write_text
-from sparsekit.machine import describe_machine, library_versions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from sparsekit.structure.groups import ChannelGroups
-    from sparsekit.structure.plan import PrunePlan
 
 HERE = Path(__file__).parent
 NUM_CLASSES = 1000
@@ -65,11 +61,11 @@ CUT_TOLERANCE = 1e-4
 PARITY_LIMIT = 1e-3
 Record = dict[str, Any]
 
-# Runs in a process that has seen nothing of the model: artifact, input, output, threads.
+# Runs in a process that has seen nothing of the model, in this folder: artifact, input, output, threads.
 LOAD_PROGRAM = """
 import sys, torch, sparsekit as sk
+from common import flat_tensors
 from safetensors.torch import load_file, save_file
-from sparsekit.modes import flat_tensors
 artifact, inputs, outputs, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 with torch.no_grad():
@@ -209,15 +205,11 @@ def forward(chain: Chain) -> None:
 
 def _macs(model: nn.Module, example: Tensor) -> int:
     """Of a copy without gradients: torch's counter stumbles over a parameter that is itself a module's input."""
-    from sparsekit.structure.counting import count_macs
-
-    return count_macs(copy.deepcopy(model).requires_grad_(False), example)
+    return sk.count_macs(copy.deepcopy(model).requires_grad_(False), example)
 
 
 def _backward(outputs: Any) -> None:
     import torch
-
-    from sparsekit.evaluation import flat_tensors
 
     loss = torch.stack([output.mean() for output in flat_tensors(outputs)]).sum()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -233,7 +225,7 @@ def analyse(chain: Chain) -> None:
     chain.figures |= frozen_share(chain.groups)
 
 
-def frozen_share(groups: ChannelGroups) -> Record:
+def frozen_share(groups: sk.ChannelGroups) -> Record:
     """Share of the parameters in tensors that no free group touches, and why: groups by reason, the main reason."""
     touched = {member.tensor for group in groups.free for member in group.members}
     sizes = {name: math.prod(groups.tensor_shapes[name]) for name in groups.parameters}
@@ -260,15 +252,13 @@ def _reason(text: str) -> str:
 
 def cut(chain: Chain) -> None:
     """Half the units of every free group removed, and what that saved."""
-    from sparsekit.structure.counting import count_params
-
     chain.plan, chain.pruned = halve(chain.model, chain.groups, seed=0)
-    chain.figures["params_removed"] = 1 - count_params(chain.pruned) / count_params(chain.model)
+    chain.figures["params_removed"] = 1 - sk.count_params(chain.pruned) / sk.count_params(chain.model)
     macs = _macs(chain.pruned, chain.example)
     chain.figures["macs_removed"] = 1 - macs / chain.figures["macs"] if chain.figures["macs"] else 0.0
 
 
-def halve(model: nn.Module, groups: ChannelGroups, seed: int) -> tuple[PrunePlan, nn.Module]:
+def halve(model: nn.Module, groups: sk.ChannelGroups, seed: int) -> tuple[sk.PrunePlan, nn.Module]:
     """Remove n // 2 of the n units of every free group, drawn at random."""
     import torch
 
@@ -385,8 +375,6 @@ def _sgd_step(model: nn.Module, example: Tensor) -> tuple[float, set[str]]:
     import torch
     from torch.nn import functional as F
 
-    from sparsekit.evaluation import flat_tensors
-
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     torch.manual_seed(0)
@@ -417,16 +405,18 @@ def load(chain: Chain) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from sparsekit.evaluation import evaluating, flat_tensors
-
     inputs, outputs = chain.folder / "input.safetensors", chain.folder / "logits.safetensors"
     save_file({"input": chain.example}, inputs)
     words = [str(word) for word in (chain.folder / "artifact", inputs, outputs, chain.threads)]
-    finished = subprocess.run([sys.executable, "-c", LOAD_PROGRAM, *words], capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", LOAD_PROGRAM, *words], capture_output=True, text=True, cwd=HERE
+    )
     if finished.returncode:
         raise RuntimeError((finished.stderr.strip().splitlines() or ["the process died"])[-1])
-    with evaluating(chain.pruned):
-        expected = flat_tensors(chain.pruned(chain.example))[0]
+    # Through train(): it drops tensors that some timm models compute in eval mode and keep.
+    model = chain.pruned.train().eval()
+    with torch.no_grad():
+        expected = flat_tensors(model(chain.example))[0]
     found = load_file(outputs)["logits"]
     if not torch.equal(expected, found):
         raise ValueError(f"the loaded model's logits are off by {float((expected - found).abs().max()):.3g}")
@@ -439,10 +429,8 @@ def export(chain: Chain) -> None:
 
 def parity(chain: Chain) -> None:
     """ONNX Runtime gives the logits of the cut model."""
-    from sparsekit.export.parity import check_parity
-
     model = chain.model if chain.pruned is None else chain.pruned
-    found = check_parity(model, chain.folder / "model.onnx", chain.example).max_rel
+    found = sk.check_parity(model, chain.folder / "model.onnx", chain.example).max_rel
     chain.figures["parity_max_rel"] = found
     if not found <= PARITY_LIMIT:
         raise ValueError(f"ONNX Runtime's logits are off by {found:.3g} of the largest")
@@ -456,9 +444,7 @@ def peer_prune(chain: Chain) -> None:
     import torch_pruning as tp
     from peers import classifier_layers, free_attention_, told_of_its_width_
 
-    from sparsekit.structure.counting import count_params
-
-    before = count_params(chain.model)
+    before = sk.count_params(chain.model)
     attentions = free_attention_(chain.model)
     pruner = tp.pruner.MagnitudePruner(
         chain.model,
@@ -472,7 +458,7 @@ def peer_prune(chain: Chain) -> None:
     )
     pruner.step()
     told_of_its_width_(attentions, pruner)
-    chain.figures["params_removed"] = 1 - count_params(chain.model) / before
+    chain.figures["params_removed"] = 1 - sk.count_params(chain.model) / before
 
 
 def peer_forward(chain: Chain) -> None:
@@ -663,12 +649,11 @@ def _summary(record: Record) -> str:
 
 def page(records: Sequence[Record]) -> str:
     """The results as Markdown: counts, circumstances, a row for each model, what failed and how."""
-    machine, versions = describe_machine(), library_versions()
+    machine = sk.describe_machine()
     libraries = ("sparsekit", "torch", "timm", "torch-pruning", "onnx", "onnxruntime")
     circumstances = [
-        "versions: " + ", ".join(f"{name} {versions[name]}" for name in libraries if name in versions),
-        f"machine: {machine['cpu']}, {machine['logical_cores']} cores, {machine['os']}, "
-        f"Python {machine['python']}",
+        f"versions: {versions_text(*libraries)}",
+        f"machine: {machine_text()}, {machine['os']}, Python {machine['python']}",
         f"command: `{shlex.join(['python', 'benchmarks/zoo.py', *sys.argv[1:]])}`",
     ]
     if "--only" in sys.argv:

@@ -49,10 +49,10 @@ def digits() -> list[dict[str, Any]]:
 def main(epochs: int, output: Path) -> None:
     """Train with the penalty, cut, prove."""
     model = Classifier()
-    groups = sk.find_groups(model.net, EXAMPLE)
+    groups = sk.find_groups(model.net, EXAMPLE, round_to=8)
     callback = SparsifierCallback(
         lambda model, total_steps: sk.Sparsifier(
-            model.net, groups, strength="auto", total_steps=total_steps, target={"macs": 0.5}
+            model.net, groups, strength=sk.AutoStrength({"macs": 0.5}, total_steps)
         )
     )
     arguments = TrainingArguments(

@@ -51,10 +51,10 @@ def main(epochs: int) -> None:
     """Train with the penalty, cut, prove."""
     lightning.seed_everything(0, verbose=False)
     module = Classifier()
-    groups = sk.find_groups(module.net, EXAMPLE)
+    groups = sk.find_groups(module.net, EXAMPLE, round_to=8)
     callback = SparsifierCallback(
         lambda module, total_steps: sk.Sparsifier(
-            module.net, groups, strength="auto", total_steps=total_steps, target={"macs": 0.5}
+            module.net, groups, strength=sk.AutoStrength({"macs": 0.5}, total_steps)
         )
     )
     trainer = lightning.Trainer(

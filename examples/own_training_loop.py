@@ -78,13 +78,11 @@ def main(output: Path, steps: int = 300) -> None:
     train(model, *training, steps, rate=0.05)
     dense = copy.deepcopy(model)
 
-    groups = sk.find_groups(model, EXAMPLE)
-    sparsifier = sk.Sparsifier(
-        model, groups, strength="auto", total_steps=steps, target={"macs": 0.4}, round_to=8
-    )
+    groups = sk.find_groups(model, EXAMPLE, round_to=8)
+    sparsifier = sk.Sparsifier(model, groups, strength=sk.AutoStrength({"macs": 0.4}, steps))
     train(model, *training, steps, rate=0.05, sparsifier=sparsifier)
 
-    plan = sk.make_plan(groups, sk.keep_masks(model, groups, round_to=8))  # pure data, with a JSON form
+    plan = sk.make_plan(groups, sk.keep_masks(model, groups))  # pure data, with a JSON form
     pruned = sk.apply_plan(model, plan)  # a new, smaller nn.Module
     agreement = sk.verify_cut(model, pruned, plan)  # raises if masked and cut model differ
     train(pruned, *training, steps // 2, rate=0.02)  # a new optimizer for the new parameters

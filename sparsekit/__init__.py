@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from sparsekit.surgery.transplant import transplant_ema as transplant_ema
     from sparsekit.surgery.verify import Agreement as Agreement
     from sparsekit.surgery.verify import verify_cut as verify_cut
+    from sparsekit.training.loop import fit as fit
+    from sparsekit.training.options import TrainOptions as TrainOptions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "Sparsifier",
     "SpeedSearch",
     "SpeedTrial",
+    "TrainOptions",
     "TrainingError",
     "VerificationError",
     "apply_plan",
@@ -103,6 +106,7 @@ __all__ = [
     "describe_machine",
     "export_onnx",
     "find_groups",
+    "fit",
     "importance",
     "keep_carriers",
     "keep_masks",
@@ -148,6 +152,7 @@ _HOMES = {
     "Sparsifier": "sparsify.sparsifier",
     "SpeedSearch": "latency.search",
     "SpeedTrial": "latency.search",
+    "TrainOptions": "training.options",
     "TrainingError": "errors",
     "VerificationError": "errors",
     "apply_plan": "surgery.cut",
@@ -162,6 +167,7 @@ _HOMES = {
     "describe_machine": "machine",
     "export_onnx": "export.onnx_file",
     "find_groups": "coupling.find_groups",
+    "fit": "training.loop",
     "importance": "integrations.torch_pruning",
     "keep_carriers": "selection.carriers",
     "keep_masks": "selection.keep_masks",

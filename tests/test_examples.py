@@ -33,6 +33,25 @@ def test_the_training_loop_prunes_saves_exports_and_measures(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense.onnx", "pruned", "pruned.onnx"]
 
 
+def test_the_loop_to_a_speed_cuts_and_says_what_was_asked_and_measured(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "speed_in_your_loop.py", "--output", tmp_path, "--steps", "60"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=280
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"^found after \d trials: \d+\.\d\d times as fast$", finished.stdout, re.MULTILINE)
+    assert "all that was to go is zero" in finished.stdout
+    rows = dict(
+        re.findall(r"^(dense|pruned): accuracy 0\.\d{3}, ([\d,]+) parameters$", finished.stdout, re.MULTILINE)
+    )
+    dense, pruned = (int(rows[name].replace(",", "")) for name in ("dense", "pruned"))
+    assert pruned < dense
+    assert re.search(r"^speed-up asked 1\.50, measured \d+\.\d\d, ", finished.stdout, re.MULTILINE)
+    for name in ("dense", "pruned"):
+        onnx.checker.check_model(onnx.load(tmp_path / f"{name}.onnx"))
+
+
 @pytest.mark.parametrize("name", ["lightning_trainer.py", "hugging_face_trainer.py"])
 def test_the_trainers_of_others_leave_zeros_that_can_be_cut(tmp_path: Path, name: str) -> None:
     finished = subprocess.run(

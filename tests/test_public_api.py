@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +46,7 @@ def test_the_public_names_are_these() -> None:
         "Sparsifier",
         "SpeedSearch",
         "SpeedTrial",
+        "TrainOptions",
         "TrainingError",
         "VerificationError",
         "apply_plan",
@@ -54,6 +61,7 @@ def test_the_public_names_are_these() -> None:
         "describe_machine",
         "export_onnx",
         "find_groups",
+        "fit",
         "importance",
         "keep_carriers",
         "keep_masks",
@@ -137,3 +145,93 @@ def test_every_error_raised_on_purpose_is_public() -> None:
     assert {error.__name__ for error in raised if issubclass(error, errors.SparsekitError)} <= set(
         sparsekit.__all__
     )
+
+
+# ------------------------------------------------------------------- what we show to others uses what is public
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+# The blocks of the API page are signatures, made of the public names.
+SIGNATURES = ROOT / "docs" / "reference" / "api.md"
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {SIGNATURES})]
+INTEGRATIONS = "sparsekit.integrations"
+
+
+def _shown(file: Path) -> list[str]:
+    """The programs of a file: itself, or the Python blocks of a page."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".py":
+        return [text]
+    blocks = re.findall(r"^( *)```python\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in blocks]
+
+
+def _private(source: str) -> list[str]:
+    """What a program takes from sparsekit that is not public, also in programs that it has as text."""
+    tree = ast.parse(source)
+    aliases = {"sk", "sparsekit"}  # a block of a page goes on where an earlier one ended
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname for alias in node.names if alias.name == "sparsekit" and alias.asname}
+    return [name for node in ast.walk(tree) for name in _taken(node, aliases) if not _is_public(name)]
+
+
+def _taken(node: ast.AST, aliases: set[str]) -> Iterator[str]:
+    """The dotted names of sparsekit that one node of a program takes."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.startswith("sparsekit."))
+    elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sparsekit":
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+        yield f"sparsekit.{node.attr}"
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "import " in node.value:
+        yield from _private_in_text(node.value)
+
+
+def _private_in_text(text: str) -> list[str]:
+    try:
+        return _private(text) if "sparsekit" in text else []
+    except SyntaxError:  # prose
+        return []
+
+
+def _is_public(name: str) -> bool:
+    """A name of `sparsekit.__all__`, a module of integrations, or what such a module has to give."""
+    parts = name.split(".")
+    if name == INTEGRATIONS or parts[:2] != INTEGRATIONS.split("."):
+        return name == INTEGRATIONS or (len(parts) == 2 and parts[1] in sparsekit.__all__)
+    if any(part.startswith("_") for part in parts):
+        return False
+    module = importlib.import_module(".".join(parts[:3]))
+    return len(parts) == 3 or (len(parts) == 4 and parts[3] in getattr(module, "__all__", vars(module)))
+
+
+@pytest.mark.parametrize("file", [*PROGRAMS, *PAGES], ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_we_show_uses_only_what_is_public(file: Path) -> None:
+    assert [name for source in _shown(file) for name in _private(source)] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import sparsekit as sk\nsk.find_groups", []),
+        ("import sparsekit as sk\nsk._HOMES, sk.pruner", ["sparsekit._HOMES", "sparsekit.pruner"]),
+        ("import sparsekit as s\ns.files", ["sparsekit.files"]),
+        ("from sparsekit import find_groups, files", ["sparsekit.files"]),
+        ("from sparsekit.structure.groups import ChannelGroup", ["sparsekit.structure.groups.ChannelGroup"]),
+        ("import sparsekit.latency.search", ["sparsekit.latency.search"]),
+        ("def late():\n    import sparsekit.files as f", ["sparsekit.files"]),
+        ("import sparsekit.integrations.torch_pruning", []),
+        ("from sparsekit import integrations", []),
+        ("from sparsekit.integrations.lightning import SparsifierCallback", []),
+        (
+            "from sparsekit.integrations.torch_pruning import _roots, importance, output_shares",
+            [f"{INTEGRATIONS}.torch_pruning.{name}" for name in ("_roots", "output_shares")],
+        ),
+        ("PROGRAM = 'from sparsekit.files import write_json'", ["sparsekit.files.write_json"]),
+        ("'import nothing from sparsekit that is not public'", []),
+        ("import sparksekit.files, torch.nn", []),
+    ],
+)
+def test_what_is_not_public_is_found(source: str, found: list[str]) -> None:
+    assert _private(source) == found
