@@ -51,9 +51,6 @@ def main() -> None:
     _app()
 
 
-# ------------------------------------------------------------------------------ from exceptions to exit codes
-
-
 def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """Let `command` end in an exit code and, where it fails, in a message on stderr."""
 
@@ -80,41 +77,6 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
             _fail_as_bug(error)
 
     return run
-
-
-def _settle_stdout() -> None:
-    """Throw away what stdout does not take: Python flushes it once more at its end, and would complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, code: int, word: str = "error") -> NoReturn:
-    """Print each line of `message`, one problem each, and exit."""
-    for line in message.splitlines():
-        typer.echo(f"{word}: {line}", err=True)
-    raise typer.Exit(code) from None
-
-
-def _fail_as_bug(error: Exception) -> NoReturn:
-    import traceback
-
-    typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    _fail(
-        f"{type(error).__name__} that sparsekit did not expect: a bug of ours, please report the lines above",
-        1,
-    )
-
-
-def _how_to_go_on(directory: Path) -> str:
-    """How to resume the run in `directory`, if it had come so far that there is one."""
-    if not directory.exists():
-        return "nothing was begun"
-    import shlex
-
-    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return f"go on with: {shlex.join(['sparsekit', *again, '--resume'])}"
 
 
 # ----------------------------------------------------------------------------------------------- the commands
@@ -337,6 +299,44 @@ def init(
         raise FileError(f"{path} is already there; name another file, or replace it with --force")
     write_text(path, (files("sparsekit.recipe") / "template.yaml").read_text(encoding="utf-8"))
     typer.echo(f"wrote {path}; run it with: sparsekit prune {path}")
+
+
+# ------------------------------------------------------------------------------ from exceptions to exit codes
+
+
+def _fail(message: str, code: int, word: str = "error") -> NoReturn:
+    """Print each line of `message`, one problem each, and exit."""
+    for line in message.splitlines():
+        typer.echo(f"{word}: {line}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _settle_stdout() -> None:
+    """Throw away what stdout does not take: Python flushes it once more at its end, and would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail_as_bug(error: Exception) -> NoReturn:
+    import traceback
+
+    typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    _fail(
+        f"{type(error).__name__} that sparsekit did not expect: a bug of ours, please report the lines above",
+        1,
+    )
+
+
+def _how_to_go_on(directory: Path) -> str:
+    """How to resume the run in `directory`, if it had come so far that there is one."""
+    if not directory.exists():
+        return "nothing was begun"
+    import shlex
+
+    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return f"go on with: {shlex.join(['sparsekit', *again, '--resume'])}"
 
 
 # --------------------------------------------------------------------------------------------------- printing

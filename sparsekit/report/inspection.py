@@ -57,21 +57,6 @@ class Inspection:
             "groups": [self._row(group, costs) for group in self.groups],
         }
 
-    def _row(self, group: ChannelGroup, costs: CostModel) -> dict[str, Any]:
-        lost_macs, lost_params = (costs.of(q) - costs.of(q, {group.name: 0.0}) for q in _COUNTED)
-        return {
-            "name": group.name,
-            "channels": group.n_channels,
-            "rows_per_channel": _rows_per_channel(group),
-            "layers": list(dict.fromkeys(member.module for member in group.of_role("producer"))),
-            "macs_share": lost_macs / self.macs if self.macs else 0.0,
-            "params_share": lost_params / self.params if self.params else 0.0,
-            "members": _members(group),
-            "lossless": group.lossless,
-            "block": bool(group.bypass),
-            "frozen": group.frozen,
-        }
-
     def table(self) -> RenderableType:
         """Each group with its units and cost, what belongs to it, and why it stays whole; under them the totals."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -92,6 +77,21 @@ class Inspection:
             "lies between two groups counts in both, and products of activations in none."
         )
         return Group(table, Text(totals), Text(legend))
+
+    def _row(self, group: ChannelGroup, costs: CostModel) -> dict[str, Any]:
+        lost_macs, lost_params = (costs.of(q) - costs.of(q, {group.name: 0.0}) for q in _COUNTED)
+        return {
+            "name": group.name,
+            "channels": group.n_channels,
+            "rows_per_channel": _rows_per_channel(group),
+            "layers": list(dict.fromkeys(member.module for member in group.of_role("producer"))),
+            "macs_share": lost_macs / self.macs if self.macs else 0.0,
+            "params_share": lost_params / self.params if self.params else 0.0,
+            "members": _members(group),
+            "lossless": group.lossless,
+            "block": bool(group.bypass),
+            "frozen": group.frozen,
+        }
 
 
 def inspect_module(

@@ -16,13 +16,6 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{rounded:,.{decimals}f}"
 
 
-def _scaled(value: float, units: Sequence[str]) -> str:
-    step = 0
-    while step + 1 < len(units) and float(f"{value:.2e}") >= 1000:
-        value, step = value / 1000, step + 1
-    return f"{significant(value)} {units[step]}".strip()
-
-
 def count(value: int) -> str:
     """Up to 9,999 in full, then with k, M, G or T."""
     return f"{value:,}" if value < 10_000 else _scaled(value, ("", "k", "M", "G", "T"))
@@ -64,3 +57,10 @@ def change(ratio: float, less: str, more: str) -> str:
 def plural(count: int, noun: str, ending: str = "s") -> str:
     """A number of things."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}{ending}"
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    step = 0
+    while step + 1 < len(units) and float(f"{value:.2e}") >= 1000:
+        value, step = value / 1000, step + 1
+    return f"{significant(value)} {units[step]}".strip()

@@ -115,21 +115,6 @@ class Arguments:
         )
 
 
-def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:
-    own = {
-        key: getattr(phase, key)
-        for key in ("lr", "warmup_epochs", "schedule")
-        if getattr(phase, key) is not None
-    }
-    return TrainOptions(epochs=phase.epochs, **{**recipe.training.model_dump(), **own})
-
-
-def _augmentation(spec: DataSpec) -> Augment | None:
-    if spec.augment is None:
-        return None
-    return Augment(**{**spec.augment.model_dump(), "color_jitter": spec.augment.color_jitter or 0.0})
-
-
 def make_sparsifier(
     recipe: Recipe,
     model: nn.Module,
@@ -186,3 +171,18 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(recipe.device)
     return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+
+
+def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:
+    own = {
+        key: getattr(phase, key)
+        for key in ("lr", "warmup_epochs", "schedule")
+        if getattr(phase, key) is not None
+    }
+    return TrainOptions(epochs=phase.epochs, **{**recipe.training.model_dump(), **own})
+
+
+def _augmentation(spec: DataSpec) -> Augment | None:
+    if spec.augment is None:
+        return None
+    return Augment(**{**spec.augment.model_dump(), "color_jitter": spec.augment.color_jitter or 0.0})

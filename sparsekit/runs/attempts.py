@@ -63,6 +63,32 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
     return replace(found, taken=taken.number, binds=_binding(run, taken, found), remark=remark)
 
 
+def take_sparsified(run: Run, tick: Callable[[], None]) -> SparsifyResult:
+    """The sparse model of the attempt that is taken."""
+    _copy_from_taken(run, "checkpoints/sparse.safetensors")
+    return _taken(run).result("sparsify", SparsifyResult)
+
+
+def take_cut(run: Run, tick: Callable[[], None]) -> CutResult:
+    """The cut model of the attempt that is taken."""
+    _copy_from_taken(run, "checkpoints/cut")
+    return _taken(run).result("cut", CutResult)
+
+
+def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
+    """The finished model of the attempt that is taken, on the device, and the plan it was cut by."""
+    for row in _taken(run).metrics:
+        run.files.add_metrics(row)
+    folder = _taken(run).path / "pruned"
+    plan = PrunePlan.from_json(read_structure(folder)["plan"])
+    return load_artifact(folder).to(run.accelerator.device), plan
+
+
+def _budget(run: Run) -> float:
+    # As many images as are allowed are not one too many.
+    return (run.arguments.target.max_accuracy_drop or 0.0) + 1e-9
+
+
 def _first_result(run: Run) -> AttemptsResult:
     full, most = full_target(run.arguments.target, *check_speed(run))
     dense = run.evaluate(run.final_dense(), run.inputs.data.validation)
@@ -72,16 +98,6 @@ def _first_result(run: Run) -> AttemptsResult:
 
 def _tried(attempts: Sequence[Attempt]) -> list[tuple[float, float]]:
     return [(one.pressure, one.drop) for one in attempts]
-
-
-def _budget(run: Run) -> float:
-    # As many images as are allowed are not one too many.
-    return (run.arguments.target.max_accuracy_drop or 0.0) + 1e-9
-
-
-def _attempt_folder(run: Run, number: int) -> Path:
-    """The run directory of an attempt."""
-    return run.files.path / "attempts" / str(number)
 
 
 def _attempt(
@@ -131,6 +147,11 @@ def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
     return inner
 
 
+def _attempt_folder(run: Run, number: int) -> Path:
+    """The run directory of an attempt."""
+    return run.files.path / "attempts" / str(number)
+
+
 def _finetune(run: Run, tick: Callable[[], None]) -> AttemptFinetuned:
     """Fine-tune an attempt, and judge it by validation images."""
     model, plan = prune_stages.finetune(run, tick)
@@ -151,6 +172,14 @@ _STAGES = (
 )
 
 
+def _nothing_accepted(target: Target, taken: Attempt, count: int) -> str:
+    asked = ", ".join(f"{key} {value:g}" for key, value in taken.target.items())
+    return (
+        f"none of {count} attempts stayed within {target.max_accuracy_drop:g} of the dense model's validation "
+        f"accuracy; the nearest lost {taken.drop:.4f} ({asked})"
+    )
+
+
 def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
     """What kept the model from being pruned further: keys of the recipe."""
     budget, tried = _budget(run), _tried(found.attempts)
@@ -167,45 +196,6 @@ def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
     return " and ".join([*keys, *(["cut.attempts"] if more else [])])
 
 
-def _nothing_accepted(target: Target, taken: Attempt, count: int) -> str:
-    asked = ", ".join(f"{key} {value:g}" for key, value in taken.target.items())
-    return (
-        f"none of {count} attempts stayed within {target.max_accuracy_drop:g} of the dense model's validation "
-        f"accuracy; the nearest lost {taken.drop:.4f} ({asked})"
-    )
-
-
-# ------------------------------------------------------------------------------- going on with the attempt taken
-
-
-def take_sparsified(run: Run, tick: Callable[[], None]) -> SparsifyResult:
-    """The sparse model of the attempt that is taken."""
-    _copy_from_taken(run, "checkpoints/sparse.safetensors")
-    return _taken(run).result("sparsify", SparsifyResult)
-
-
-def take_cut(run: Run, tick: Callable[[], None]) -> CutResult:
-    """The cut model of the attempt that is taken."""
-    _copy_from_taken(run, "checkpoints/cut")
-    return _taken(run).result("cut", CutResult)
-
-
-def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
-    """The finished model of the attempt that is taken, on the device, and the plan it was cut by."""
-    for row in _taken(run).metrics:
-        run.files.add_metrics(row)
-    folder = _taken(run).path / "pruned"
-    plan = PrunePlan.from_json(read_structure(folder)["plan"])
-    return load_artifact(folder).to(run.accelerator.device), plan
-
-
-def _taken(run: Run) -> RunDirectory:
-    number = run.files.result("attempts", AttemptsResult).taken
-    files = RunDirectory(_attempt_folder(run, number), writes=False)
-    files.open(resume=True)
-    return files
-
-
 def _copy_from_taken(run: Run, leaf: str) -> None:
     """Copy what a stage of the attempt left into the run."""
     taken = _taken(run)
@@ -215,3 +205,10 @@ def _copy_from_taken(run: Run, leaf: str) -> None:
             with atomic_path(run.files.path / file.relative_to(taken.path)) as temporary:
                 shutil.copyfile(file, temporary)
     run.accelerator.wait_for_everyone()
+
+
+def _taken(run: Run) -> RunDirectory:
+    number = run.files.result("attempts", AttemptsResult).taken
+    files = RunDirectory(_attempt_folder(run, number), writes=False)
+    files.open(resume=True)
+    return files

@@ -83,11 +83,6 @@ def with_latencies(run: Run, model: nn.Module, groups: ChannelGroups) -> Channel
     return _measured(run, model, groups) if run.arguments.target.is_speed else groups
 
 
-def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    threads, example = run.recipe.benchmark.threads, run.timed_example
-    return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))
-
-
 def channel_costs(run: Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
     """What a channel of each group costs, where the recipe weighs importance by that; None where it does not."""
     weighed = run.recipe.sparsify.weigh_by
@@ -160,3 +155,8 @@ def search_masks(
             f"choice: predicted to be {trial.predicted:.3g} times as fast, measured {trial.measured:.3g}"
         ),
     )
+
+
+def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
+    threads, example = run.recipe.benchmark.threads, run.timed_example
+    return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))

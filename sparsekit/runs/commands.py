@@ -108,27 +108,6 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     return DryRun(recipe.model.name, asked, measured, masks, found, trials, "; ".join(remarks))
 
 
-def _reachable_target(recipe: Recipe) -> Target:
-    """The recipe's target. Raises InputError if there is none, or none that can be met without training."""
-    if recipe.cut.target is None:
-        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
-    target = Target.of(recipe.cut.target)
-    if not target.besides_accuracy:
-        raise InputError(
-            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
-            "--set 'cut.target={speedup: 2}'"
-        )
-    return target
-
-
-def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
-    """The recipe's model in eval mode, with the dense weights of a run, or those that the recipe starts from."""
-    model = build_model(recipe, n_classes, weights=run is None).eval()
-    if run is not None:
-        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
-    return model
-
-
 def export_again(
     source: Path,
     *,
@@ -174,3 +153,24 @@ def export_again(
         merge_groups=merge_groups,
         metadata=metadata_texts(info),
     )
+
+
+def _reachable_target(recipe: Recipe) -> Target:
+    """The recipe's target. Raises InputError if there is none, or none that can be met without training."""
+    if recipe.cut.target is None:
+        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    target = Target.of(recipe.cut.target)
+    if not target.besides_accuracy:
+        raise InputError(
+            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
+            "--set 'cut.target={speedup: 2}'"
+        )
+    return target
+
+
+def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
+    """The recipe's model in eval mode, with the dense weights of a run, or those that the recipe starts from."""
+    model = build_model(recipe, n_classes, weights=run is None).eval()
+    if run is not None:
+        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    return model

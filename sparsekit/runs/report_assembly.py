@@ -49,13 +49,11 @@ from sparsekit.runs.results import (
 from sparsekit.runs.run_directory import RunDirectory
 
 
-def final_dense(files: RunDirectory) -> DenseFigures:
-    """Figures of the dense model that the pruned one is compared with: the baseline's, where there is one."""
-    if "baseline" in files.stages:
-        return files.result("baseline", BaselineResult).figures
-    figures = files.result("dense", DenseResult).figures
-    assert figures is not None
-    return figures
+def write_report(directory: Path) -> RunReport:
+    report = build_report(directory)
+    write_json(report, directory / "report.json")
+    write_html(report, directory / "report.html")
+    return report
 
 
 def build_report(directory: Path) -> RunReport:
@@ -87,6 +85,15 @@ def build_report(directory: Path) -> RunReport:
         raise FileError(
             f"the journal or the metrics of the run in {directory} are damaged: {error}"
         ) from error
+
+
+def final_dense(files: RunDirectory) -> DenseFigures:
+    """Figures of the dense model that the pruned one is compared with: the baseline's, where there is one."""
+    if "baseline" in files.stages:
+        return files.result("baseline", BaselineResult).figures
+    figures = files.result("dense", DenseResult).figures
+    assert figures is not None
+    return figures
 
 
 def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport:
@@ -143,28 +150,9 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
     )
 
 
-def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
-    after = recipe.sparsify.epochs + recipe.finetune.epochs
-    return EpochCounts(
-        dense=recipe.dense.epochs,
-        baseline=after if with_baseline else 0,
-        sparsify=recipe.sparsify.epochs,
-        finetune=recipe.finetune.epochs,
-    )
-
-
 def _attempts(files: RunDirectory) -> AttemptsResult | None:
     """The attempts of a run whose target is a budget of accuracy."""
     return files.result("attempts", AttemptsResult) if files.is_done("attempts") else None
-
-
-def _attempt_figures(found: AttemptsResult | None) -> tuple[AttemptFigures, ...]:
-    figures = []
-    for one in found.attempts if found else ():
-        plain = asdict(one)
-        del plain["pressure"]
-        figures.append(AttemptFigures(**plain, taken=found is not None and one.number == found.taken))
-    return tuple(figures)
 
 
 def _figures(
@@ -188,13 +176,14 @@ def _interval(interval: Interval) -> IntervalFigures:
     return IntervalFigures(value=interval.value, low=interval.low, high=interval.high)
 
 
-def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
-    """The files in fewer bits; they were timed behind the dense and the pruned one."""
-    timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
-    for variant, measured, speedup in timed:
-        yield VariantFigures(
-            **asdict(variant), latency_ms=_latency_figures(measured), speedup=_interval(speedup)
-        )
+def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
+    after = recipe.sparsify.epochs + recipe.finetune.epochs
+    return EpochCounts(
+        dense=recipe.dense.epochs,
+        baseline=after if with_baseline else 0,
+        sparsify=recipe.sparsify.epochs,
+        finetune=recipe.finetune.epochs,
+    )
 
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
@@ -259,8 +248,19 @@ def _missed_speed(asked: str, choice: ChoiceFound, latency: LatencyComparison) -
     )
 
 
-def write_report(directory: Path) -> RunReport:
-    report = build_report(directory)
-    write_json(report, directory / "report.json")
-    write_html(report, directory / "report.html")
-    return report
+def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
+    """The files in fewer bits; they were timed behind the dense and the pruned one."""
+    timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
+    for variant, measured, speedup in timed:
+        yield VariantFigures(
+            **asdict(variant), latency_ms=_latency_figures(measured), speedup=_interval(speedup)
+        )
+
+
+def _attempt_figures(found: AttemptsResult | None) -> tuple[AttemptFigures, ...]:
+    figures = []
+    for one in found.attempts if found else ():
+        plain = asdict(one)
+        del plain["pressure"]
+        figures.append(AttemptFigures(**plain, taken=found is not None and one.number == found.taken))
+    return tuple(figures)

@@ -50,10 +50,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def _journal(self) -> Path:
-        return self.checkpoints / "journal.json"
-
-    @property
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return self._journal.exists()
@@ -84,19 +80,6 @@ class RunDirectory:
             raise FileError(
                 f"the output {self.path} cannot be written ({error.strerror or error}); name another with --output"
             ) from error
-
-    def _read_journal(self) -> None:
-        with _refusing_damage(self._journal):
-            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
-            self.stages = {row["name"]: StageRecord(**row) for row in rows}
-        metrics = self.path / "metrics.jsonl"
-        with _refusing_damage(metrics):
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-            self._metrics = [json.loads(line) for line in lines]
-
-    def _write_journal(self) -> None:
-        if self.writes:
-            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
 
     def check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         """Raise FileError if the stage was begun with other settings, naming the keys that changed.
@@ -182,6 +165,23 @@ class RunDirectory:
             now = datetime.fromtimestamp(time.time(), tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
             with (self.path / "run.log").open("a", encoding="utf-8") as file:
                 file.write(f"{now} {message}\n")
+
+    @property
+    def _journal(self) -> Path:
+        return self.checkpoints / "journal.json"
+
+    def _read_journal(self) -> None:
+        with _refusing_damage(self._journal):
+            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
+            self.stages = {row["name"]: StageRecord(**row) for row in rows}
+        metrics = self.path / "metrics.jsonl"
+        with _refusing_damage(metrics):
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            self._metrics = [json.loads(line) for line in lines]
+
+    def _write_journal(self) -> None:
+        if self.writes:
+            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
 
 
 @contextmanager

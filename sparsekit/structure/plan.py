@@ -92,48 +92,6 @@ class PrunePlan:
             ) from error
 
 
-def _check_types(plan: PrunePlan) -> None:
-    """Raise TypeError for values that from_json took as they came."""
-    expected: list[tuple[Any, type]] = []
-    for cut in plan.cuts:
-        expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
-        if cut.role not in get_args(Role):
-            raise TypeError(
-                f"the role of {cut.tensor} must be one of {', '.join(get_args(Role))}, got {cut.role!r}"
-            )
-    for group in plan.groups:
-        expected += [(group.name, str), (group.n_channels, int), *((n, int) for n in group.kept)]
-    expected += [(size, int) for shape in plan.input_shapes for size in shape]
-    for place in plan.rewrites:
-        expected += [(place.module, str), (place.method, str), (place.source, str)]
-        expected += [(place.call, int), (place.argument, int), (place.size, int)]
-    expected += [(name, str) for block in plan.blocks for name in (block.module, *block.scales)]
-    for value, kind in expected:
-        if type(value) is not kind:
-            raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
-
-
-def _check_positions(plan: PrunePlan) -> None:
-    """Raise ValueError for numbers that no plan can have."""
-    seen: set[tuple[str, int]] = set()
-    for cut in plan.cuts:
-        if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
-            raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
-        if not cut.keep:
-            raise ValueError(f"it keeps nothing of {cut.tensor}; a layer must not be emptied")
-        if (cut.tensor, cut.dim) in seen:
-            raise ValueError(f"it cuts {cut.tensor} twice in dimension {cut.dim}")
-        seen.add((cut.tensor, cut.dim))
-    for block in plan.blocks:
-        if inside := [cut.tensor for cut in plan.cuts if block.holds(cut.tensor)]:
-            raise ValueError(f"it cuts {inside[0]}, and takes out {block.module}, which holds it")
-    for group in plan.groups:
-        if not set(group.kept) <= set(range(group.n_channels)):
-            raise ValueError(f"{group.name} keeps channels that it does not have")
-    if any(size < 1 for shape in plan.input_shapes for size in shape):
-        raise ValueError("an input has an impossible shape")
-
-
 def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
 
@@ -198,3 +156,45 @@ def _described(mask: object) -> str:
     if not isinstance(mask, Tensor):
         return f"{type(mask).__name__}; give a tensor"
     return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+
+
+def _check_types(plan: PrunePlan) -> None:
+    """Raise TypeError for values that from_json took as they came."""
+    expected: list[tuple[Any, type]] = []
+    for cut in plan.cuts:
+        expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
+        if cut.role not in get_args(Role):
+            raise TypeError(
+                f"the role of {cut.tensor} must be one of {', '.join(get_args(Role))}, got {cut.role!r}"
+            )
+    for group in plan.groups:
+        expected += [(group.name, str), (group.n_channels, int), *((n, int) for n in group.kept)]
+    expected += [(size, int) for shape in plan.input_shapes for size in shape]
+    for place in plan.rewrites:
+        expected += [(place.module, str), (place.method, str), (place.source, str)]
+        expected += [(place.call, int), (place.argument, int), (place.size, int)]
+    expected += [(name, str) for block in plan.blocks for name in (block.module, *block.scales)]
+    for value, kind in expected:
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
+
+
+def _check_positions(plan: PrunePlan) -> None:
+    """Raise ValueError for numbers that no plan can have."""
+    seen: set[tuple[str, int]] = set()
+    for cut in plan.cuts:
+        if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
+            raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+        if not cut.keep:
+            raise ValueError(f"it keeps nothing of {cut.tensor}; a layer must not be emptied")
+        if (cut.tensor, cut.dim) in seen:
+            raise ValueError(f"it cuts {cut.tensor} twice in dimension {cut.dim}")
+        seen.add((cut.tensor, cut.dim))
+    for block in plan.blocks:
+        if inside := [cut.tensor for cut in plan.cuts if block.holds(cut.tensor)]:
+            raise ValueError(f"it cuts {inside[0]}, and takes out {block.module}, which holds it")
+    for group in plan.groups:
+        if not set(group.kept) <= set(range(group.n_channels)):
+            raise ValueError(f"{group.name} keeps channels that it does not have")
+    if any(size < 1 for shape in plan.input_shapes for size in shape):
+        raise ValueError("an input has an impossible shape")
