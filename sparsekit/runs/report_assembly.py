@@ -121,23 +121,13 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
         null=_interval(latency.null),
         parity=ParityFigures(**asdict(exported.pruned.parity)),
         dense_parity=ParityFigures(**asdict(exported.dense.parity)),
-        benchmark=BenchmarkInfo(
-            batch=latency.batch,
-            threads=latency.threads,
-            rounds=latency.rounds,
-            trustworthy=latency.trustworthy,
-            reason=latency.reason,
-        ),
+        benchmark=_benchmark(latency),
         round_trip_max_abs=finetune.round_trip_max_abs,
         machine=bench.machine,
         seed=recipe.seed,
         versions=bench.versions,
         epochs=_epochs(recipe, with_baseline="baseline" in files.stages),
-        stages=tuple(
-            StageInfo(name=stage.name, seconds=stage.seconds, status=stage.status)
-            for stage in files.stages.values()
-            if stage.name != "report"
-        ),
+        stages=tuple(_stages(files)),
         layers=tuple(LayerFigures(**asdict(layer)) for layer in tested.cut.layers),
         curves=tuple(CurvePoint(**row) for row in files.metrics),
         warnings=tuple(_warnings(recipe, files)),
@@ -176,6 +166,16 @@ def _interval(interval: Interval) -> IntervalFigures:
     return IntervalFigures(value=interval.value, low=interval.low, high=interval.high)
 
 
+def _benchmark(latency: LatencyComparison) -> BenchmarkInfo:
+    return BenchmarkInfo(
+        batch=latency.batch,
+        threads=latency.threads,
+        rounds=latency.rounds,
+        trustworthy=latency.trustworthy,
+        reason=latency.reason,
+    )
+
+
 def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
     after = recipe.sparsify.epochs + recipe.finetune.epochs
     return EpochCounts(
@@ -184,6 +184,13 @@ def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
         sparsify=recipe.sparsify.epochs,
         finetune=recipe.finetune.epochs,
     )
+
+
+def _stages(files: RunDirectory) -> Iterator[StageInfo]:
+    """Every stage but the one that writes the report."""
+    for stage in files.stages.values():
+        if stage.name != "report":
+            yield StageInfo(name=stage.name, seconds=stage.seconds, status=stage.status)
 
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:

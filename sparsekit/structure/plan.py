@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import FileError, InputError
-from sparsekit.structure.groups import ChannelGroups, Role
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
 from sparsekit.structure.places import Place
 
 
@@ -108,16 +108,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         if name not in known:
             raise InputError(f"a mask names the group {name!r}, which the model does not have")
         group = known[name]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
-            raise InputError(
-                f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
-                f"got {_described(mask)}"
-            )
-        keep: list[bool] = mask.tolist()
-        if not any(keep) and not group.bypass:
-            raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
-        if group.frozen and not all(keep):
-            raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
+        keep = _checked(mask, group)
         decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
         if all(keep):
             continue
@@ -150,6 +141,22 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         if not any(block.holds(place.module) for block in blocks)
     }
     return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
+
+
+def _checked(mask: Tensor, group: ChannelGroup) -> list[bool]:
+    """The entries of a keep-mask. Raises InputError if the group cannot have this mask."""
+    name = group.name
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
+        raise InputError(
+            f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
+            f"got {_described(mask)}"
+        )
+    keep: list[bool] = mask.tolist()
+    if not any(keep) and not group.bypass:
+        raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
+    if group.frozen and not all(keep):
+        raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
+    return keep
 
 
 def _described(mask: object) -> str:
