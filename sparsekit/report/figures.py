@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG for its page, which gives them their colours."""
+"""The figures of a report, as SVG. The page gives them their colours."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _PANELS = (("loss", "training loss"), ("accuracy", "validation accuracy"), ("zer
 
 
 def latency_svg(report: RunReport) -> str:
-    """Left: median latency with its 10th to 90th percentile. Right: the speed-up beside its null."""
+    """Draw the latencies (left: median, 10th to 90th percentile) and the speed-up beside its null (right)."""
     with _drawing(150) as figure:
         times, ratio = figure.add_axes((0.08, 0.3, 0.5, 0.56)), figure.add_axes((0.73, 0.3, 0.25, 0.56))
         for place, model, colour in ((1, report.dense, _DENSE), (0, report.pruned, _PRUNED)):
@@ -92,7 +92,10 @@ def latency_svg(report: RunReport) -> str:
 
 
 def attempts_svg(report: RunReport) -> str:
-    """Validation accuracy over speed, or over MACs saved where no speed was asked for; dense first; the budget."""
+    """Draw the validation accuracy of each attempt over its speed-up, from the dense model on, and the budget.
+
+    Without a measured speed-up the horizontal axis is the MACs ratio.
+    """
     timed = all(attempt.speedup is not None for attempt in report.attempts if not attempt.failure)
     made = sorted(
         (attempt.speedup or report.dense.macs / attempt.macs, attempt.accuracy, attempt)
@@ -135,7 +138,7 @@ def attempts_svg(report: RunReport) -> str:
 
 
 def channels_svg(layers: Sequence[LayerFigures]) -> str:
-    """One bar per group: the fraction of its channels kept; the counts, or why it is frozen, beside it."""
+    """Draw one bar for each group: the fraction of its channels kept. Beside it: counts, or why it is frozen."""
     row_pt, edge_pt = 20.0, 26.0
     names = [_shorten(layer.name, 40) for layer in layers]
     height = row_pt * len(layers) + edge_pt
@@ -171,7 +174,7 @@ def channels_svg(layers: Sequence[LayerFigures]) -> str:
 
 
 def curves_svg(curves: Sequence[CurvePoint]) -> str:
-    """Loss, validation accuracy and zero share over the epochs of all phases, one panel each."""
+    """Draw loss, validation accuracy and zero share over the epochs of all phases, one panel each."""
     spans, branch = _timeline(curves)
     panels = [(name, title) for name, title in _PANELS if any(getattr(p, name) is not None for p in curves)]
     panel_pt, gap_pt, top_pt, bottom_pt = 150.0, 22.0, 34.0, 44.0
@@ -182,7 +185,7 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
             bottom = height - top_pt - panel_pt - index * (panel_pt + gap_pt)
             axes = figure.add_axes((0.075, bottom / height, 0.905, panel_pt / height))
             _panel(axes, name, spans, branch)
-            # Room at the left even for a run of one epoch.
+            # A run of one epoch needs room at the left too.
             axes.set_xlim(0.5, last + 0.5)
             axes.set_ylabel(title)
             axes.yaxis.set_label_coords(-0.055, 0.5)
@@ -197,7 +200,7 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
 
 @contextmanager
 def _drawing(height_pt: float) -> Iterator[Figure]:
-    """A figure as wide as the page, in points; the settings last for the block only; no pyplot."""
+    """Yield a figure as wide as the page, without pyplot. The settings last while it is open."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -215,7 +218,7 @@ def _plain_axes(axes: Iterable[Axes]) -> None:
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:
-    """`figure` as an inline SVG that scales with the page; `name` keeps ids apart, `label` describes it."""
+    """Return `figure` as an inline SVG. `name` keeps its ids apart, `label` describes it to screen readers."""
     from markupsafe import escape
 
     stream = StringIO()
@@ -233,7 +236,7 @@ def _svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _shorten(text: str, limit: int) -> str:
-    """At most `limit` characters: the middle goes, because names differ at their ends."""
+    """Cut the middle out of a text of over `limit` characters, because names differ at their ends."""
     if len(text) <= limit:
         return text
     left = (limit - 1) // 2
@@ -246,7 +249,7 @@ def _cut_off(text: str, limit: int) -> str:
 
 @dataclass(frozen=True)
 class _Span:
-    """A phase on the axis of epochs: its points stand at start + 1, start + 2, ..."""
+    """A phase on the axis of epochs. Its points stand at start + 1, start + 2, ..."""
 
     phase: str
     start: int
@@ -258,7 +261,7 @@ class _Span:
 
 
 def _timeline(curves: Sequence[CurvePoint]) -> tuple[list[_Span], _Span | None]:
-    """The phases one after the other, and the baseline, a branch beside those that follow `dense`."""
+    """Place the phases one after the other; the baseline is a branch that starts where `dense` ends."""
     phases: dict[str, list[CurvePoint]] = {}
     for point in curves:
         phases.setdefault(point.phase, []).append(point)
@@ -298,7 +301,7 @@ def _panel(axes: Axes, name: str, spans: Sequence[_Span], branch: _Span | None) 
 
 
 def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
-    """Show what matters at the end of training: the first epochs from scratch would flatten all the rest."""
+    """Choose the range for the end of training: the first epochs would flatten the rest."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = min(values), max(values)

@@ -12,6 +12,7 @@ from sparsekit.report.schema import EpochCounts, IntervalFigures, ParityFigures,
 
 
 def main_rows(report: RunReport) -> list[_Row]:
+    """Return the figures of the dense and the pruned model, one row for each, with the change."""
     dense, pruned = report.dense, report.pruned
 
     def row(label: str, show: Any, name: str, change: str) -> _Row:
@@ -35,7 +36,7 @@ def main_rows(report: RunReport) -> list[_Row]:
 
 
 def findings(report: RunReport) -> list[tuple[str, str]]:
-    """(label, text): what stands below the figures of the two models."""
+    """Return (label, text) of all that stands below the figures of the two models."""
     sparse = report.sparse
     speed = (
         numbers.significant(report.speed_efficiency, 2) if report.benchmark.trustworthy else "not trustworthy"
@@ -66,7 +67,7 @@ def findings(report: RunReport) -> list[tuple[str, str]]:
 
 
 def baseline_text(epochs: EpochCounts) -> str:
-    """Is the comparison fair? Says what the dense model was given."""
+    """Say for how long the dense model was trained, so that a reader can judge the comparison."""
     extra = epochs.sparsify + epochs.finetune
     if epochs.baseline > 0:
         total = f"{epochs.dense} + {epochs.baseline} epochs; pruned {epochs.dense} + {extra}"
@@ -82,6 +83,7 @@ def baseline_text(epochs: EpochCounts) -> str:
 
 
 def title_of(report: RunReport) -> str:
+    """Name the model, its input size, the run and the number of test images in one line."""
     channels, height, width = report.input_shape
     size = f"{channels}×{height}×{width}"
     return (
@@ -90,10 +92,12 @@ def title_of(report: RunReport) -> str:
 
 
 def interval_value(interval: IntervalFigures) -> str:
+    """Write the estimate with as many decimals as its interval supports."""
     return f"{interval.value:.{_decimals(interval)}f}"
 
 
 def interval_range(interval: IntervalFigures) -> str:
+    """Write the ends of an interval, "1.21 to 1.32", with as many decimals as it supports."""
     digits = _decimals(interval)
     return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
 
@@ -178,6 +182,6 @@ def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _decimals(interval: IntervalFigures) -> int:
-    """Decimals that the width of the interval supports: one digit of its half-width, at most three."""
+    """Count the decimals that show one digit of the half-width of an interval; at most three."""
     half = (interval.high - interval.low) / 2
     return min(3, max(0, -math.floor(math.log10(half)))) if half > 0 else 2

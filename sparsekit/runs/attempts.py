@@ -1,8 +1,8 @@
-"""The fastest model within a budget of validation accuracy: pruned at one speed after the other, each trained whole.
+"""The fastest model within a budget of validation accuracy, found by attempts at several speed-ups.
 
-Each attempt is a run of its own below attempts/, from the same dense model; its recipe asks for a speed where the
-run's own asks for `max_accuracy_drop`. The one that is taken is copied into the run, which then goes on with it as if
-there had been no other. No attempt but that one sees a test image, and only then.
+Each attempt is a run of its own below attempts/, from the same dense model. Its recipe asks for a speed-up instead of
+`max_accuracy_drop`. The attempt that is taken is copied into the run, which goes on with it as if there had been no
+other. Attempts see no test image; the one that is taken is tested afterwards.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from sparsekit.structure.plan import PrunePlan
 
 
 def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
-    """Try pressures until the attempts are used up or none is worth it; says which one to take, and why.
+    """Make attempts until they are used up or another one would tell nothing new, and choose which one to take.
 
-    What is found is in the journal after every attempt, so that a resumed run goes on with the next. Raises InputError
-    if no attempt could be made.
+    The journal has the result of every attempt, so that a resumed run goes on with the next. Raises InputError if no
+    attempt could be made.
     """
     budget = _budget(run)
     noted = run.files.has_result("attempts")
@@ -64,19 +64,19 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
 
 
 def take_sparsified(run: Run, tick: Callable[[], None]) -> SparsifyResult:
-    """The sparse model of the attempt that is taken."""
+    """Copy the sparse model of the attempt that is taken, and return its result."""
     _copy_from_taken(run, "checkpoints/sparse.safetensors")
     return _taken(run).result("sparsify", SparsifyResult)
 
 
 def take_cut(run: Run, tick: Callable[[], None]) -> CutResult:
-    """The cut model of the attempt that is taken."""
+    """Copy the cut model of the attempt that is taken, and return its result."""
     _copy_from_taken(run, "checkpoints/cut")
     return _taken(run).result("cut", CutResult)
 
 
 def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
-    """The finished model of the attempt that is taken, on the device, and the plan it was cut by."""
+    """Return the fine-tuned model of the attempt that is taken, on the device, and the plan it was cut by."""
     for row in _taken(run).metrics:
         run.files.add_metrics(row)
     folder = _taken(run).path / "pruned"
@@ -85,7 +85,7 @@ def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, Prune
 
 
 def _budget(run: Run) -> float:
-    # As many images as are allowed are not one too many.
+    # Rounding must not refuse a drop of exactly the budget.
     return (run.arguments.target.max_accuracy_drop or 0.0) + 1e-9
 
 
@@ -103,7 +103,7 @@ def _tried(attempts: Sequence[Attempt]) -> list[tuple[float, float]]:
 def _attempt(
     run: Run, tick: Callable[[], None], number: int, pressure: float, found: AttemptsResult
 ) -> Attempt:
-    """Prune to the target at this pressure, in a run directory of its own."""
+    """Prune to the target at this pressure in a run directory of its own, and judge the result."""
     target = run.arguments.target.besides_accuracy if pressure == 1 else {}
     target = target or target_at(found.full, pressure)
     asked = ", ".join(f"{key} {value:g}" for key, value in target.items())
@@ -112,7 +112,7 @@ def _attempt(
     try:
         for stage in _STAGES:
             run_stage(inner, stage, also=tick)
-    except InputError as error:  # a speed that turns out to be out of reach, or so low that nothing can go
+    except InputError as error:  # the speed-up is out of reach, or so low that nothing can go
         run.say(f"attempts: {number}, {asked}: {error}")
         drop = 0.0 if isinstance(error, prune_stages.NothingToCutError) else 1.0
         return Attempt(number, pressure, target, drop, failure=str(error))
@@ -129,7 +129,7 @@ def _attempt(
 
 
 def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
-    """The run of an attempt, in a directory that is new or was begun before."""
+    """Open the run of an attempt, in a directory that is new or was begun before."""
     cut = run.recipe.cut.model_copy(update={"target": target})
     files = RunDirectory(_attempt_folder(run, number), writes=run.files.writes)
     with run.accelerator.main_process_first():
@@ -148,12 +148,12 @@ def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
 
 
 def _attempt_folder(run: Run, number: int) -> Path:
-    """The run directory of an attempt."""
+    """Name the run directory of an attempt."""
     return run.files.path / "attempts" / str(number)
 
 
 def _finetune(run: Run, tick: Callable[[], None]) -> AttemptFinetuned:
-    """Fine-tune an attempt, and judge it by validation images."""
+    """Fine-tune an attempt and evaluate it on the validation images."""
     model, plan = prune_stages.finetune(run, tick)
     accuracy = run.evaluate(model, run.inputs.data.validation)
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(validation_accuracy=accuracy))
@@ -181,7 +181,7 @@ def _nothing_accepted(target: Target, taken: Attempt, count: int) -> str:
 
 
 def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
-    """What kept the model from being pruned further: keys of the recipe."""
+    """Name the keys of the recipe that kept the model from being pruned further."""
     budget, tried = _budget(run), _tried(found.attempts)
     more = next_pressure(tried, budget, found.most, largest_factor(found.full)) is not None
     _, beyond = bracket(tried, budget)
@@ -197,7 +197,7 @@ def _binding(run: Run, taken: Attempt, found: AttemptsResult) -> str:
 
 
 def _copy_from_taken(run: Run, leaf: str) -> None:
-    """Copy what a stage of the attempt left into the run."""
+    """Copy a file or folder of the attempt that is taken into the run."""
     taken = _taken(run)
     source = taken.path / leaf
     if run.files.writes:

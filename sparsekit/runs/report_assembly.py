@@ -1,4 +1,4 @@
-"""The report of a finished run, put together from its directory: journal, metrics and recipe."""
+"""The report of a finished run, made from its journal, metrics and recipe."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ from sparsekit.runs.run_directory import RunDirectory
 
 
 def write_report(directory: Path) -> RunReport:
+    """Write report.json and report.html of the finished run in `directory`. Raises FileError as `build_report` does."""
     report = build_report(directory)
     write_json(report, directory / "report.json")
     write_html(report, directory / "report.html")
@@ -57,9 +58,9 @@ def write_report(directory: Path) -> RunReport:
 
 
 def build_report(directory: Path) -> RunReport:
-    """The report of the finished run in `directory`, from its journal, metrics and recipe.
+    """Make the report of the finished run in `directory`.
 
-    Raises FileError if it holds no run or one whose stages up to the benchmark are not all done.
+    Raises FileError if it holds no run, or one whose stages up to the benchmark are not all done.
     """
     files = RunDirectory(directory, writes=False)
     files.open(resume=True)
@@ -88,7 +89,7 @@ def build_report(directory: Path) -> RunReport:
 
 
 def final_dense(files: RunDirectory) -> DenseFigures:
-    """Figures of the dense model that the pruned one is compared with: the baseline's, where there is one."""
+    """Return the figures that the pruned model is compared with: the baseline's, else those of the dense model."""
     if "baseline" in files.stages:
         return files.result("baseline", BaselineResult).figures
     figures = files.result("dense", DenseResult).figures
@@ -141,7 +142,7 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
 
 
 def _attempts(files: RunDirectory) -> AttemptsResult | None:
-    """The attempts of a run whose target is a budget of accuracy."""
+    """Return the attempts of a run whose target is a budget of accuracy, else None."""
     return files.result("attempts", AttemptsResult) if files.is_done("attempts") else None
 
 
@@ -194,7 +195,7 @@ def _stages(files: RunDirectory) -> Iterator[StageInfo]:
 
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
-    """What a reader should know before trusting the figures."""
+    """Yield what a reader should know before trusting the figures."""
     tested, shortfall = files.result("cut", TestedCut), files.result("sparsify", SparsifyResult).shortfall
     cut, effect, attempts = tested.cut, tested.effect, _attempts(files)
     subject, asked = "The target was not met as asked", "Asked"
@@ -215,22 +216,21 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
     elif effect.max_abs_logit_change > 1e-4 * effect.max_abs_logit:
         yield (
             "The cut changed the logits although every channel removed was zero: an activation turns zero into a "
-            "constant, which a padded convolution does not read as one."
+            "constant, and a padded convolution sees zeros instead of it at the edges."
         )
     exported = files.result("export", ExportResult)
     pushed_out = exported.pruned.graph.plain - exported.dense.graph.plain
     if pushed_out > 0:
         yield (
-            f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, and outside they are "
-            "slow: channels that are no multiple of 4, or narrow groups of a number that cannot be merged; set "
-            "cut.round_to: auto."
+            f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, where they are slow: "
+            "their channels are no multiple of 4, or their narrow conv_groups cannot be merged; set cut.round_to: auto."
         )
     if (n := files.result("dense", DenseResult).data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
 
 
 def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResult) -> Iterator[str]:
-    """What to know of a budget of accuracy: that it was not met, or is finer than the validation images can tell."""
+    """Warn of a budget of accuracy that was not met, or is finer than the validation images can tell."""
     if found.remark:
         yield f"The target was not met as asked: {found.remark}."
     n = files.result("dense", DenseResult).data.validation
@@ -244,19 +244,19 @@ def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResul
 
 
 def _missed_speed(asked: str, choice: ChoiceFound, latency: LatencyComparison) -> Iterator[str]:
-    """What to say if the last measurement is further from the speed asked for than the choice of channels was."""
+    """Warn if the benchmark misses the speed-up that was asked for, though the choice of channels met it."""
     measured = latency.speedups[0].value
     if choice.asked is None or choice.found is None or abs(measured / choice.asked - 1) <= SPEED_TOLERANCE:
         return
     yield (
         f"{asked} for a speed-up of {choice.asked:.3g}, the benchmark measured {measured:.3g}. When the channels "
-        f"were chosen, {choice.found.measured:.3g} was measured for them: so far apart are two measurements on this "
-        "machine."
+        f"were chosen, {choice.found.measured:.3g} was measured for them: two measurements on this machine differ by that "
+        "much."
     )
 
 
 def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
-    """The files in fewer bits; they were timed behind the dense and the pruned one."""
+    """Yield the models in fewer bits. They were timed after the dense and the pruned one."""
     timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
     for variant, measured, speedup in timed:
         yield VariantFigures(
