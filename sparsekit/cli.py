@@ -1,8 +1,7 @@
 """The command line: parse, call, print, exit code.
 
-Exit codes: 0 done; 2 the input is wrong; 1 a failure of sparsekit or of the machine; 130 interrupted.
-Results go to stdout, progress and errors to stderr. Whatever is slow to import is imported inside a command,
-so that --help answers at once.
+Exit codes: 0 done; 2 the input is wrong; 1 a failure of sparsekit or of the machine; 130 interrupted. Results go to
+stdout, progress and errors to stderr. A command imports what is slow to import, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -51,17 +50,14 @@ def main() -> None:
     _app()
 
 
-# ------------------------------------------------------------------------------ from exceptions to exit codes
-
-
 def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Let `command` end in an exit code and, where it fails, in a message on stderr."""
+    """Turn the exceptions of a command into a message on stderr and an exit code."""
 
     @functools.wraps(command)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
         try:
             command(*args, **kwargs)
-            # Here, because at the end of the process a reader that went away can no longer be handled.
+            # At the end of the process it would be too late to handle a reader that went away.
             sys.stdout.flush()
         except SparsekitError as error:
             _fail(str(error), error.exit_code)
@@ -80,41 +76,6 @@ def _reported(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]
             _fail_as_bug(error)
 
     return run
-
-
-def _settle_stdout() -> None:
-    """Throw away what stdout does not take: Python flushes it once more at its end, and would complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, code: int, word: str = "error") -> NoReturn:
-    """Print each line of `message`, one problem each, and exit."""
-    for line in message.splitlines():
-        typer.echo(f"{word}: {line}", err=True)
-    raise typer.Exit(code) from None
-
-
-def _fail_as_bug(error: Exception) -> NoReturn:
-    import traceback
-
-    typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    _fail(
-        f"{type(error).__name__} that sparsekit did not expect: a bug of ours, please report the lines above",
-        1,
-    )
-
-
-def _how_to_go_on(directory: Path) -> str:
-    """How to resume the run in `directory`, if it had come so far that there is one."""
-    if not directory.exists():
-        return "nothing was begun"
-    import shlex
-
-    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return f"go on with: {shlex.join(['sparsekit', *again, '--resume'])}"
 
 
 # ----------------------------------------------------------------------------------------------- the commands
@@ -143,7 +104,7 @@ def prune(
     recipe: RecipePath,
     output: Annotated[
         Path | None,
-        typer.Option(help="Run directory. Default: the recipe's output, else runs/<name of the recipe>."),
+        typer.Option(help="The run directory. Default: the recipe's output, else runs/<name of the recipe>."),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -160,7 +121,7 @@ def prune(
         report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
     except KeyboardInterrupt:
         _fail(_how_to_go_on(directory), 130, word="interrupted")
-    if os.environ.get("RANK", "0") == "0":  # once, where several processes train together
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         _console().print(terminal_table(report, directory))
 
 
@@ -188,16 +149,16 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A timm model name, or a recipe.")],
     image_size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     through_layer_norm: Annotated[
-        bool, typer.Option("--through-layer-norm", help="Free widths under LayerNorm too; not lossless.")
+        bool, typer.Option("--through-layer-norm", help="Cut channels under a LayerNorm too; not lossless.")
     ] = False,
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="Show residual blocks that can go as a whole too.")
+        bool, typer.Option("--blocks", help="Show which residual blocks can go as a whole.")
     ] = False,
     json: AsJson = False,
 ) -> None:
     """Show the channel groups of a model.
 
-    For each group its layers and channels, and, where it cannot be cut, why.
+    Each group is shown with its layers and channels or, if it cannot be cut, the reason.
     """
     recipe = None
     if Path(model).suffix in (".yaml", ".yml"):
@@ -223,9 +184,9 @@ def plan(
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> None:
-    """Show what a target would keep, and how fast that is: predicted, and measured in ONNX Runtime.
+    """Show how many channels a target keeps, and the speed-up: predicted, and measured in ONNX Runtime.
 
-    Channels are chosen by the sizes of their filters, in the dense model of the run or in what the recipe starts from.
+    Channels are chosen by cut.importance in the dense model of the run, or in the model that the recipe starts from.
     Nothing is trained.
     """
     from sparsekit.recipe.reading import load_recipe
@@ -244,21 +205,23 @@ def plan(
 @_app.command()
 @_reported
 def bench(
-    files: Annotated[list[Path], typer.Argument(metavar="A.onnx [B.onnx ...]", help="Files to compare.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="A.onnx [B.onnx ...]", help="The ONNX files to compare.")
+    ],
     threads: Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")] = 1,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Batch of files that leave it open; may be repeated, for a table of each."),
+        typer.Option(min=1, help="Batch of files that leave it open; may be repeated, for one table each."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=10, help="Timed runs of each file.")] = 100,
     provider: Annotated[
-        str, typer.Option(help="Of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, directml.")
+        str, typer.Option(help="Provider of ONNX Runtime: cpu, cuda, tensorrt, openvino, coreml, directml.")
     ] = "cpu",
     json: AsJson = False,
 ) -> None:
-    """Measure ONNX files against the first.
+    """Compare the latency of ONNX files with that of the first.
 
-    All run interleaved in one process; the speed-up comes with an interval, unless the machine is too busy for one.
+    All run interleaved in one process. Each speed-up has an interval; if the machine is too busy, none is stated.
     """
     from sparsekit.latency.compare import compare_latency
 
@@ -290,11 +253,11 @@ def export(
     merge_groups: Annotated[
         bool,
         typer.Option(
-            help="Merge narrow groups of convolutions to what ONNX Runtime runs fast on a processor like this one."
+            help="Merge narrow groups of grouped convolutions, so that ONNX Runtime runs them fast on this processor."
         ),
     ] = True,
 ) -> None:
-    """Write the pruned model as ONNX again."""
+    """Export the pruned model as ONNX again."""
     from sparsekit.runs import commands
 
     written = commands.export_again(
@@ -311,7 +274,7 @@ def export(
 @_app.command()
 @_reported
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Write and show the report of a run again."""
+    """Write the report of a run again, and show it."""
     from sparsekit.report.terminal import terminal_table
     from sparsekit.runs import commands
 
@@ -322,7 +285,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
 @_reported
 def init(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="The file to write.")] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented recipe to start from."""
     from importlib.resources import files
@@ -337,6 +300,44 @@ def init(
         raise FileError(f"{path} is already there; name another file, or replace it with --force")
     write_text(path, (files("sparsekit.recipe") / "template.yaml").read_text(encoding="utf-8"))
     typer.echo(f"wrote {path}; run it with: sparsekit prune {path}")
+
+
+# ------------------------------------------------------------------------------ from exceptions to exit codes
+
+
+def _fail(message: str, code: int, word: str = "error") -> NoReturn:
+    """Print each line of `message` as a problem of its own, and exit."""
+    for line in message.splitlines():
+        typer.echo(f"{word}: {line}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _settle_stdout() -> None:
+    """Drop what stdout does not take, or Python would complain when it flushes once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail_as_bug(error: Exception) -> NoReturn:
+    import traceback
+
+    typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    _fail(
+        f"{type(error).__name__} that sparsekit did not expect: a bug of ours, please report the lines above",
+        1,
+    )
+
+
+def _how_to_go_on(directory: Path) -> str:
+    """Say how to resume the run in `directory`, if there is one yet."""
+    if not directory.exists():
+        return "nothing was begun"
+    import shlex
+
+    again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return f"go on with: {shlex.join(['sparsekit', *again, '--resume'])}"
 
 
 # --------------------------------------------------------------------------------------------------- printing
@@ -370,13 +371,13 @@ def _summary(path: Path, recipe: Recipe) -> str:
 
 
 def _latency_table(comparison: LatencyComparison) -> RenderableType:
-    """One row a file; under it how far the figures can be trusted."""
+    """Return a table with one row for each file, and below it how far the figures can be trusted."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    # Six columns of figures and names that can still be read, on 80 characters.
+    # Narrow padding, so that six columns of figures leave room for names on 80 characters.
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("file", overflow="fold", min_width=12)
     for column in ("median", "p10 to p90", "p99", "per s", "speed-up", "95 %"):

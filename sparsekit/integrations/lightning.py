@@ -57,11 +57,6 @@ class SparsifierCallback(lightning.Callback):
         """Let the optimizers go."""
         self._detach()
 
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def state_dict(self) -> dict[str, Any]:
         """What Lightning puts into its checkpoints."""
         return {} if self.sparsifier is None else self.sparsifier.state_dict()
@@ -69,3 +64,8 @@ class SparsifierCallback(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts, when there is a Sparsifier to take it."""
         self._loaded = state_dict or None
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

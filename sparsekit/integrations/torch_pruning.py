@@ -119,196 +119,6 @@ def importance(
         return {group.name: _ranked(group, modules, criterion) for group in groups.free}
 
 
-def _their_criterion(criterion: Any) -> Any:
-    """Torch-Pruning's object of that name, or the caller's own."""
-    if isinstance(criterion, str) and criterion in _CRITERIA:
-        return getattr(_torch_pruning().importance, _CRITERIA[criterion])()
-    if callable(criterion) and not isinstance(criterion, type):
-        return criterion
-    found = f"the class {criterion.__name__}; call it" if isinstance(criterion, type) else repr(criterion)
-    raise InputError(
-        f"criterion must be one of {', '.join([*_CRITERIA, 'magnitude'])}, or an importance object of torch_pruning, "
-        f"got {found}"
-    )
-
-
-def _ranked(group: ChannelGroup, modules: Mapping[str, nn.Module], criterion: Any) -> Tensor:
-    """What the object says of each channel of a group; infinite if that is nothing.
-
-    It gives one number for each channel of the first layer that it looks at. Layers come with the narrowest first, and
-    root channels are counted in the narrowest that it does look at.
-    """
-    layers = _layers(group, modules)
-    shape = None
-    for width in sorted({len(own[0]) for own in layers.values()}):
-        found = _called(criterion, _their_group(layers, modules, width), group.name)
-        if found is None:
-            break
-        shape = tuple(found.shape)
-        if shape == (group.n_channels * width,):
-            return _checked_numbers(found.double().cpu().reshape(-1, width).mean(1), group, criterion)
-    if shape is not None:
-        raise InputError(
-            f"{type(criterion).__name__} gives numbers of shape {shape} for the {group.n_channels} channels of "
-            f"{group.name}; an importance object has to give one for each channel of the first layer that it looks at"
-        )
-    return torch.full((group.n_channels,), torch.inf, dtype=torch.float64)
-
-
-def _checked_numbers(ranked: Tensor, group: ChannelGroup, criterion: Any) -> Tensor:
-    if not bool((ranked.isfinite() & (ranked >= 0)).all()):
-        raise InputError(
-            f"{type(criterion).__name__} gives {ranked.min():.3g} for a channel of {group.name}, and importance must "
-            "be finite and >= 0; look for weights or gradients that are not finite, or choose another normalizer"
-        )
-    return ranked
-
-
-def _called(criterion: Any, theirs: Any, name: str) -> Tensor | None:
-    """What the object says of a group; zeros where it divided zeros by their mean."""
-    try:
-        found: Tensor | None = criterion(theirs)
-        if found is None or not bool(found.isnan().all()) or getattr(criterion, "normalizer", None) is None:
-            return found
-        plain = copy.copy(criterion)
-        plain.normalizer = None
-        return torch.zeros_like(found) if not bool(plain(theirs).any()) else found
-    except Exception as error:
-        raise InputError(
-            f"{type(criterion).__name__} cannot rank the channels of {name}: {first_line(error)}; "
-            "rank by another criterion"
-        ) from error
-
-
-def _layers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Positions:
-    """Positions as Torch-Pruning counts them, of the layers that it knows, those with the fewest a channel first."""
-    found = {}
-    for (name, side), own in _positions(group).items():
-        if _pruning_function(modules[name], side) is not None:
-            found[name, side] = _in_all_blocks(modules[name], own) if side == "in" else own
-    makes = {member.module for member in (*group.of_role("producer"), *group.of_role("depthwise"))}
-    if group.bypass or not any(name in makes for name, side in found if side == "out"):
-        return {}
-    return dict(sorted(found.items(), key=lambda layer: len(layer[1][0])))
-
-
-def _in_all_blocks(module: nn.Module, own: list[list[int]]) -> list[list[int]]:
-    """Columns of a grouped convolution are those of every block; Torch-Pruning counts input channels."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups == 1:
-        return own
-    width = module.in_channels // module.groups
-    return [[column + block * width for block in range(module.groups) for column in one] for one in own]
-
-
-def _their_group(layers: Positions, modules: Mapping[str, nn.Module], width: int) -> Any:
-    """A `torch_pruning.Group` of these layers, all channels in, each `width` root channels.
-
-    An item's indices ascend: "taylor" and "hessian" sort them, and leave the root indices as they were.
-    """
-    from torch_pruning.dependency import Dependency, Group, Node
-
-    nodes = {name: Node(modules[name], None, name) for name, _ in layers}
-    (first, first_side), _ = next(iter(layers.items()))
-    trigger = _pruning_function(modules[first], first_side)
-    theirs = Group()
-    for (name, side), own in layers.items():
-        roots = _roots(side, len(own[0]), width)
-        pairs = sorted(
-            (p, c * width + root) for c, one in enumerate(own) for p, root in zip(one, roots, strict=True)
-        )
-        handler = _pruning_function(modules[name], side)
-        theirs.add_dep(Dependency(trigger, handler, nodes[first], nodes[name]), [p for p, _ in pairs])
-        theirs[-1].root_idxs = [root for _, root in pairs]
-    return theirs
-
-
-def _pruning_function(module: nn.Module, side: Side) -> Any:
-    """The function of Torch-Pruning that prunes that side of such a layer; None if it knows no such layer."""
-    from torch_pruning.ops import module2type
-    from torch_pruning.pruner.function import PrunerBox
-
-    pruner = PrunerBox.get(module2type(module))
-    if pruner is None:
-        return None
-    return pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
-
-
-# ------------------------------------------------------------------------------------------------- gradients
-
-
-def _needs_gradients(criterion: Any) -> bool:
-    theirs = _torch_pruning().importance
-    return isinstance(criterion, (theirs.GroupTaylorImportance, theirs.GroupHessianImportance))
-
-
-def _of_single_images(criterion: Any) -> bool:
-    return isinstance(criterion, _torch_pruning().importance.GroupHessianImportance)
-
-
-def _without_gradients_of_its_own(criterion: Any) -> Any:
-    """The object without what the caller accumulated in it: it would be written to the gradients of his model."""
-    fresh = copy.copy(criterion)
-    if _of_single_images(fresh):
-        fresh.zero_grad()
-    return fresh
-
-
-def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, loss: Loss) -> nn.Module:
-    """A copy whose parameters have the gradients that the object reads: the mean, or the mean square over images."""
-    name, alone = type(criterion).__name__, _of_single_images(criterion)
-    if batches is None:
-        raise InputError(
-            f"{name} ranks by gradients and needs images to compute them; got batches=None, give batches of "
-            "(images, labels), for example a loader"
-        )
-    copied = copy.deepcopy(model)
-    parameters = [p.requires_grad_() for p in copied.parameters() if p.is_floating_point()]
-    sums, n = [torch.zeros_like(p) for p in parameters], 0
-    with torch.random.fork_rng(), eval_mode(copied), torch.enable_grad():
-        for images, labels in _pairs(batches, parameters[0].device, alone=alone):
-            value = _checked_loss(loss(copied(images), labels))
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.square() if alone else gradient
-            n += 1
-    if n == 0:
-        raise InputError(
-            f"{name} ranks by gradients, and batches has none; a generator can be read only once"
-        )
-    for parameter, total in zip(parameters, sums, strict=True):
-        parameter.grad = total / n
-    return copied
-
-
-def _pairs(batches: Batches, device: torch.device, *, alone: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels on the device, a batch or an image at a time."""
-    for batch in batches:
-        pair = tuple(batch) if isinstance(batch, (tuple, list)) else ()
-        if len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
-            raise InputError(
-                f"batches must give pairs (images, labels) of tensors, got {type(batch).__name__}"
-                + (f" of {', '.join(type(one).__name__ for one in pair)}" if pair else "")
-            )
-        images, labels = (one.to(device) for one in pair)
-        if alone:
-            yield from ((images[i : i + 1], labels[i : i + 1]) for i in range(len(images)))
-        else:
-            yield images, labels
-
-
-def _checked_loss(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            f"loss must return one number for a batch, got {found}; take the mean over the images"
-        )
-    return value.reshape(())
-
-
-# ------------------------------------------------------------------------------------------------- histories
-
-
 def to_pruning_history(model: nn.Module, plan: PrunePlan, groups: ChannelGroups) -> PruningHistory:
     """A plan as the pruning history that cuts the same with Torch-Pruning.
 
@@ -367,35 +177,197 @@ def from_pruning_history(groups: ChannelGroups, history: Iterable[Sequence[Any]]
     return make_plan(groups, masks)
 
 
-@dataclass(frozen=True)
-class _LayerSide:
-    """One side of a layer: how many positions it has, and which channel of which group each of them is."""
-
-    size: int
-    channels: Mapping[int, tuple[str, int]]
-
-    def left(self, masks: Mapping[str, Tensor]) -> list[int]:
-        """The positions that stay under these keep-masks, ascending."""
-        gone = {
-            position
-            for position, (group, channel) in self.channels.items()
-            if group in masks and not masks[group][channel]
-        }
-        return [position for position in range(self.size) if position not in gone]
+# ------------------------------------------------------------------------------------------------- importance
 
 
-def _side_of(groups: ChannelGroups, module: str, side: Side) -> _LayerSide | None:
-    """One side of a layer; None if no group has any of it."""
-    channels: dict[int, tuple[str, int]] = {}
-    dims = set()
-    for group in groups:
-        for member in group.members:
-            if member.tensor == f"{module}.weight" and _SIDES.get(member.role) == side:
-                dims.add(member.dim)
-                channels |= {p: (group.name, i // member.repeat) for i, p in enumerate(member.positions)}
-    if not dims:
+def _their_criterion(criterion: Any) -> Any:
+    """Torch-Pruning's object of that name, or the caller's own."""
+    if isinstance(criterion, str) and criterion in _CRITERIA:
+        return getattr(_torch_pruning().importance, _CRITERIA[criterion])()
+    if callable(criterion) and not isinstance(criterion, type):
+        return criterion
+    found = f"the class {criterion.__name__}; call it" if isinstance(criterion, type) else repr(criterion)
+    raise InputError(
+        f"criterion must be one of {', '.join([*_CRITERIA, 'magnitude'])}, or an importance object of torch_pruning, "
+        f"got {found}"
+    )
+
+
+def _ranked(group: ChannelGroup, modules: Mapping[str, nn.Module], criterion: Any) -> Tensor:
+    """What the object says of each channel of a group; infinite if that is nothing.
+
+    It gives one number for each channel of the first layer that it looks at. Layers come with the narrowest first, and
+    root channels are counted in the narrowest that it does look at.
+    """
+    layers = _layers(group, modules)
+    shape = None
+    for width in sorted({len(own[0]) for own in layers.values()}):
+        found = _called(criterion, _their_group(layers, modules, width), group.name)
+        if found is None:
+            break
+        shape = tuple(found.shape)
+        if shape == (group.n_channels * width,):
+            return _checked_numbers(found.double().cpu().reshape(-1, width).mean(1), group, criterion)
+    if shape is not None:
+        raise InputError(
+            f"{type(criterion).__name__} gives numbers of shape {shape} for the {group.n_channels} channels of "
+            f"{group.name}; an importance object has to give one for each channel of the first layer that it looks at"
+        )
+    return torch.full((group.n_channels,), torch.inf, dtype=torch.float64)
+
+
+def _layers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Positions:
+    """Positions as Torch-Pruning counts them, of the layers that it knows, those with the fewest a channel first."""
+    found = {}
+    for (name, side), own in _positions(group).items():
+        if _pruning_function(modules[name], side) is not None:
+            found[name, side] = _in_all_blocks(modules[name], own) if side == "in" else own
+    makes = {member.module for member in (*group.of_role("producer"), *group.of_role("depthwise"))}
+    if group.bypass or not any(name in makes for name, side in found if side == "out"):
+        return {}
+    return dict(sorted(found.items(), key=lambda layer: len(layer[1][0])))
+
+
+def _in_all_blocks(module: nn.Module, own: list[list[int]]) -> list[list[int]]:
+    """Columns of a grouped convolution are those of every block; Torch-Pruning counts input channels."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups == 1:
+        return own
+    width = module.in_channels // module.groups
+    return [[column + block * width for block in range(module.groups) for column in one] for one in own]
+
+
+def _called(criterion: Any, theirs: Any, name: str) -> Tensor | None:
+    """What the object says of a group; zeros where it divided zeros by their mean."""
+    try:
+        found: Tensor | None = criterion(theirs)
+        if found is None or not bool(found.isnan().all()) or getattr(criterion, "normalizer", None) is None:
+            return found
+        plain = copy.copy(criterion)
+        plain.normalizer = None
+        return torch.zeros_like(found) if not bool(plain(theirs).any()) else found
+    except Exception as error:
+        raise InputError(
+            f"{type(criterion).__name__} cannot rank the channels of {name}: {first_line(error)}; "
+            "rank by another criterion"
+        ) from error
+
+
+def _their_group(layers: Positions, modules: Mapping[str, nn.Module], width: int) -> Any:
+    """A `torch_pruning.Group` of these layers, all channels in, each `width` root channels.
+
+    An item's indices ascend: "taylor" and "hessian" sort them, and leave the root indices as they were.
+    """
+    from torch_pruning.dependency import Dependency, Group, Node
+
+    nodes = {name: Node(modules[name], None, name) for name, _ in layers}
+    (first, first_side), _ = next(iter(layers.items()))
+    trigger = _pruning_function(modules[first], first_side)
+    theirs = Group()
+    for (name, side), own in layers.items():
+        roots = _roots(side, len(own[0]), width)
+        pairs = sorted(
+            (p, c * width + root) for c, one in enumerate(own) for p, root in zip(one, roots, strict=True)
+        )
+        handler = _pruning_function(modules[name], side)
+        theirs.add_dep(Dependency(trigger, handler, nodes[first], nodes[name]), [p for p, _ in pairs])
+        theirs[-1].root_idxs = [root for _, root in pairs]
+    return theirs
+
+
+def _pruning_function(module: nn.Module, side: Side) -> Any:
+    """The function of Torch-Pruning that prunes that side of such a layer; None if it knows no such layer."""
+    from torch_pruning.ops import module2type
+    from torch_pruning.pruner.function import PrunerBox
+
+    pruner = PrunerBox.get(module2type(module))
+    if pruner is None:
         return None
-    return _LayerSide(groups.tensor_shapes[f"{module}.weight"][dims.pop()], channels)
+    return pruner.prune_out_channels if side == "out" else pruner.prune_in_channels
+
+
+def _checked_numbers(ranked: Tensor, group: ChannelGroup, criterion: Any) -> Tensor:
+    if not bool((ranked.isfinite() & (ranked >= 0)).all()):
+        raise InputError(
+            f"{type(criterion).__name__} gives {ranked.min():.3g} for a channel of {group.name}, and importance must "
+            "be finite and >= 0; look for weights or gradients that are not finite, or choose another normalizer"
+        )
+    return ranked
+
+
+# -------------------------------------------------------------------------------------------------- gradients
+
+
+def _needs_gradients(criterion: Any) -> bool:
+    theirs = _torch_pruning().importance
+    return isinstance(criterion, (theirs.GroupTaylorImportance, theirs.GroupHessianImportance))
+
+
+def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, loss: Loss) -> nn.Module:
+    """A copy whose parameters have the gradients that the object reads: the mean, or the mean square over images."""
+    name, alone = type(criterion).__name__, _of_single_images(criterion)
+    if batches is None:
+        raise InputError(
+            f"{name} ranks by gradients and needs images to compute them; got batches=None, give batches of "
+            "(images, labels), for example a loader"
+        )
+    copied = copy.deepcopy(model)
+    parameters = [p.requires_grad_() for p in copied.parameters() if p.is_floating_point()]
+    sums, n = [torch.zeros_like(p) for p in parameters], 0
+    with torch.random.fork_rng(), eval_mode(copied), torch.enable_grad():
+        for images, labels in _pairs(batches, parameters[0].device, alone=alone):
+            value = _checked_loss(loss(copied(images), labels))
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.square() if alone else gradient
+            n += 1
+    if n == 0:
+        raise InputError(
+            f"{name} ranks by gradients, and batches has none; a generator can be read only once"
+        )
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = total / n
+    return copied
+
+
+def _pairs(batches: Batches, device: torch.device, *, alone: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels on the device, a batch or an image at a time."""
+    for batch in batches:
+        pair = tuple(batch) if isinstance(batch, (tuple, list)) else ()
+        if len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
+            raise InputError(
+                f"batches must give pairs (images, labels) of tensors, got {type(batch).__name__}"
+                + (f" of {', '.join(type(one).__name__ for one in pair)}" if pair else "")
+            )
+        images, labels = (one.to(device) for one in pair)
+        if alone:
+            yield from ((images[i : i + 1], labels[i : i + 1]) for i in range(len(images)))
+        else:
+            yield images, labels
+
+
+def _checked_loss(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            f"loss must return one number for a batch, got {found}; take the mean over the images"
+        )
+    return value.reshape(())
+
+
+def _without_gradients_of_its_own(criterion: Any) -> Any:
+    """The object without what the caller accumulated in it: it would be written to the gradients of his model."""
+    fresh = copy.copy(criterion)
+    if _of_single_images(fresh):
+        fresh.zero_grad()
+    return fresh
+
+
+def _of_single_images(criterion: Any) -> bool:
+    return isinstance(criterion, _torch_pruning().importance.GroupHessianImportance)
+
+
+# -------------------------------------------------------------------------------------------------- histories
 
 
 def _masks(plan: PrunePlan, groups: ChannelGroups) -> dict[str, Tensor]:
@@ -427,6 +399,65 @@ def _entry(
     raise InputError(
         f"the channels of {group.name} are made by no layer that torch_pruning can name; leave the group whole"
     )
+
+
+def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, history: PruningHistory) -> None:
+    """Raise InputError if Torch-Pruning makes another model of it than the plan."""
+    theirs = _cut_by_torch_pruning(model, groups, history)
+    found = theirs.state_dict()
+    for name, expected in _cut_tensors(model, plan).items():
+        if found[name].shape != expected.shape:
+            raise InputError(
+                f"torch_pruning cuts {name} to {tuple(found[name].shape)} by this history, the plan to "
+                f"{tuple(expected.shape)}: it couples the channels another way; cut with sparsekit.apply_plan"
+            )
+        if not torch.equal(found[name], expected):
+            raise InputError(
+                f"torch_pruning keeps other channels of {name} by this history than the plan: it couples them another "
+                "way; cut with sparsekit.apply_plan"
+            )
+    inputs = random_inputs(groups.input_shapes, 0, model)
+    expected_outputs = outputs(detached(model, plan), inputs)
+    try:
+        difference = agreement(expected_outputs, outputs(theirs, inputs)).max_rel
+    except Exception as error:
+        raise InputError(
+            f"the model that torch_pruning cuts does not run: {first_line(error)}; it leaves sizes in the model's code "
+            "and attributes as they were, sparsekit.apply_plan does not"
+        ) from error
+    if not difference <= _TOLERANCE:
+        raise InputError(
+            f"the model that torch_pruning cuts puts out something else than the plan's, by {difference:.2g} of the "
+            "largest output: a norm or a standardised filter needs mending there; cut with sparsekit.apply_plan"
+        )
+
+
+def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: PruningHistory) -> nn.Module:
+    """A copy of the model after its `load_pruning_history`."""
+    theirs = copy.deepcopy(model)
+    for parameter in theirs.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # it traces by autograd
+    inputs = random_inputs(groups.input_shapes, 0, theirs)
+    graph = _torch_pruning().DependencyGraph()
+    try:
+        with torch.random.fork_rng(), torch.enable_grad(), _quiet():
+            graph.build_dependency(theirs, example_inputs=inputs, verbose=False)
+            graph.load_pruning_history([(name, is_out, list(indices)) for name, is_out, indices in history])
+    except Exception as error:
+        raise InputError(
+            f"torch_pruning cannot cut {type(model).__name__}: {first_line(error)}; cut with sparsekit.apply_plan"
+        ) from error
+    return theirs
+
+
+def _cut_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
+    """The tensors of the model without the positions that the plan drops, nothing folded."""
+    tensors = model.state_dict()
+    for cut in plan.cuts:
+        if cut.role != "size":
+            tensor = tensors[cut.tensor]
+            tensors[cut.tensor] = tensor.index_select(cut.dim, torch.tensor(cut.keep, device=tensor.device))
+    return tensors
 
 
 def _read(number: int, entry: Sequence[Any]) -> tuple[str, str, Side, list[int]]:
@@ -473,6 +504,37 @@ def _drop_(
             raise InputError(f"{where} leaves no channel of {name}; a layer must not be emptied")
 
 
+@dataclass(frozen=True)
+class _LayerSide:
+    """One side of a layer: how many positions it has, and which channel of which group each of them is."""
+
+    size: int
+    channels: Mapping[int, tuple[str, int]]
+
+    def left(self, masks: Mapping[str, Tensor]) -> list[int]:
+        """The positions that stay under these keep-masks, ascending."""
+        gone = {
+            position
+            for position, (group, channel) in self.channels.items()
+            if group in masks and not masks[group][channel]
+        }
+        return [position for position in range(self.size) if position not in gone]
+
+
+def _side_of(groups: ChannelGroups, module: str, side: Side) -> _LayerSide | None:
+    """One side of a layer; None if no group has any of it."""
+    channels: dict[int, tuple[str, int]] = {}
+    dims = set()
+    for group in groups:
+        for member in group.members:
+            if member.tensor == f"{module}.weight" and _SIDES.get(member.role) == side:
+                dims.add(member.dim)
+                channels |= {p: (group.name, i // member.repeat) for i, p in enumerate(member.positions)}
+    if not dims:
+        return None
+    return _LayerSide(groups.tensor_shapes[f"{module}.weight"][dims.pop()], channels)
+
+
 def _by_channel(layer: _LayerSide, positions: Iterable[int], where: str) -> dict[str, dict[int, set[int]]]:
     """By group and channel, those of the positions that are its."""
     found: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -504,66 +566,18 @@ def _check_whole_units(
             )
 
 
-def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, history: PruningHistory) -> None:
-    """Raise InputError if Torch-Pruning makes another model of it than the plan."""
-    theirs = _cut_by_torch_pruning(model, groups, history)
-    found = theirs.state_dict()
-    for name, expected in _cut_tensors(model, plan).items():
-        if found[name].shape != expected.shape:
+# ------------------------------------------------------------------------------------------------------- both
+
+
+def _check_fits(model: nn.Module, groups: ChannelGroups) -> None:
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, shape in groups.tensor_shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+        if found != shape:
             raise InputError(
-                f"torch_pruning cuts {name} to {tuple(found[name].shape)} by this history, the plan to "
-                f"{tuple(expected.shape)}: it couples the channels another way; cut with sparsekit.apply_plan"
+                f"the groups do not fit the model: {name} has shape {shape} in the groups, found {found}; "
+                "give the groups that find_groups found for it"
             )
-        if not torch.equal(found[name], expected):
-            raise InputError(
-                f"torch_pruning keeps other channels of {name} by this history than the plan: it couples them another "
-                "way; cut with sparsekit.apply_plan"
-            )
-    inputs = random_inputs(groups.input_shapes, 0, model)
-    expected_outputs = outputs(detached(model, plan), inputs)
-    try:
-        difference = agreement(expected_outputs, outputs(theirs, inputs)).max_rel
-    except Exception as error:
-        raise InputError(
-            f"the model that torch_pruning cuts does not run: {first_line(error)}; it leaves sizes in the model's code "
-            "and attributes as they were, sparsekit.apply_plan does not"
-        ) from error
-    if not difference <= _TOLERANCE:
-        raise InputError(
-            f"the model that torch_pruning cuts puts out something else than the plan's, by {difference:.2g} of the "
-            "largest output: a norm or a standardised filter needs mending there; cut with sparsekit.apply_plan"
-        )
-
-
-def _cut_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
-    """The tensors of the model without the positions that the plan drops, nothing folded."""
-    tensors = model.state_dict()
-    for cut in plan.cuts:
-        if cut.role != "size":
-            tensor = tensors[cut.tensor]
-            tensors[cut.tensor] = tensor.index_select(cut.dim, torch.tensor(cut.keep, device=tensor.device))
-    return tensors
-
-
-def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: PruningHistory) -> nn.Module:
-    """A copy of the model after its `load_pruning_history`."""
-    theirs = copy.deepcopy(model)
-    for parameter in theirs.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())  # it traces by autograd
-    inputs = random_inputs(groups.input_shapes, 0, theirs)
-    graph = _torch_pruning().DependencyGraph()
-    try:
-        with torch.random.fork_rng(), torch.enable_grad(), _quiet():
-            graph.build_dependency(theirs, example_inputs=inputs, verbose=False)
-            graph.load_pruning_history([(name, is_out, list(indices)) for name, is_out, indices in history])
-    except Exception as error:
-        raise InputError(
-            f"torch_pruning cannot cut {type(model).__name__}: {first_line(error)}; cut with sparsekit.apply_plan"
-        ) from error
-    return theirs
-
-
-# ------------------------------------------------------------------------------------------------- both
 
 
 def _positions(group: ChannelGroup) -> Positions:
@@ -593,17 +607,6 @@ def _roots(side: Side, repeat: int, width: int) -> list[int]:
     if side == "out" and repeat > width:
         return [i % width for i in range(repeat)]
     return [i * width // repeat for i in range(repeat)]
-
-
-def _check_fits(model: nn.Module, groups: ChannelGroups) -> None:
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    for name, shape in groups.tensor_shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else "no such tensor"
-        if found != shape:
-            raise InputError(
-                f"the groups do not fit the model: {name} has shape {shape} in the groups, found {found}; "
-                "give the groups that find_groups found for it"
-            )
 
 
 def _torch_pruning() -> ModuleType:

@@ -16,11 +16,6 @@ from sparsekit.training.checkpoint import load_state, save_state
 _FILE = "sparsifier.safetensors"
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer keeps the checkpoint of the step it is at."""
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
 class SparsifierCallback(TrainerCallback):
     """Makes a Sparsifier when training starts and takes a proximal step after every step of the optimizer.
 
@@ -73,3 +68,8 @@ class SparsifierCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer keeps the checkpoint of the step it is at."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

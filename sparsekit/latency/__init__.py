@@ -1,1 +1,1 @@
-"""Milliseconds: of files, of layers, of operators; and the search for a speed."""
+"""Latencies of files, layers and operators, and the search for a speed-up."""

@@ -1,10 +1,9 @@
 """Measured speed-up: ONNX files timed against each other in one process, with intervals and a null.
 
-One timing after another would measure the weather as well: clock, neighbours, temperature. So every round
-runs every file once, in shuffled order, and the speed-up is the median over rounds of the ratio within the
-round. A second session of the first file (the null) shows what difference this machine reports where there is
-none. Two sessions of one file differ by a per cent or two for as long as they live (where their memory lies), so each
-file is opened several times, one after the other.
+Files timed one after the other would differ by clock, neighbours and temperature as well. So every round runs every
+file once, in shuffled order, and the speed-up is the median over rounds of the ratio within the round. The null is a
+second session of the first file: it shows what difference this machine reports where there is none. Two sessions of
+one file differ by one or two per cent, because their memory lies elsewhere. So each file is opened several times.
 """
 
 from __future__ import annotations
@@ -27,15 +26,14 @@ from sparsekit.options import Provider
 
 __all__ = ["Interval", "Latency", "LatencyComparison", "bootstrap_median", "compare_latency"]
 
-# Neighbouring rounds share disturbances, so whole blocks of this many rounds are drawn.
+# Neighbouring rounds share disturbances, so the bootstrap draws blocks of this many rounds.
 _BLOCK = 5
 _RESAMPLES = 10_000
 _RESAMPLES_AT_ONCE = 1_000
 _MIN_ROUNDS = 10
-# Below this the clock and the call itself show in the figure; such a model runs several times in one
-# measurement.
+# Below this the clock and the call itself show in the figure, so such a model runs several times in one measurement.
 _MIN_MEASURED_MS = 0.2
-# Sessions of files that hold no more than this, all together, stay open until all is measured.
+# All sessions stay open until the end, unless their files have more bytes than this in all.
 _KEPT_BYTES = 2**30
 _NULL_TOLERANCE = 0.01
 _NULL_MAX_HALF_WIDTH = 0.02
@@ -43,9 +41,9 @@ _NULL_MAX_HALF_WIDTH = 0.02
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall time of one run of the ONNX file `path` with `batch` inputs: median and other percentiles.
+    """Wall time of one run of the ONNX file `path` with `batch` inputs: the median and other percentiles.
 
-    `p99_ms` is None in what was written before it was noted.
+    `p99_ms` is None in older results.
     """
 
     path: str
@@ -57,7 +55,7 @@ class Latency:
 
     @property
     def per_second(self) -> float:
-        """Inputs that are done in a second, one run after the other."""
+        """Inputs per second, one run after the other."""
         return 1000 * self.batch / self.median_ms
 
 
@@ -74,10 +72,10 @@ class Interval:
 class LatencyComparison:
     """What `compare_latency` measured.
 
-    latencies: one for each file, in the order given.
-    speedups: first file over each other file (above 1: the other is faster), in the order given.
-    null: first file over a second session of itself; 1 on a quiet machine.
-    trustworthy, reason: whether the null is near enough to 1 and narrow enough; if not, why ("" if it is).
+    - `latencies`: one for each file, in the order given.
+    - `speedups`: latency of the first file / that of each other file, in the order given. Above 1 the other is faster.
+    - `null`: the same of the first file and a second session of it; 1 on a quiet machine.
+    - `trustworthy`: whether the null is near enough to 1 and narrow enough. `reason` says why not, else "".
     """
 
     latencies: tuple[Latency, ...]
@@ -118,23 +116,20 @@ def compare_latency(
 ) -> LatencyComparison:
     """Time the ONNX files `paths` against each other, on one fixed random input each.
 
-    Open batch dimensions become `batch` (1 if None). Each file is warmed up with at least `warmup` runs; then
-    come `rounds` rounds, each timing every file and the null once in shuffled order (`seed`), input and
-    output bound beforehand. The rounds are shared out among `sessions`: that many times all files are opened and
-    warmed up, and unless they are large the earlier sessions stay open, so that none lies where another lay.
-    `progress(done, rounds)` is called after each round. Files are compared as they
-    are, in this process and without changing the machine; what else it does shows in the null. Inputs and outputs lie
-    in the host's memory, whatever the `provider`.
+    Each file is warmed up with at least `warmup` runs. Then come `rounds` rounds. Each times every file and the null
+    once, in shuffled order (`seed`), with inputs and outputs bound beforehand. All files are opened `sessions` times,
+    each time for an equal part of the rounds. Unless the files are large the earlier sessions stay open, so that the
+    new ones get other memory.
 
-    The result is trustworthy if the null's interval reaches into [0.99, 1.01] and its half-width is at most
-    0.02: a systematic difference under 1 % between two copies of one file (where they lie in memory) is of no
-    consequence.
+    An open batch dimension becomes `batch` (1 if None). Inputs and outputs lie in the host's memory, whatever the
+    `provider`. `progress(done, rounds)` is called after each round.
+
+    The result is trustworthy if the null's interval reaches into [0.99, 1.01] and its half-width is at most 0.02.
 
     Raises:
-        FileError: a file is missing or damaged, leaves more than the batch dimension open, or has another
-            batch size.
-        InputError: no file, `threads` over the usable cores, `rounds` below 10, a negative count, no sessions or more
-            than rounds, or a provider that is not installed.
+        FileError: a file is missing or damaged, has another batch size, or leaves more than the batch dimension open.
+        InputError: there is no file, `threads` exceeds the usable cores, `rounds` is below 10, a count is negative,
+            `sessions` is not between 1 and `rounds`, or the provider is not installed.
     """
     _check_counts(paths, batch, rounds, warmup, sessions)
     files = [Path(path) for path in paths]
@@ -151,7 +146,7 @@ def compare_latency(
         ]
         size = _common_batch(files, inputs[:-1], batch)
         runners = [_prepare(session, fed, warmup) for session, fed in zip(opened, inputs, strict=True)]
-        # The null, one more file at the end, must be measured exactly as the file it repeats.
+        # The null, at the end, must be measured exactly as the file it repeats.
         runners[-1] = replace(runners[-1], repeats=runners[0].repeats)
         open_runners += runners
         for number in share:
@@ -178,10 +173,10 @@ def compare_latency(
 def bootstrap_median(
     values: NDArray[np.float64], *, block: int = _BLOCK, resamples: int = _RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Return the median of `values` (in order of time) and its 95 % percentile bootstrap interval.
+    """Return the median of `values`, in order of time, and its 95 % percentile bootstrap interval.
 
-    Circular blocks of `block` neighbours are drawn, so that disturbances that last a few rounds widen the
-    interval (Politis and Romano, A circular block-resampling procedure for stationary data, 1992).
+    Circular blocks of `block` neighbours are drawn, so that a disturbance of a few rounds widens the interval (Politis
+    and Romano, "A circular block-resampling procedure for stationary data", 1992).
     """
     values = np.asarray(values, dtype=np.float64)
     count = len(values)
@@ -293,7 +288,7 @@ def _common_batch(
 
 
 def _prepare(session: onnxruntime.InferenceSession, fed: Mapping[str, NDArray[Any]], warmup: int) -> _Runner:
-    """Bind the inputs and buffers for the outputs (so that no run allocates), warm up, choose the repeats."""
+    """Bind inputs and output buffers, so that no run allocates; warm up; choose the repeats."""
     binding, bound = session.io_binding(), []
     for name, array in fed.items():
         bound.append(onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
@@ -310,7 +305,7 @@ def _prepare(session: onnxruntime.InferenceSession, fed: Mapping[str, NDArray[An
 
 
 def _time_round(runners: Sequence[_Runner], generator: np.random.Generator) -> NDArray[np.float64]:
-    """Return the time of one run of each in ms, (runners,); they take their turns in an order drawn anew."""
+    """Return the time of one run of each in ms, (runners,). They run in an order that is drawn anew."""
     times_ms = np.empty(len(runners))
     for column in generator.permutation(len(runners)):
         times_ms[column] = runners[column].measure_ms()
@@ -318,7 +313,7 @@ def _time_round(runners: Sequence[_Runner], generator: np.random.Generator) -> N
 
 
 def _distrust(null: Interval) -> str:
-    """Return why a comparison with this null is not to be trusted, or "" if it is."""
+    """Return why a comparison with this null is not trustworthy, or "" if it is."""
     half_width = (null.high - null.low) / 2
     found = f"the first file against itself gave {null.value:.3f} [{null.low:.3f}, {null.high:.3f}]"
     if half_width > _NULL_MAX_HALF_WIDTH:

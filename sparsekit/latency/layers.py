@@ -1,4 +1,4 @@
-"""What layers cost in ONNX Runtime, at the widths they can have: measured, where multiply-accumulates mislead."""
+"""The latency of every layer in ONNX Runtime as a function of its channels. MACs would mislead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsekit.structure.latency_curve import LatencyCurve
 
 __all__ = ["measure_layers"]
 
-# At these shares of a layer's width it is timed, rounded to whole steps; in between time is nearly a straight line.
+# A layer is timed at these shares of its width, rounded to whole steps. In between, time is nearly a straight line.
 _SHARES = (0.125, 0.375, 0.625, 1.0)
 _ROUNDS = 30
 
@@ -39,17 +39,17 @@ def measure_layers(
     table: LatencyTable | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ChannelGroups:
-    """Give every layer of `groups` its time in ONNX Runtime as a function of its channels, at the
-    shapes of `example_input`.
+    """Measure every layer's latency in ONNX Runtime as a function of its channels; returns groups with the curves.
 
-    Each convolution and linear layer is timed as ONNX Runtime's kernel for it, at the widths that its groups can leave:
-    whole steps, the size of which is measured too, at four shares of each dimension. What `table` knows already is not
-    measured again. The whole model, exported, is timed as well: what its layers do not explain is shared out among them
-    by the size of their outputs. A layer that runs twice counts twice. A layer of another kind (a transposed
-    convolution) is given time by its multiply-accumulates.
+    Inputs have the shapes of `example_input`. The kernel of each convolution and linear layer is timed at four shares
+    of each dimension that can shrink, rounded to whole steps; the size of a step is measured too. What `table` knows is
+    not measured again. The exported model is timed as well, and the time that its layers do not explain is spread over
+    them by the size of their outputs. A layer that runs twice counts twice. A transposed convolution is not timed; its
+    latency is estimated from its MACs.
 
-    With it `target={"latency": 0.5}`, `choose_channels` and `channel_latencies` can be had; `LayerCost.ms` are the
-    dense model's. Raises InputError if `groups` are of another model, or `table` is of another number of threads.
+    The result is what `target={"latency": 0.5}`, a `latency` limit of `choose_channels` and `channel_latencies` need.
+    `LayerCost.ms` is the latency in the dense model. Raises InputError if `groups` are of another model, or `table` is
+    of another number of threads.
     """
     names = {layer.weight: layer.weight.rpartition(".")[0] for layer in groups.layers}
     modules = dict(model.named_modules())
@@ -70,7 +70,7 @@ def measure_layers(
 
 @dataclass(frozen=True)
 class _LayerRun:
-    """One run of a layer in the model: shapes as they were."""
+    """One run of a layer in the model, with the shapes of its input and output."""
 
     layer: nn.Module
     input_shape: tuple[int, ...]
@@ -89,7 +89,7 @@ def _layer_runs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) ->
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The sizes at which one layer is to be timed, and the operators that are: for each pair of sizes, one a run."""
+    """The sizes at which one layer is timed. `at` has for each pair of sizes one operator for each run of the layer."""
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
     steps: tuple[int, int]
@@ -107,7 +107,7 @@ class _Sweep:
         multiples = own_steps = (step, step)
         conv_groups, merged = getattr(module, "groups", 1), 1
         if conv_groups > 1 and layer.shape[0] != conv_groups:
-            # Whole groups go or, where the inputs shrink as well, the same places of every group.
+            # Whole conv_groups go or, where the inputs shrink too, the same places of each of them.
             in_places, width = 1 in shrinking, layer.shape[0] // conv_groups
             merged = (
                 1 if in_places or not _mergeable(runs) else merge_factor(layer.shape[1], width, conv_step())
@@ -119,7 +119,7 @@ class _Sweep:
             for dim, multiple in enumerate(multiples)
         )
         if merged > 1 and len(first) > 1:
-            # All of the groups may be a number that cannot be merged, and then take longer than one group less.
+            # The full number of conv_groups may not be mergeable, and then takes longer than one less.
             first = tuple(sorted({*first, layer.shape[0] // multiples[0] * multiples[0]}))
         operators = tuple(
             tuple(_operator(run, out, into, in_places, _mergeable(runs)) for run in runs)
@@ -132,7 +132,7 @@ class _Sweep:
         return [operator for at_sizes in self.at for operator in at_sizes]
 
     def curve(self, table: LatencyTable) -> LatencyCurve | None:
-        """None for a layer that is not timed."""
+        """Return the curve; None for a layer that is not timed."""
         if not self.at:
             return None
         times = iter([sum(table.ms(at_sizes)) for at_sizes in self.at])
@@ -141,20 +141,20 @@ class _Sweep:
 
 
 def _sizes(n: int, step: int) -> tuple[int, ...]:
-    """Multiples of `step` near some shares of n, and n."""
+    """Return the multiples of `step` next to some shares of n, and n itself."""
     near = {min(max(round(share * n / step), 1) * step, n) for share in _SHARES}
     return tuple(sorted(near | {n}))
 
 
 def _mergeable(runs: Sequence[_LayerRun]) -> bool:
-    """Whether the exported file merges groups of this layer: 2-d, and its weight read once."""
+    """Whether the export merges the conv_groups of this layer: it is 2-d and its weight is read once."""
     return len(runs) == 1 and isinstance(runs[0].layer, nn.Conv2d)
 
 
 def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: bool) -> Operator:
-    """What the run would be with `out` and `into` for the first two sizes of the weight.
+    """Return the operator of a run with `out` and `into` as the first two sizes of the weight.
 
-    A grouped convolution keeps its groups if it loses places in each (`in_places`), else groups go.
+    A grouped convolution loses places in each of its conv_groups (`in_places`), or whole conv_groups.
     """
     module, shape = run.layer, run.input_shape
     if isinstance(module, nn.Linear):
@@ -166,7 +166,7 @@ def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: b
     conv_groups = module.groups
     if conv_groups > 1 and not in_places:
         conv_groups = max(conv_groups * out // module.out_channels, 1)
-    # Whatever pads, the module or code around it: the output has the size that it has.
+    # The pads follow from the sizes, whether the module pads or code around it.
     missing = [
         max((after - 1) * s + (k - 1) * d + 1 - before, 0)
         for before, after, k, s, d in zip(
@@ -206,7 +206,7 @@ def _shared_out(
     runs: dict[str, list[_LayerRun]],
     whole_ms: float,
 ) -> tuple[LayerCost, ...]:
-    """The layers with curves whose sum is the whole model's time."""
+    """Return the layers with curves that add up to the time of the whole model."""
     timed_macs = sum(layer.macs for layer, curve in zip(layers, curves, strict=True) if curve is not None)
     timed_ms = sum(curve.dense_ms for curve in curves if curve is not None)
     per_mac = timed_ms / timed_macs if timed_macs else whole_ms / max(sum(layer.macs for layer in layers), 1)
@@ -215,7 +215,7 @@ def _shared_out(
         for layer, curve in zip(layers, curves, strict=True)
     ]
     explained = sum(curve.dense_ms for curve in estimated)
-    # Kernels that are faster in the model than alone (nothing in the way of their weights) leave nothing beside them.
+    # Kernels may be faster in the model than alone. Then nothing is left for other operators.
     factor = min(whole_ms / explained, 1.0) if explained else 1.0
     elements = [
         sum(prod(run.output_shape) for run in runs[layer.weight.rpartition(".")[0]]) for layer in layers

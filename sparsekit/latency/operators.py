@@ -1,8 +1,8 @@
-"""How long single operators take in ONNX Runtime: its own profile of graphs that hold many of them side by side.
+"""How long single operators take in ONNX Runtime, by its own profile of graphs that hold many of them.
 
-An operator timed as a file of its own is timed with what surrounds it: the call, and bringing its input into the layout
-of ONNX Runtime's convolutions and back. The profile has the kernel alone. Many operators in a graph follow each other,
-so each finds the caches as cold as in a network.
+The time of a file with one operator would include the call and the change of layout before and after the operator. The
+profile has the kernel alone. Many operators follow each other in a graph, so each finds the caches as cold as in a
+network.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from sparsekit.export.session import open_session
 
 __all__ = ["Operator", "time_operators"]
 
-# Of this much a graph may hold in weights and maps: several graphs are cheap, files over 2 GiB impossible.
+# The most weights and inputs of one graph: several graphs are cheap, files over 2 GiB are impossible.
 _MAX_BYTES = 256 * 2**20
 _WARMUP = 3
 _ROUNDS_AT_ONCE = 8
-# The half-width of the interval, as a share of the time, at which an operator has been timed well enough.
+# An operator has been timed well enough when the half-width of its interval is this share of its time.
 _NARROW = 0.02
 _NAME = re.compile(r"[a-z](\d+)(?:\D.*)?_kernel_time")
 
 
 @dataclass(frozen=True)
 class Operator:
-    """A convolution, or (no `strides`) the product of `input_shape` (rows, in) with a matrix (in, out).
+    """A convolution or, without `strides`, the product of an input (rows, in) with a matrix (in, out).
 
-    `weight_shape` is ONNX's, (out, in / conv_groups, *kernel), of a product (in, out); `pads` those before all
-    dimensions, then those behind.
+    `weight_shape` is (out, in / conv_groups, *kernel), or (in, out) of a product. `pads` has those before each
+    dimension, then those behind each.
     """
 
     input_shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Operator:
 
     @property
     def key(self) -> str:
-        """One line of text that says all of it."""
+        """The whole operator as one line of text."""
 
         def times(sizes: tuple[int, ...]) -> str:
             return "x".join(map(str, sizes))
@@ -66,7 +66,7 @@ class Operator:
 
     @property
     def n_bytes(self) -> int:
-        """Of the weights and the input."""
+        """Bytes of the weights and the input."""
         return 4 * (prod(self.weight_shape) + prod(self.input_shape))
 
 
@@ -77,10 +77,10 @@ def time_operators(
     max_rounds: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Milliseconds that ONNX Runtime's kernel for each operator takes, the mean over the middle half of the rounds.
+    """Return the milliseconds of ONNX Runtime's kernel for each operator: the mean of the middle half of the rounds.
 
-    Every round runs all operators once. Rounds go on until the interval of nearly all of the time is narrow, at most
-    `max_rounds`. `progress(done, max_rounds)` is called after some rounds.
+    Every round runs all operators once. Rounds go on until operators with a wide interval take less than a tenth of the
+    time, at most `max_rounds`. `progress(done, max_rounds)` is called every few rounds.
     """
     if not operators:
         return []
@@ -108,7 +108,7 @@ def _chunks(operators: Sequence[Operator]) -> list[list[Operator]]:
 
 
 def _middle_mean(times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of the middle half of each column: a median of the profile's whole microseconds would be too coarse."""
+    """Return the mean of the middle half of each column. The profile has whole microseconds: a median is too coarse."""
     ordered = np.sort(times, axis=0)
     n = len(ordered)
     middle: NDArray[np.float64] = ordered[n // 4 : max(n - n // 4, 1)].mean(axis=0)
@@ -116,7 +116,7 @@ def _middle_mean(times: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _narrow_enough(times: NDArray[np.float64]) -> bool:
-    """Whether the operators whose interval is too wide take less than a tenth of the time."""
+    """Whether operators with too wide an interval take at most a tenth of the time."""
     ordered = np.sort(times, axis=0)
     n = len(ordered)
     # The standard error of a median, from the quartiles of what is nearly a normal distribution.
@@ -127,7 +127,7 @@ def _narrow_enough(times: NDArray[np.float64]) -> bool:
 
 
 def _profiled(operators: Sequence[Operator], folder: Path, threads: int, rounds: int) -> NDArray[np.float64]:
-    """Milliseconds, (rounds, operators), of one session."""
+    """Return the milliseconds (rounds, operators) of one session."""
     file = folder / "operators.onnx"
     file.write_bytes(_graph(operators).SerializeToString())
     session = open_session(file, threads=threads, profile=folder / "profile")
@@ -146,7 +146,7 @@ def _kernel_times(session: onnxruntime.InferenceSession, n: int) -> NDArray[np.f
     profile.unlink()
     readings: list[list[float]] = [[] for _ in range(n)]
     for event in events:
-        # The kernel keeps the name of the operator, or of its output, whatever it was fused with.
+        # A fused kernel too has the name of the operator or of its output.
         if event.get("cat") == "Node" and (found := _NAME.fullmatch(event["name"])):
             readings[int(found[1])].append(event["dur"] / 1000)
     times: NDArray[np.float64] = np.array(readings).T

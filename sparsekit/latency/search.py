@@ -1,4 +1,4 @@
-"""Masks for a speed: chosen by what layers are predicted to cost, cut, exported, measured, and corrected."""
+"""Masks for a speed-up: chosen by predicted latency, then cut, exported, measured, and corrected."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from sparsekit.surgery.cut import apply_plan
 
 __all__ = ["SpeedSearch", "SpeedTrial", "search_speed", "time_masks"]
 
-# A measured speed-up this near to the one asked for is what was asked for; nearer than that is good enough to stop at.
+# A measured speed-up within this share of the one asked for meets it.
 SPEED_TOLERANCE = 0.03
+# The search stops at this share.
 _NEAR = 0.01
 _MAX_TRIALS = 8
 _ROUNDS = 40
@@ -33,7 +34,7 @@ _ROUNDS = 40
 
 @dataclass(frozen=True)
 class SpeedTrial:
-    """One set of masks: the speed-up that was predicted for it, and what ONNX Runtime measured."""
+    """One set of masks: the speed-up predicted for it, and what ONNX Runtime measured (`low` to `high`: 95 %)."""
 
     predicted: float
     measured: float
@@ -45,7 +46,7 @@ class SpeedTrial:
 
     @staticmethod
     def of(predicted: float, compared: LatencyComparison) -> SpeedTrial:
-        """From a comparison of the dense model's file and the cut one's."""
+        """Make a trial of a comparison of two files: the dense and the cut model."""
         dense, pruned = compared.latencies
         (speed,) = compared.speedups
         return SpeedTrial(
@@ -63,8 +64,8 @@ class SpeedTrial:
 class SpeedSearch:
     """What `search_speed` found: keep-masks, the trial that measured them, and all trials in order.
 
-    `asked` is the speed-up that was asked for. `remark` is empty if the measured one is within 3 % of that, else it
-    says why not.
+    `asked` is the speed-up that was asked for. `remark` says why the measured one is over 3 % away from it; empty if
+    it is not.
     """
 
     masks: Masks
@@ -86,15 +87,16 @@ def search_speed(
     threads: int = 1,
     progress: Callable[[SpeedTrial], None] | None = None,
 ) -> SpeedSearch:
-    """The most important channels that run `speedup` times as fast as `model`, or in `latency_ms`.
+    """Find keep-masks of the most important channels that reach a measured `speedup`, or a `latency_ms`.
 
-    `groups` come from `measure_layers`; `importance` is that of `choose_channels`, `limits` are further shares to keep
-    at most of "macs", "params" or "channels". `choose_channels`
-    predicts; a copy is cut and exported, and timed in ONNX Runtime, interleaved with the dense model, at the batch of
-    `example_input`; the prediction is corrected by what was measured, up to eight times, until that is within 1 % of
-    what was asked for. The model is not changed.
+    `choose_channels` predicts the masks. A copy is cut by them, exported, and timed in ONNX Runtime, interleaved with
+    the dense model, at the batch of `example_input`. The measurement corrects the prediction, up to eight times, until it
+    is within 1 % of what was asked for. The model is not changed.
 
-    Raises InputError for a speed out of reach, with the one that was measured at the fewest channels.
+    `groups` come from `measure_layers`; `importance` is as in `choose_channels`; `limits` are further shares to keep at
+    most of "macs", "params" or "channels". `progress(trial)` is called after each measurement.
+
+    Raises InputError for a speed that even the fewest channels do not reach, and names the one that they do.
     """
     if (speedup is None) == (latency_ms is None):
         raise InputError("search_speed needs one of speedup and latency_ms")
@@ -114,13 +116,13 @@ def time_masks(
     *,
     threads: int = 1,
 ) -> SpeedTrial:
-    """How fast the model cut by `masks` is: what measured `groups` predict, and what ONNX Runtime measures."""
+    """Return the speed-up of the model cut by `masks`: predicted by measured `groups`, and measured by ONNX Runtime."""
     with TemporaryDirectory() as folder:
         return _Stopwatch(model, groups, example_input, threads, Path(folder)).of(masks)
 
 
 class _Stopwatch:
-    """Times copies of a model, cut by masks, against the model itself; files go to `folder`."""
+    """Times copies of a model that are cut by masks against the model itself. Files go to `folder`."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class _Stopwatch:
 
 
 class _Search:
-    """The state of a search: what was tried, in order."""
+    """One search and its state: the trials so far, in order."""
 
     def __init__(
         self,
@@ -174,8 +176,8 @@ class _Search:
             too_slow = trial.measured < asked
             if share <= least and trial.measured < asked * (1 - SPEED_TOLERANCE) and trial.trustworthy:
                 raise InputError(
-                    f"a speed-up of {asked:.3g} is out of reach: with the fewest channels allowed the model runs "
-                    f"{trial.measured:.3g} times as fast; ask for less, or lower min_channels or round_to"
+                    f"a speed-up of {asked:.3g} is out of reach: with the fewest channels allowed it is "
+                    f"{trial.measured:.3g}; ask for less, or lower min_channels or round_to"
                 )
             slow, fast = (min(slow, share), fast) if too_slow else (slow, max(fast, share))
             if abs(trial.measured / asked - 1) <= _NEAR or slow <= max(fast * 1.002, least):
@@ -186,7 +188,7 @@ class _Search:
         return self._outcome(asked)
 
     def _measure(self, masks: Masks) -> SpeedTrial:
-        """The trial of these masks, measured unless they were before."""
+        """Return the trial of these masks, from memory if they were measured before."""
         for known, trial in self._trials:
             if all(bool((known[name] == mask).all()) for name, mask in masks.items()):
                 return trial
@@ -209,7 +211,7 @@ class _Search:
             elif self._limits and found.measured > asked:
                 remark += f"the target of {' and '.join(self._limits)} is the tighter one"
             elif all(trial.trustworthy for _, trial in self._trials):
-                remark += "whole steps of channels leave nothing nearer"
+                remark += "cutting whole steps of channels allows nothing nearer"
             else:
                 remark += "the machine was too busy to measure well"
         return SpeedSearch(masks, asked, found, tuple(trial for _, trial in self._trials), remark)

@@ -1,4 +1,4 @@
-"""Times of operators on this machine, kept on disk: what was measured once need not be measured again."""
+"""The latency table: times of operators on this machine, kept on disk so that each is measured once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsekit.machine import describe_machine
 __all__ = ["LatencyTable", "step_width"]
 
 _FORMAT = 1
-# Channels between two steps of a staircase gain nothing; without one they gain in proportion, some of them over half.
+# Channels between two multiples of a step gain nothing. Without steps they gain in proportion, some over half.
 _FLAT = 0.35
 _STEPS = (32, 16, 8, 4)
 # Channel counts that tell steps of 4, 8, 16 and 32 apart, for a convolution and for a matrix product.
@@ -29,12 +29,12 @@ _PRODUCT_WIDTHS = (256, 254, 252, 248, 244, 240, 236, 232, 228, 224, 192)
 
 
 class LatencyTable:
-    """Milliseconds by operator, measured when asked for and not known yet.
+    """Milliseconds of operators on this machine. An operator is measured when it is first asked for.
 
-    They are kept in a file of the folder `cache` whose name is a fingerprint of what they depend on: processor, vector
-    instructions, cores, ONNX Runtime's version, threads. A table of another machine is thus another file. `cache` is
-    $SPARSEKIT_CACHE, or `sparsekit` in the user's cache folder; where it cannot be written, or a file in it is damaged,
-    a warning says so, and what is needed is measured.
+    The table is a file in the folder `cache`, by default $SPARSEKIT_CACHE, else `sparsekit` in the user's cache folder.
+    Its name is a fingerprint of all that the times depend on: processor, vector instructions, cores, version of ONNX
+    Runtime, threads. So each machine has a file of its own. If the file is damaged or cannot be written, a warning says
+    so, and what is needed is measured.
     """
 
     def __init__(self, *, threads: int = 1, cache: Path | None = None) -> None:
@@ -53,7 +53,7 @@ class LatencyTable:
     def ms(
         self, operators: Sequence[Operator], *, progress: Callable[[int, int], None] | None = None
     ) -> list[float]:
-        """Milliseconds of each; those not known yet are measured together, and written to the file."""
+        """Return the milliseconds of each operator. Unknown ones are measured together and added to the file."""
         missing = list({o.key: o for o in operators if o.key not in self._ms}.values())
         if missing:
             measured = time_operators(missing, threads=self.threads, progress=progress)
@@ -62,17 +62,17 @@ class LatencyTable:
         return [self._ms[operator.key] for operator in operators]
 
     def conv_step(self) -> int:
-        """In steps of how many channels convolutions run: 16 where ONNX Runtime has AVX-512, 1 if in none."""
+        """Measure the step of convolutions, in channels: 16 where ONNX Runtime has AVX-512, 1 without a staircase."""
         probes = [Operator((1, c, 28, 28), (c, c, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1)) for c in _CONV_WIDTHS]
         return step_width(dict(zip(_CONV_WIDTHS, self.ms(probes), strict=True)))
 
     def product_step(self) -> int:
-        """The same for products with matrices."""
+        """Measure the step of matrix products, in channels."""
         probes = [Operator((196, c), (c, c)) for c in _PRODUCT_WIDTHS]
         return step_width(dict(zip(_PRODUCT_WIDTHS, self.ms(probes), strict=True)))
 
     def _read(self) -> dict[str, float]:
-        """What the file holds; nothing, with a warning, if that cannot be used."""
+        """Read the file. If it cannot be used, warn and return nothing."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if (found["format"], found["machine"]) != (_FORMAT, self.machine):
@@ -103,9 +103,9 @@ class LatencyTable:
 
 
 def step_width(ms: Mapping[int, float]) -> int:
-    """In steps of how many channels the time is a staircase, from times at some channel counts; 1 if it is none.
+    """Return the step of a latency staircase, in channels, from times in ms at some channel counts; 1 if there is none.
 
-    The largest step for which every count between two multiples gains less than a third of what the lower multiple
+    It is the largest step for which no count between two multiples gains more than 35 % of what the lower multiple
     gains.
     """
     for step in _STEPS:

@@ -19,10 +19,10 @@ from sparsekit.structure.masks import Masks
 
 @dataclass(frozen=True)
 class DryRun:
-    """A model's target, the masks that would meet it, what they leave as shares, and how fast that was.
+    """A target of a model, the keep-masks that would meet it, and the speed-up that they give.
 
-    `trials` are all that were measured on the way, the last word is `found`'s. `remark` says what the reader should
-    know: why the target was not met as asked, or that the weights are those of an untrained model.
+    `found` is the trial of these masks and `trials` are all that were measured. `remark` says what the reader should
+    know: why the target was not met, or that the weights are random.
     """
 
     model: str
@@ -35,11 +35,11 @@ class DryRun:
 
     @property
     def left(self) -> CostShare:
-        """What stays of the dense model."""
+        """The shares of the dense model that the masks keep."""
         return kept_share(self.groups, self.masks)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: target, groups with their channels, shares left, speed-ups and latencies in ms."""
+        """Return plain data: target, groups with their channels, shares left, speed-ups, latencies in ms."""
         left = self.left
         return {
             "model": self.model,
@@ -62,7 +62,7 @@ class DryRun:
         }
 
     def table(self) -> RenderableType:
-        """A row a group that can be cut, and under them what is left, predicted and measured."""
+        """Return a table: one row for each group that can be cut, then the shares left and the speed-ups."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         table.add_column("group", overflow="fold")
         for column in ("channels", "kept", "share"):
@@ -76,13 +76,13 @@ class DryRun:
         asked = ", ".join(f"{key} {value:g}" for key, value in self.target.items())
         lines = [
             f"{self.model}, target {asked}",
-            f"left: {left.macs:.3f} of the MACs, {left.params:.3f} of the parameters",
-            f"predicted: {found.predicted:.2f} times as fast",
-            f"measured:  {found.measured:.2f} times as fast ({found.low:.2f} to {found.high:.2f}), "
+            f"left: {left.macs:.3f} of the MACs, {left.params:.3f} of the params",
+            f"predicted: a speed-up of {found.predicted:.2f}",
+            f"measured:  a speed-up of {found.measured:.2f} ({found.low:.2f} to {found.high:.2f}), "
             f"{found.dense_ms:.3g} -> {found.pruned_ms:.3g} ms",
         ]
         if not found.trustworthy:
-            lines.append("not trustworthy: the dense model differs from itself; the machine is busy")
+            lines.append("not trustworthy: two runs of the dense model differ, because the machine is busy")
         if self.remark:
             lines.append(self.remark)
         return Group(table, Text("\n".join(lines)))

@@ -1,4 +1,4 @@
-"""The pictures of a report, as SVG for its page, which gives them their colours."""
+"""The figures of a report, as SVG. The page gives them their colours."""
 
 from __future__ import annotations
 
@@ -52,48 +52,11 @@ _STYLE: dict[Any, Any] = {
 _WIDTH_PT = 900.0
 
 
-@contextmanager
-def _drawing(height_pt: float) -> Iterator[Figure]:
-    """A figure as wide as the page, in points; the settings last for the block only; no pyplot."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(_WIDTH_PT / 72, height_pt / 72))
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """`figure` as an inline SVG that scales with the page; `name` keeps ids apart, `label` describes it."""
-    from markupsafe import escape
-
-    stream = StringIO()
-    figure.savefig(stream, format="svg", transparent=True)
-    text = stream.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'id="', f'id="{name}-', text)
-    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
-    for stand_in, css in _CSS.items():
-        text = text.replace(stand_in, css)
-    view = re.search(r'viewBox="[^"]*"', text)
-    box = view.group(0) if view else ""
-    head = f'<svg {box} role="img" aria-label="{escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return head + text[text.index(">") + 1 :].strip()
-
-
-def _shorten(text: str, limit: int) -> str:
-    """At most `limit` characters: the middle goes, because names differ at their ends."""
-    if len(text) <= limit:
-        return text
-    left = (limit - 1) // 2
-    return f"{text[:left]}…{text[len(text) - (limit - 1 - left) :]}"
-
-
-def _cut_off(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
+_PANELS = (("loss", "training loss"), ("accuracy", "validation accuracy"), ("zero_share", "zero share"))
 
 
 def latency_svg(report: RunReport) -> str:
-    """Left: median latency with its 10th to 90th percentile. Right: the speed-up beside its null."""
+    """Draw the latencies (left: median, 10th to 90th percentile) and the speed-up beside its null (right)."""
     with _drawing(150) as figure:
         times, ratio = figure.add_axes((0.08, 0.3, 0.5, 0.56)), figure.add_axes((0.73, 0.3, 0.25, 0.56))
         for place, model, colour in ((1, report.dense, _DENSE), (0, report.pruned, _PRUNED)):
@@ -129,7 +92,10 @@ def latency_svg(report: RunReport) -> str:
 
 
 def attempts_svg(report: RunReport) -> str:
-    """Validation accuracy over speed, or over MACs saved where no speed was asked for; dense first; the budget."""
+    """Draw the validation accuracy of each attempt over its speed-up, from the dense model on, and the budget.
+
+    Without a measured speed-up the horizontal axis is the MACs ratio.
+    """
     timed = all(attempt.speedup is not None for attempt in report.attempts if not attempt.failure)
     made = sorted(
         (attempt.speedup or report.dense.macs / attempt.macs, attempt.accuracy, attempt)
@@ -171,17 +137,8 @@ def attempts_svg(report: RunReport) -> str:
         return _svg(figure, "attempts", "Validation accuracy of the attempts over their speed")
 
 
-def _plain_axes(axes: Iterable[Axes]) -> None:
-    for one in axes:
-        one.grid(axis="x", linewidth=0.8)
-        one.set_axisbelow(True)
-        one.tick_params(length=0, pad=6)
-        one.spines["left"].set_visible(False)
-        one.tick_params(axis="y", labelcolor=_INK)
-
-
 def channels_svg(layers: Sequence[LayerFigures]) -> str:
-    """One bar per group: the fraction of its channels kept; the counts, or why it is frozen, beside it."""
+    """Draw one bar for each group: the fraction of its channels kept. Beside it: counts, or why it is frozen."""
     row_pt, edge_pt = 20.0, 26.0
     names = [_shorten(layer.name, 40) for layer in layers]
     height = row_pt * len(layers) + edge_pt
@@ -216,37 +173,8 @@ def channels_svg(layers: Sequence[LayerFigures]) -> str:
         return _svg(figure, "channels", "Fraction of the channels kept in each group")
 
 
-@dataclass(frozen=True)
-class _Span:
-    """A phase on the axis of epochs: its points stand at start + 1, start + 2, ..."""
-
-    phase: str
-    start: int
-    points: tuple[CurvePoint, ...]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.points)
-
-
-def _timeline(curves: Sequence[CurvePoint]) -> tuple[list[_Span], _Span | None]:
-    """The phases one after the other, and the baseline, a branch beside those that follow `dense`."""
-    phases: dict[str, list[CurvePoint]] = {}
-    for point in curves:
-        phases.setdefault(point.phase, []).append(point)
-    branch = phases.pop("baseline", None)
-    spans: list[_Span] = []
-    for phase, points in phases.items():
-        spans.append(_Span(phase, spans[-1].end if spans else 0, tuple(points)))
-    fork = next((span.end for span in spans if span.phase == "dense"), 0)
-    return spans, _Span("baseline", fork, tuple(branch)) if branch else None
-
-
-_PANELS = (("loss", "training loss"), ("accuracy", "validation accuracy"), ("zero_share", "zero share"))
-
-
 def curves_svg(curves: Sequence[CurvePoint]) -> str:
-    """Loss, validation accuracy and zero share over the epochs of all phases, one panel each."""
+    """Draw loss, validation accuracy and zero share over the epochs of all phases, one panel each."""
     spans, branch = _timeline(curves)
     panels = [(name, title) for name, title in _PANELS if any(getattr(p, name) is not None for p in curves)]
     panel_pt, gap_pt, top_pt, bottom_pt = 150.0, 22.0, 34.0, 44.0
@@ -257,7 +185,7 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
             bottom = height - top_pt - panel_pt - index * (panel_pt + gap_pt)
             axes = figure.add_axes((0.075, bottom / height, 0.905, panel_pt / height))
             _panel(axes, name, spans, branch)
-            # Room at the left even for a run of one epoch.
+            # A run of one epoch needs room at the left too.
             axes.set_xlim(0.5, last + 0.5)
             axes.set_ylabel(title)
             axes.yaxis.set_label_coords(-0.055, 0.5)
@@ -270,24 +198,79 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
         return _svg(figure, "curves", "Loss, validation accuracy and zero share over the epochs")
 
 
-def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
-    """Show what matters at the end of training: the first epochs from scratch would flatten all the rest."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+@contextmanager
+def _drawing(height_pt: float) -> Iterator[Figure]:
+    """Yield a figure as wide as the page, without pyplot. The settings last while it is open."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    low, high = min(values), max(values)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    if name == "zero_share":
-        axes.set_ylim(0, max(1.08 * high, 0.05))
-    elif name == "accuracy":
-        reach = max(0.01, 4 * (high - median(values)))
-        axes.set_ylim(max(low, high - reach) - 0.06 * reach, high + 0.06 * reach)
-    elif low > 0 and high > 20 * low:
-        axes.set_yscale("log")
-        # Plain numbers: the default labels are mathematics, which is switched off.
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="y", which="minor", length=0)
+    with matplotlib.rc_context(_STYLE):
+        yield Figure(figsize=(_WIDTH_PT / 72, height_pt / 72))
+
+
+def _plain_axes(axes: Iterable[Axes]) -> None:
+    for one in axes:
+        one.grid(axis="x", linewidth=0.8)
+        one.set_axisbelow(True)
+        one.tick_params(length=0, pad=6)
+        one.spines["left"].set_visible(False)
+        one.tick_params(axis="y", labelcolor=_INK)
+
+
+def _svg(figure: Figure, name: str, label: str) -> str:
+    """Return `figure` as an inline SVG. `name` keeps its ids apart, `label` describes it to screen readers."""
+    from markupsafe import escape
+
+    stream = StringIO()
+    figure.savefig(stream, format="svg", transparent=True)
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'id="', f'id="{name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{name}-", text)
+    for stand_in, css in _CSS.items():
+        text = text.replace(stand_in, css)
+    view = re.search(r'viewBox="[^"]*"', text)
+    box = view.group(0) if view else ""
+    head = f'<svg {box} role="img" aria-label="{escape(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return head + text[text.index(">") + 1 :].strip()
+
+
+def _shorten(text: str, limit: int) -> str:
+    """Cut the middle out of a text of over `limit` characters, because names differ at their ends."""
+    if len(text) <= limit:
+        return text
+    left = (limit - 1) // 2
+    return f"{text[:left]}…{text[len(text) - (limit - 1 - left) :]}"
+
+
+def _cut_off(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1].rstrip()}…"
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A phase on the axis of epochs. Its points stand at start + 1, start + 2, ..."""
+
+    phase: str
+    start: int
+    points: tuple[CurvePoint, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.points)
+
+
+def _timeline(curves: Sequence[CurvePoint]) -> tuple[list[_Span], _Span | None]:
+    """Place the phases one after the other; the baseline is a branch that starts where `dense` ends."""
+    phases: dict[str, list[CurvePoint]] = {}
+    for point in curves:
+        phases.setdefault(point.phase, []).append(point)
+    branch = phases.pop("baseline", None)
+    spans: list[_Span] = []
+    for phase, points in phases.items():
+        spans.append(_Span(phase, spans[-1].end if spans else 0, tuple(points)))
+    fork = next((span.end for span in spans if span.phase == "dense"), 0)
+    return spans, _Span("baseline", fork, tuple(branch)) if branch else None
 
 
 def _panel(axes: Axes, name: str, spans: Sequence[_Span], branch: _Span | None) -> None:
@@ -315,6 +298,26 @@ def _panel(axes: Axes, name: str, spans: Sequence[_Span], branch: _Span | None) 
     axes.grid(axis="y", linewidth=0.8)
     axes.tick_params(length=0, pad=6)
     axes.spines["left"].set_visible(False)
+
+
+def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """Choose the range for the end of training: the first epochs would flatten the rest."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = min(values), max(values)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    if name == "zero_share":
+        axes.set_ylim(0, max(1.08 * high, 0.05))
+    elif name == "accuracy":
+        reach = max(0.01, 4 * (high - median(values)))
+        axes.set_ylim(max(low, high - reach) - 0.06 * reach, high + 0.06 * reach)
+    elif low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        # Plain numbers: the default labels are mathematics, which is switched off.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
 
 
 def _name_phases(axes: Axes, spans: Sequence[_Span], last: int) -> None:

@@ -1,4 +1,4 @@
-"""What `sparsekit inspect` shows: a model's channel groups, what each costs, and why some must stay whole."""
+"""What `sparsekit inspect` shows: the channel groups of a model, what each costs, and why some stay whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
 
 _COUNTED: tuple[Quantity, ...] = ("macs", "params")
-# How the table says what part members play, in this order. Sizes are consequences, which JSON has.
+# The table names the members by what they do, in this order. Members of role "size" are in the JSON only.
 _PARTS: dict[str, tuple[Role, ...]] = {
     "made by": ("producer",),
     "filtered by": ("depthwise",),
@@ -33,7 +33,7 @@ _PARTS: dict[str, tuple[Role, ...]] = {
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's name, input shape, MACs (batch 1) and parameters, and its groups."""
+    """A model: its name, input shape, MACs (at batch 1), params and channel groups."""
 
     model: str
     input_shape: tuple[int, ...]
@@ -42,11 +42,11 @@ class Inspection:
     groups: ChannelGroups
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the totals and, for each group, its cost, its members and why it stays whole, if it must.
+        """Return plain data: the totals, and for each group its cost, its members and why it stays whole.
 
-        `channels` counts what can go on its own and `rows_per_channel` the rows each of them has in the first layer
-        that makes it: more than 1 for an attention head. Shares are those of all that goes with the whole group; what
-        lies between two groups counts in both. A member owns `per_channel` positions along `dim`.
+        `channels` counts what can go on its own. `rows_per_channel` counts the rows of each in the first layer that
+        makes it: more than 1 for an attention head. The shares are those of all that goes with the group; a layer
+        between two groups counts in both. A member owns `per_channel` positions along `dim`.
         """
         costs = CostModel(self.groups, frozen=True)
         return {
@@ -56,6 +56,27 @@ class Inspection:
             "params": self.params,
             "groups": [self._row(group, costs) for group in self.groups],
         }
+
+    def table(self) -> RenderableType:
+        """Return a table: each group with its units, cost and members, or why it stays whole; then the totals."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table.add_column("group", overflow="fold")
+        for column in ("units", "MACs", "params"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.to_json()["groups"]:
+            shares = (f"{row['macs_share']:.3f}", f"{row['params_share']:.3f}")
+            details = (Padding(line, (0, 0, 0, 2)) for line in _details(row))
+            table.add_row(Group(Text(row["name"]), *details), str(row["channels"]), *shares)
+        shape = "x".join(map(str, self.input_shape))
+        totals = (
+            f"{self.model}, input {shape}: {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.2f} M params"
+        )
+        legend = (
+            f"{len(self.groups.free)} of {len(self.groups)} groups can be cut. A unit goes or stays as a whole. It is "
+            "one channel unless its rows are given. MACs, params: the share of the model that the group owns. A layer "
+            "between two groups counts in both, a product of activations in none."
+        )
+        return Group(table, Text(totals), Text(legend))
 
     def _row(self, group: ChannelGroup, costs: CostModel) -> dict[str, Any]:
         lost_macs, lost_params = (costs.of(q) - costs.of(q, {group.name: 0.0}) for q in _COUNTED)
@@ -72,27 +93,6 @@ class Inspection:
             "frozen": group.frozen,
         }
 
-    def table(self) -> RenderableType:
-        """Each group with its units and cost, what belongs to it, and why it stays whole; under them the totals."""
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        table.add_column("group", overflow="fold")
-        for column in ("units", "MACs", "params"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in self.to_json()["groups"]:
-            shares = (f"{row['macs_share']:.3f}", f"{row['params_share']:.3f}")
-            details = (Padding(line, (0, 0, 0, 2)) for line in _details(row))
-            table.add_row(Group(Text(row["name"]), *details), str(row["channels"]), *shares)
-        shape = "x".join(map(str, self.input_shape))
-        totals = (
-            f"{self.model}, input {shape}: {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.2f} M parameters"
-        )
-        legend = (
-            f"{len(self.groups.free)} of {len(self.groups)} groups can be cut. Units go one at a time; a unit is one "
-            "channel if nothing else is said. MACs, params: the share of the model that the whole group owns; what "
-            "lies between two groups counts in both, and products of activations in none."
-        )
-        return Group(table, Text(totals), Text(legend))
-
 
 def inspect_module(
     name: str,
@@ -103,7 +103,7 @@ def inspect_module(
     through_layer_norm: bool = False,
     blocks: bool = False,
 ) -> Inspection:
-    """Analyse a model on one example input (1, channels, height, width)."""
+    """Inspect a model on one example input (1, channels, height, width)."""
     groups = find_groups(
         model, example_input, ignore=ignore, through_layer_norm=through_layer_norm, blocks=blocks
     )
@@ -112,9 +112,9 @@ def inspect_module(
 
 
 def _rows_per_channel(group: ChannelGroup) -> int:
-    """Rows that a channel has in the first layer that makes it: 1 for a plain one, 3 x width for a head of qkv.
+    """Count the rows of a channel in the first layer that makes it: 1, or 3 x width for an attention head.
 
-    0 for a block, which no single layer makes.
+    0 for a residual block, which no single layer makes.
     """
     if group.bypass:
         return 0
@@ -124,7 +124,7 @@ def _rows_per_channel(group: ChannelGroup) -> int:
 
 
 def _members(group: ChannelGroup) -> list[dict[str, Any]]:
-    """Each tensor and dimension once, whatever parts of it the penalty tells apart."""
+    """List each tensor and dimension once, even where a group has several members in it."""
     counts: dict[tuple[str, int, str], int] = defaultdict(int)
     for member in group.members:
         counts[member.tensor, member.dim, member.role] += member.repeat
@@ -135,12 +135,12 @@ def _members(group: ChannelGroup) -> list[dict[str, Any]]:
 
 
 def _details(row: Mapping[str, Any]) -> Iterator[Text]:
-    """What stands under a group's name: why it stays whole, and who belongs to it."""
+    """Yield the lines under the name of a group: why it stays whole, and its members."""
     if row["frozen"]:
         yield Text(f"stays whole: {row['frozen']}", style="italic")
     elif not row["lossless"]:
         yield Text(
-            "not lossless: a layer norm's statistics change with every channel removed", style="italic"
+            "not lossless: every channel removed changes the statistics of a layer norm", style="italic"
         )
     if row["block"]:
         scales = [member["tensor"] for member in row["members"] if member["role"] == "parameter"]
@@ -157,7 +157,7 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
 
 
 def _compact(names: Iterable[str]) -> str:
-    """Names that differ in one number only as one: blocks.0.fc, blocks.1.fc and blocks.2.fc are blocks.0-2.fc."""
+    """Join names that differ in one number only: blocks.0.fc, blocks.1.fc and blocks.2.fc become blocks.0-2.fc."""
     found = [name.split(".") for name in dict.fromkeys(names)]
     for place in range(max(map(len, found), default=0)):
         alike: dict[str, list[list[str]]] = defaultdict(list)
@@ -169,7 +169,7 @@ def _compact(names: Iterable[str]) -> str:
 
 
 def _merged(names: list[list[str]], place: int) -> Iterator[list[str]]:
-    """Names that differ in the number at `place` only, one for each run of numbers."""
+    """Join names that differ in the number at `place` only, one name for each run of numbers."""
     if len(names) == 1:
         yield names[0]
         return

@@ -18,7 +18,7 @@ from sparsekit.report.schema import RunReport
 
 
 def write_html(report: RunReport, path: Path) -> None:
-    """Write the report as one HTML file that needs nothing else: no network, no script, no font. Atomic."""
+    """Write the report as one HTML file, atomically. The page loads no script, no font and nothing from the network."""
     import jinja2
 
     source = resources.files("sparsekit.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def _page(report: RunReport) -> dict[str, Any]:
 
 
 def _facts(values: Mapping[str, JsonValue]) -> list[tuple[str, str]]:
-    """(label, text) of each entry: `_bytes` becomes a size, a list is joined."""
+    """Return (label, text) of each entry. `_bytes` becomes a size, a list is joined."""
     return [
         (key.removesuffix("_bytes").replace("_", " "), _fact(key, value)) for key, value in values.items()
     ]
@@ -116,7 +116,7 @@ session = onnxruntime.InferenceSession("pruned.onnx", providers=["CPUExecutionPr
 logits = session.run(None, {{session.get_inputs()[0].name: batch}})[0]
 print(class_names[int(logits[0].argmax())])
 """
-# Above this a list of names would bury the code; report.json holds them all.
+# More names than this would bury the code. report.json has them all.
 _MOST_NAMES_IN_SNIPPET = 20
 _RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -127,7 +127,7 @@ def _torch_snippet(report: RunReport) -> str:
 
 
 def _onnx_snippet(report: RunReport) -> str:
-    """Preprocessing as timm's for evaluation (resize, centre crop, normalise), in PIL and numpy."""
+    """Fill in the code that preprocesses as timm does for evaluation: resize, centre crop, normalise."""
     channels, height, width = report.input_shape
     few = len(report.data.class_names) <= _MOST_NAMES_IN_SNIPPET
     batch = report.benchmark.batch

@@ -11,30 +11,8 @@ from sparsekit.report import numbers
 from sparsekit.report.schema import EpochCounts, IntervalFigures, ParityFigures, RunReport, VariantFigures
 
 
-def _decimals(interval: IntervalFigures) -> int:
-    """Decimals that the width of the interval supports: one digit of its half-width, at most three."""
-    half = (interval.high - interval.low) / 2
-    return min(3, max(0, -math.floor(math.log10(half)))) if half > 0 else 2
-
-
-def interval_value(interval: IntervalFigures) -> str:
-    return f"{interval.value:.{_decimals(interval)}f}"
-
-
-def interval_range(interval: IntervalFigures) -> str:
-    digits = _decimals(interval)
-    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
-
-
-@dataclass(frozen=True)
-class _Row:
-    label: str
-    dense: str
-    pruned: str
-    change: str
-
-
 def main_rows(report: RunReport) -> list[_Row]:
+    """Return the figures of the dense and the pruned model, one row for each, with the change."""
     dense, pruned = report.dense, report.pruned
 
     def row(label: str, show: Any, name: str, change: str) -> _Row:
@@ -57,79 +35,8 @@ def main_rows(report: RunReport) -> list[_Row]:
     ]
 
 
-def _faster(report: RunReport) -> str:
-    if not report.benchmark.trustworthy:
-        return "not trustworthy"
-    if report.speedup.low <= 1 <= report.speedup.high:
-        return "no difference"
-    if report.speedup.value < 1:
-        return numbers.change(report.speedup.value, "faster", "slower")
-    return f"{interval_value(report.speedup)}× faster"
-
-
-def _speedup_text(report: RunReport) -> str:
-    speedup, null, benchmark = report.speedup, report.null, report.benchmark
-    measured = f"{interval_value(speedup)} (95 % interval {interval_range(speedup)})"
-    itself = f"dense against itself: {interval_value(null)} ({interval_range(null)})"
-    if not benchmark.trustworthy:
-        reason = benchmark.reason or "the benchmark was too noisy"
-        return f"not trustworthy: {reason}; measured {measured}, {itself}"
-    return f"{measured}, batch {benchmark.batch}, {numbers.plural(benchmark.threads, 'thread')}; {itself}"
-
-
-def _asked_text(asked: Mapping[str, float]) -> str:
-    phrases = {
-        "speedup": "a speed-up of {:g}",
-        "latency_ms": "{:g} ms",
-        "max_accuracy_drop": "at most {:g} of validation accuracy lost",
-    }
-    return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
-
-
-def _variant_text(report: RunReport, variant: VariantFigures) -> str:
-    speed = f"{interval_value(variant.speedup)} times as fast as dense ({interval_range(variant.speedup)})"
-    return (
-        f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, accuracy "
-        f"{numbers.fraction(variant.accuracy_onnx)}, {numbers.milliseconds(variant.latency_ms.median)}, "
-        f"{numbers.size(variant.onnx_bytes)}"
-    )
-
-
-def _attempt_rows(report: RunReport) -> list[tuple[str, str]]:
-    rows = []
-    for attempt in report.attempts:
-        measured = "" if attempt.speedup is None else f", measured {numbers.significant(attempt.speedup)}"
-        verdict = "taken" if attempt.taken else "within the budget" if attempt.accepted else "too much"
-        outcome = attempt.failure
-        if attempt.accuracy is not None:
-            outcome = (
-                f"validation accuracy {numbers.fraction(attempt.accuracy)}, {-attempt.drop:+.4f} against dense; "
-                f"{verdict}"
-            )
-        rows.append((f"attempt {attempt.number}", f"{_asked_text(attempt.target)}{measured}: {outcome}"))
-    return [*rows, *([("limited by", report.binds)] if report.binds else [])]
-
-
-def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
-    if report.dense_graph is None or report.pruned_graph is None:
-        return []
-    texts = [
-        f"{graph.blocked} of {numbers.plural(graph.blocked + graph.plain, 'convolution')} in the blocked layout, "
-        f"{numbers.plural(graph.reorders, 'reorder')}, {graph.activations + graph.norms} not fused"
-        for graph in (report.pruned_graph, report.dense_graph)
-    ]
-    return [("graph, pruned", texts[0]), *([("graph, dense", texts[1])] if texts[1] != texts[0] else [])]
-
-
-def _parity_text(parity: ParityFigures) -> str:
-    return (
-        f"{numbers.tiny(parity.max_rel)} of the largest logit ({numbers.tiny(parity.max_abs)} absolute), "
-        f"same class for {numbers.fraction(parity.top1_agreement)} of the images"
-    )
-
-
 def findings(report: RunReport) -> list[tuple[str, str]]:
-    """(label, text): what stands below the figures of the two models."""
+    """Return (label, text) of all that stands below the figures of the two models."""
     sparse = report.sparse
     speed = (
         numbers.significant(report.speed_efficiency, 2) if report.benchmark.trustworthy else "not trustworthy"
@@ -160,7 +67,7 @@ def findings(report: RunReport) -> list[tuple[str, str]]:
 
 
 def baseline_text(epochs: EpochCounts) -> str:
-    """Is the comparison fair? Says what the dense model was given."""
+    """Say for how long the dense model was trained, so that a reader can judge the comparison."""
     extra = epochs.sparsify + epochs.finetune
     if epochs.baseline > 0:
         total = f"{epochs.dense} + {epochs.baseline} epochs; pruned {epochs.dense} + {extra}"
@@ -176,8 +83,105 @@ def baseline_text(epochs: EpochCounts) -> str:
 
 
 def title_of(report: RunReport) -> str:
+    """Name the model, its input size, the run and the number of test images in one line."""
     channels, height, width = report.input_shape
     size = f"{channels}×{height}×{width}"
     return (
         f"{report.model.name}, {size}, run {report.recipe}, {numbers.plural(report.data.test, 'test image')}"
     )
+
+
+def interval_value(interval: IntervalFigures) -> str:
+    """Write the estimate with as many decimals as its interval supports."""
+    return f"{interval.value:.{_decimals(interval)}f}"
+
+
+def interval_range(interval: IntervalFigures) -> str:
+    """Write the ends of an interval, "1.21 to 1.32", with as many decimals as it supports."""
+    digits = _decimals(interval)
+    return f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    dense: str
+    pruned: str
+    change: str
+
+
+def _faster(report: RunReport) -> str:
+    if not report.benchmark.trustworthy:
+        return "not trustworthy"
+    if report.speedup.low <= 1 <= report.speedup.high:
+        return "no difference"
+    if report.speedup.value < 1:
+        return numbers.change(report.speedup.value, "faster", "slower")
+    return f"{interval_value(report.speedup)}× faster"
+
+
+def _asked_text(asked: Mapping[str, float]) -> str:
+    phrases = {
+        "speedup": "a speed-up of {:g}",
+        "latency_ms": "{:g} ms",
+        "max_accuracy_drop": "at most {:g} of validation accuracy lost",
+    }
+    return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
+
+
+def _attempt_rows(report: RunReport) -> list[tuple[str, str]]:
+    rows = []
+    for attempt in report.attempts:
+        measured = "" if attempt.speedup is None else f", measured {numbers.significant(attempt.speedup)}"
+        verdict = "taken" if attempt.taken else "within the budget" if attempt.accepted else "too much"
+        outcome = attempt.failure
+        if attempt.accuracy is not None:
+            outcome = (
+                f"validation accuracy {numbers.fraction(attempt.accuracy)}, {-attempt.drop:+.4f} against dense; "
+                f"{verdict}"
+            )
+        rows.append((f"attempt {attempt.number}", f"{_asked_text(attempt.target)}{measured}: {outcome}"))
+    return [*rows, *([("limited by", report.binds)] if report.binds else [])]
+
+
+def _speedup_text(report: RunReport) -> str:
+    speedup, null, benchmark = report.speedup, report.null, report.benchmark
+    measured = f"{interval_value(speedup)} (95 % interval {interval_range(speedup)})"
+    itself = f"dense against itself: {interval_value(null)} ({interval_range(null)})"
+    if not benchmark.trustworthy:
+        reason = benchmark.reason or "the benchmark was too noisy"
+        return f"not trustworthy: {reason}; measured {measured}, {itself}"
+    return f"{measured}, batch {benchmark.batch}, {numbers.plural(benchmark.threads, 'thread')}; {itself}"
+
+
+def _variant_text(report: RunReport, variant: VariantFigures) -> str:
+    speed = f"{interval_value(variant.speedup)} times as fast as dense ({interval_range(variant.speedup)})"
+    return (
+        f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, accuracy "
+        f"{numbers.fraction(variant.accuracy_onnx)}, {numbers.milliseconds(variant.latency_ms.median)}, "
+        f"{numbers.size(variant.onnx_bytes)}"
+    )
+
+
+def _parity_text(parity: ParityFigures) -> str:
+    return (
+        f"{numbers.tiny(parity.max_rel)} of the largest logit ({numbers.tiny(parity.max_abs)} absolute), "
+        f"same class for {numbers.fraction(parity.top1_agreement)} of the images"
+    )
+
+
+def _graph_rows(report: RunReport) -> list[tuple[str, str]]:
+    if report.dense_graph is None or report.pruned_graph is None:
+        return []
+    texts = [
+        f"{graph.blocked} of {numbers.plural(graph.blocked + graph.plain, 'convolution')} in the blocked layout, "
+        f"{numbers.plural(graph.reorders, 'reorder')}, {graph.activations + graph.norms} not fused"
+        for graph in (report.pruned_graph, report.dense_graph)
+    ]
+    return [("graph, pruned", texts[0]), *([("graph, dense", texts[1])] if texts[1] != texts[0] else [])]
+
+
+def _decimals(interval: IntervalFigures) -> int:
+    """Count the decimals that show one digit of the half-width of an interval; at most three."""
+    half = (interval.high - interval.low) / 2
+    return min(3, max(0, -math.floor(math.log10(half)))) if half > 0 else 2

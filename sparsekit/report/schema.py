@@ -1,4 +1,4 @@
-"""What a run found, as data: `RunReport`, its schema, and the JSON of it."""
+"""The report of a run as data: the schema of report.json, and how it is written and read."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PositiveCount = Annotated[int, Field(gt=0)]
 
 
 class _Record(BaseModel):
-    """Closed and immutable; NaN and infinity are refused, because JSON has neither."""
+    """Base of all records: immutable, without unknown keys, NaN or infinity (JSON has neither)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelInfo(_Record):
-    """timm name of the model and the extra arguments it was created with."""
+    """The timm name of the model and the extra arguments it was created with."""
 
     name: str
     args: dict[str, JsonValue] = {}
 
 
 class DataInfo(_Record):
-    """What the run trained and tested on; `train`, `validation`, `test` count images."""
+    """The data of a run. `train`, `validation` and `test` count images."""
 
     description: str
     class_names: tuple[str, ...]
@@ -54,9 +54,10 @@ class LatencyFigures(_Record):
 
 
 class ModelFigures(_Record):
-    """One model, measured. Accuracies are fractions of the test images, by torch and by ONNX Runtime.
+    """The figures of one model.
 
-    `macs` and `params` are those of one forward pass at batch 1; `onnx_bytes` is the size of the file.
+    `accuracy` (torch) and `accuracy_onnx` (ONNX Runtime) are fractions of the test images. `macs` are those of one
+    forward pass at batch 1. `onnx_bytes` is the size of the file.
     """
 
     accuracy: Fraction
@@ -68,10 +69,9 @@ class ModelFigures(_Record):
 
 
 class SparseFigures(_Record):
-    """The trained model at the cut: test accuracy with its near-zero channels masked, and with them removed.
+    """The sparse model at the cut: test accuracy with its near-zero channels masked, and with them removed.
 
-    `max_abs_logit_change` is the largest |logit before - logit after|, `max_abs_logit` the largest
-    |logit before|.
+    `max_abs_logit_change` is the largest |logit before - logit after|, `max_abs_logit` the largest |logit before|.
     """
 
     accuracy_before_cut: Fraction
@@ -91,7 +91,7 @@ class IntervalFigures(_Record):
 
 
 class VariantFigures(_Record):
-    """The pruned model in fewer bits; `speedup` is over the dense model in float32."""
+    """The pruned model in fewer bits. `speedup` is against the dense model in float32."""
 
     precision: Precision
     accuracy_onnx: Fraction
@@ -101,11 +101,11 @@ class VariantFigures(_Record):
 
 
 class AttemptFigures(_Record):
-    """A model that was trained on the way to a budget of accuracy: what was asked of it, and what came out.
+    """One attempt of the search for a budget of accuracy: its target, and what came out.
 
-    `speedup` is what was measured when its channels were chosen (null: no speed was asked for), `accuracy` that of
-    validation images, `drop` how much lower than dense; `accepted`: within the budget. What could not be made says why
-    not in `failure` and has no figures.
+    `speedup` was measured when the channels were chosen; it is null where no speed was asked for. `accuracy` is that of
+    the validation images, `drop` how much lower it is than the dense model's. `accepted`: `drop` is within the budget.
+    An attempt that failed has no figures; `failure` says why.
     """
 
     number: PositiveCount
@@ -120,8 +120,8 @@ class AttemptFigures(_Record):
 
 
 class ParityFigures(_Record):
-    """Torch against ONNX Runtime on the same input: largest |difference|, the same over the largest |logit|,
-    and the fraction of images with the same top class."""
+    """Torch and ONNX Runtime on the same images: the largest |difference| of a logit, absolute (`max_abs`) and over
+    the largest |logit| (`max_rel`), and the fraction of images with the same top class."""
 
     max_abs: NonNegative
     max_rel: NonNegative
@@ -129,7 +129,7 @@ class ParityFigures(_Record):
 
 
 class BenchmarkInfo(_Record):
-    """How latency was measured; `reason` says why the figures are not `trustworthy`, or is empty."""
+    """How latency was measured. `reason` says why the figures are not `trustworthy`; empty if they are."""
 
     batch: PositiveCount
     threads: PositiveCount
@@ -139,10 +139,10 @@ class BenchmarkInfo(_Record):
 
 
 class GraphFigures(_Record):
-    """Operators of an ONNX file as ONNX Runtime runs it.
+    """How many operators ONNX Runtime runs for an ONNX file.
 
-    `blocked` and `plain` convolutions lie inside and outside its blocked layout; `activations` and `norms` were not
-    fused into what comes before them.
+    `blocked` convolutions are in its blocked layout, `plain` ones are not; `reorders` change the layout. `activations`
+    and `norms` are those that were not fused into the operator before them.
     """
 
     operators: Count
@@ -154,7 +154,7 @@ class GraphFigures(_Record):
 
 
 class EpochCounts(_Record):
-    """Epochs of each phase. `baseline`: for how long the dense model was trained on, without a penalty."""
+    """Epochs of each phase. `baseline` are those of the dense model after its own, without a penalty."""
 
     dense: Count
     baseline: Count
@@ -163,7 +163,7 @@ class EpochCounts(_Record):
 
 
 class StageInfo(_Record):
-    """One stage of the pipeline: wall time in seconds and how it ended."""
+    """One stage of the run: its wall time in seconds and how it ended."""
 
     name: str
     seconds: NonNegative
@@ -171,7 +171,7 @@ class StageInfo(_Record):
 
 
 class LayerFigures(_Record):
-    """One channel group: its channels, how many were kept, and why it is frozen (empty: it is not)."""
+    """One channel group: its channels and how many were kept. `reason` says why it is frozen; empty if it is not."""
 
     name: str
     channels: PositiveCount
@@ -180,12 +180,13 @@ class LayerFigures(_Record):
 
 
 def _finite(value: object) -> object:
-    """One epoch with an infinite validation loss must not cost the report of a whole run."""
+    """Read an infinite validation loss as none: one such epoch must not cost the whole report."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class CurvePoint(_Record):
-    """One epoch of a phase; `accuracy` is on validation images, `zero_share` the fraction of zero groups."""
+    """One epoch of a phase. `accuracy` is that of the validation images, `zero_share` the fraction of penalised channels
+    at zero."""
 
     phase: str
     epoch: Count
@@ -200,14 +201,16 @@ class CurvePoint(_Record):
 
 
 class RunReport(_Record):
-    """Everything a run found. `input_shape` is (channels, height, width) of one image.
+    """Everything a run found.
 
-    `speedup` is dense latency over pruned latency, `null` the dense model against a copy of itself in the
-    same benchmark. `round_trip_max_abs` is the largest logit difference after the saved model was loaded
-    again. `asked` is the recipe's target, `binds` the key of the recipe that kept the best of `attempts` from
-    being pruned further (both empty but for a budget of accuracy), the graphs what ONNX Runtime makes of the
-    files (runs of before that was counted have none). The ratios are computed from the figures, so that they
-    cannot disagree with them.
+    - `input_shape` is (channels, height, width) of one image.
+    - `speedup` is dense latency / pruned latency. `null` is the same of the dense model and a second copy of it.
+    - `round_trip_max_abs` is the largest change of a logit when the saved model was loaded again.
+    - `asked` is the recipe's target. `attempts` and `binds`, the keys of the recipe that kept the model from being
+      pruned further, are empty unless the target is a budget of accuracy.
+    - `dense_graph` and `pruned_graph` are null in older reports.
+
+    The ratios are computed from the figures, so that they cannot disagree with them.
     """
 
     schema_version: Literal[1] = 1
@@ -245,12 +248,12 @@ class RunReport(_Record):
 
     @property
     def macs_ratio(self) -> float:
-        """MACs of the dense model / MACs of the pruned one."""
+        """MACs of the dense model / MACs of the pruned model."""
         return self.dense.macs / self.pruned.macs
 
     @property
     def params_ratio(self) -> float:
-        """Parameters of the dense model / parameters of the pruned one."""
+        """Params of the dense model / params of the pruned model."""
         return self.dense.params / self.pruned.params
 
     @property
@@ -265,15 +268,15 @@ _DERIVED = ("macs_ratio", "params_ratio", "speed_efficiency")
 
 
 def write_json(report: RunReport, path: Path) -> None:
-    """Write `report` and its computed ratios as JSON, atomically."""
+    """Write a report and its ratios as JSON, atomically."""
     ratios = {name: getattr(report, name) for name in _DERIVED}
     files.write_json(path, report.model_dump(mode="json") | ratios)
 
 
 def read_report(path: Path) -> RunReport:
-    """Read what `write_json` wrote; the ratios in the file are ignored and computed again.
+    """Read a report that `write_json` wrote. The ratios in the file are ignored and computed again.
 
-    Raises FileError if the file is missing, is not JSON, or does not hold a report.
+    Raises FileError if the file is missing, is not JSON, or holds no report.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

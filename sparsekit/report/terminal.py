@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def terminal_table(report: RunReport, directory: Path | None = None) -> RenderableType:
-    """The report for a terminal of 80 columns or more; it ends with the files, in `directory` if given."""
+    """Return the report for a terminal of 80 columns or more. It ends with the files, below `directory` if given."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.table import Table
@@ -25,7 +25,7 @@ def terminal_table(report: RunReport, directory: Path | None = None) -> Renderab
     for name in ("dense", "pruned", "change"):
         figures.add_column(name, justify="right")
     for row in main_rows(report):
-        # Text, not str: names from outside may hold square brackets, which rich reads as markup.
+        # Text, not str: rich reads square brackets in a name as markup.
         figures.add_row(*(Text(cell) for cell in (row.label, row.dense, row.pruned, row.change)))
 
     notes = Table.grid(padding=(0, 2))

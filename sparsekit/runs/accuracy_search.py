@@ -1,4 +1,4 @@
-"""Which speeds to try for a budget of accuracy."""
+"""Which speed-ups to try for a budget of accuracy."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from collections.abc import Mapping, Sequence
 from sparsekit.errors import InputError
 from sparsekit.runs.arguments import Target
 
-# What is tried first where nothing but the accuracy is asked for.
+# The first speed-up to try where only an accuracy is asked for.
 _FIRST_SPEEDUP = 2.0
-# Two attempts whose speeds (or shares) are this much apart are no different worth training for.
+# Attempts whose speed-ups (or shares) differ by less than this factor are not both trained.
 _NEAREST = 1.11
 _FASTER = 1.5
-# A speed near the limit of what is predicted to be possible might turn out not to be.
+# The highest predicted speed-up may turn out to be out of reach, so the search stays below it.
 _SAFE = 0.9
 
 
 def full_target(target: Target, dense_ms: float, most: float) -> tuple[dict[str, float], float]:
-    """The target that pressure 1 stands for, with any latency as a speed-up, and the highest pressure to try.
+    """Return the target at pressure 1, with a latency as a speed-up, and the highest pressure to try.
 
-    `dense_ms` is what the dense model takes, `most` how many times as fast it can get. Raises InputError if that leaves
-    nothing to search.
+    `dense_ms` is the latency of the dense model, `most` the largest speed-up predicted for it. Raises InputError if
+    there is nothing to search.
     """
     full = target.besides_accuracy
     if "latency_ms" in full:
         full["speedup"] = dense_ms / full.pop("latency_ms")
     if not full and _SAFE * most < _NEAREST:
         raise InputError(
-            f"cut.target.max_accuracy_drop: with the fewest channels allowed the model is predicted to be {most:.3g} "
-            "times as fast, which is not worth a search; lower cut.min_channels, or free more with "
+            f"cut.target.max_accuracy_drop: with the fewest channels allowed the model is predicted to have a "
+            f"speed-up of {most:.3g}, too little for a search; lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
     if full and largest_factor(full) < _NEAREST:
@@ -42,14 +42,14 @@ def full_target(target: Target, dense_ms: float, most: float) -> tuple[dict[str,
 
 
 def largest_factor(target: Mapping[str, float]) -> float:
-    """The largest factor that a target asks for: of its speed-up, and of what its shares leave out."""
+    """Return the largest factor that a target asks for: its speed-up, or 1 / one of its shares."""
     return max(value if key == "speedup" else 1 / value for key, value in target.items())
 
 
 def target_at(full: Mapping[str, float], pressure: float) -> dict[str, float]:
-    """A target between nothing (pressure 0) and `full` (1), or beyond: a speed-up and shares, raised to the pressure.
+    """Return the speed-up and shares of `full`, raised to the pressure and rounded to four significant digits.
 
-    Rounded to four significant digits.
+    Pressure 0 asks for nothing, 1 for `full`; it may be more.
     """
     return {key: float(f"{value**pressure:.4g}") for key, value in full.items()}
 
@@ -57,11 +57,11 @@ def target_at(full: Mapping[str, float], pressure: float) -> dict[str, float]:
 def next_pressure(
     tried: Sequence[tuple[float, float]], budget: float, most: float, factor: float
 ) -> float | None:
-    """The pressure to try after `tried` pairs of pressure and drop, up to `most`; None if no other is worth it.
+    """Return the next pressure to try, at most `most`; None if another one would tell nothing new.
 
-    First 1; then half as fast again as long as the drop stays within the budget; then between the largest within it and
-    the smallest beyond, nearer to the one whose drop is nearer to the budget (regula falsi, kept off the ends).
-    `factor` is the largest of the target at pressure 1.
+    `tried` are pairs of pressure and drop in accuracy. The first pressure is 1. Then the speed-up grows by half as long
+    as the drop is within the budget. Then comes a pressure between the largest within the budget and the smallest
+    beyond it, by regula falsi kept off the ends. `factor` is the `largest_factor` of the target at pressure 1.
     """
     within, beyond = bracket(tried, budget)
     nearest, faster = (math.log(step) / math.log(factor) for step in (_NEAREST, _FASTER))
@@ -80,10 +80,10 @@ def next_pressure(
 def bracket(
     tried: Sequence[tuple[float, float]], budget: float
 ) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """Of pairs of pressure and drop, the largest pressure within the budget, and the smallest beyond that which is not.
+    """Return the pair of the largest pressure within the budget, and the next larger pair, which is beyond it.
 
-    Nothing was lost at pressure 0. A pressure below one that is within the budget is not beyond, whatever it lost:
-    accuracies are noisy.
+    `tried` are pairs of pressure and drop in accuracy. At pressure 0 the drop is 0. A pressure below the first of the
+    two is not counted as beyond, whatever its drop: accuracies are noisy.
     """
     within = max(((x, drop) for x, drop in tried if drop <= budget), default=(0.0, 0.0))
     beyond = min(((x, drop) for x, drop in tried if drop > budget and x > within[0]), default=None)

@@ -1,4 +1,4 @@
-"""A recipe as plain arguments: what follows from its sections, worked out once, and what is built of them."""
+"""A recipe as plain arguments, worked out once, and the objects that are made of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from sparsekit.training.seeding import seed_everything
 
 @dataclass(frozen=True)
 class Target:
-    """What the cut is to reach, and so how its channels are chosen.
+    """What the cut has to reach. It decides how channels are chosen.
 
-    `limits` are shares of the dense model to keep at most. Nothing is set where the recipe has no target.
+    `limits` are the shares of the dense model to keep at most. Nothing is set where the recipe has no target.
     """
 
     speedup: float | None = None
@@ -37,7 +37,7 @@ class Target:
 
     @staticmethod
     def of(spec: TargetSpec | None) -> Target:
-        """The target that a recipe asks for."""
+        """Make the target of the recipe's section `cut.target`."""
         if spec is None:
             return Target()
         shares = {q: share for q in get_args(Quantity) if (share := getattr(spec, q, None)) is not None}
@@ -45,34 +45,34 @@ class Target:
 
     @property
     def is_speed(self) -> bool:
-        """Whether it names a speed-up or a latency, which have to be measured."""
+        """Whether it names a speed-up or a latency, which has to be measured."""
         return self.speedup is not None or self.latency_ms is not None
 
     @property
     def takes_attempts(self) -> bool:
-        """Whether it is the fastest model within a budget of accuracy, which takes several attempts to find."""
+        """Whether it is a budget of accuracy, which takes several attempts."""
         return self.max_accuracy_drop is not None
 
     @property
     def takes_knapsack(self) -> bool:
-        """Whether masks are chosen as a whole, by the knapsack; for one share alone a threshold does."""
+        """Whether the knapsack chooses the masks of all groups together. One share alone is met by a threshold."""
         return self.is_speed or self.takes_attempts or len(self.limits) > 1
 
     @property
     def share(self) -> Mapping[Quantity, float] | None:
-        """The one share that a threshold is found for; None if there is none, or the knapsack chooses."""
+        """The one share that a threshold has to meet; None if there is none, or the knapsack chooses."""
         return None if self.takes_knapsack else self.limits or None
 
     @property
     def besides_accuracy(self) -> dict[str, float]:
-        """What it asks for besides the accuracy, by the recipe's keys."""
+        """All that it asks for but the accuracy, by the recipe's keys."""
         speeds = {"speedup": self.speedup, "latency_ms": self.latency_ms}
         return {key: value for key, value in speeds.items() if value is not None} | {**self.limits}
 
 
 @dataclass(frozen=True)
 class Phases:
-    """How each phase trains: the recipe's section `training`, with what the phase overrides."""
+    """How each phase trains: the recipe's section `training` with the overrides of the phase."""
 
     dense: TrainOptions
     sparsify: TrainOptions
@@ -81,11 +81,10 @@ class Phases:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What follows from a recipe's sections.
+    """The arguments that follow from a recipe.
 
-    `grouping` are the arguments of `find_groups`; `augment` is None for no augmentation. `trains_baseline`: the dense
-    model is trained on for as long as the pruned one, by default unless it is finished from the start (no epochs of its
-    own).
+    `grouping` are those of `find_groups`; `augment` is None for no augmentation. `trains_baseline`: the dense model is
+    trained on for as long as the pruned one. By default it is, unless it is a finished model (`dense.epochs` is 0).
     """
 
     phases: Phases
@@ -96,7 +95,7 @@ class Arguments:
 
     @staticmethod
     def of(recipe: Recipe) -> Arguments:
-        """The arguments of a recipe."""
+        """Work out the arguments of a recipe."""
         cut, dense = recipe.cut, recipe.dense
         return Arguments(
             phases=Phases(
@@ -115,21 +114,6 @@ class Arguments:
         )
 
 
-def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:
-    own = {
-        key: getattr(phase, key)
-        for key in ("lr", "warmup_epochs", "schedule")
-        if getattr(phase, key) is not None
-    }
-    return TrainOptions(epochs=phase.epochs, **{**recipe.training.model_dump(), **own})
-
-
-def _augmentation(spec: DataSpec) -> Augment | None:
-    if spec.augment is None:
-        return None
-    return Augment(**{**spec.augment.model_dump(), "color_jitter": spec.augment.color_jitter or 0.0})
-
-
 def make_sparsifier(
     recipe: Recipe,
     model: nn.Module,
@@ -138,12 +122,12 @@ def make_sparsifier(
     total_steps: int,
     costs: Mapping[str, float] | None,
 ) -> Sparsifier:
-    """The hook of the sparsify phase. Raises InputError for a target out of reach or a model with nothing free."""
+    """Make the sparsify phase's Sparsifier. Raises InputError if the target is out of reach or no group is free."""
     spec, target = recipe.sparsify, Target.of(recipe.cut.target)
     shares = PhaseShares(spec.warmup, spec.ramp, spec.debias)
     strength: AutoStrength | ConstantStrength
     if spec.strength == "auto":
-        # Masks that are chosen as a whole replace this target when the warm-up is over.
+        # After the warm-up the masks that the knapsack chooses replace this target.
         aim: Mapping[Quantity, float] = {"macs": 1.0} if target.takes_knapsack else target.share or {}
         strength = AutoStrength(aim, total_steps, shares, spec.importance, costs)
     else:
@@ -154,7 +138,7 @@ def make_sparsifier(
 
 
 def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module:
-    """The recipe's model, with the weights it names or random ones drawn from the recipe's seed."""
+    """Build the recipe's model, with the weights it names or random ones drawn from its seed."""
     seed_everything(recipe.seed, "model", 0)
     return create_model(
         recipe.model.name,
@@ -168,7 +152,7 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module
 
 
 def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
-    """How images become the model's inputs: what the recipe says, else timm's for the model."""
+    """Return how images become inputs of the model: as the recipe says, else as timm does for this model."""
     spec = recipe.data
     return input_config(
         model,
@@ -182,7 +166,22 @@ def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """What sees to the recipe's device and precision."""
+    """Make the Accelerator for the recipe's device and precision."""
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(recipe.device)
     return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+
+
+def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:
+    own = {
+        key: getattr(phase, key)
+        for key in ("lr", "warmup_epochs", "schedule")
+        if getattr(phase, key) is not None
+    }
+    return TrainOptions(epochs=phase.epochs, **{**recipe.training.model_dump(), **own})
+
+
+def _augmentation(spec: DataSpec) -> Augment | None:
+    if spec.augment is None:
+        return None
+    return Augment(**{**spec.augment.model_dump(), "color_jitter": spec.augment.color_jitter or 0.0})

@@ -1,8 +1,8 @@
-"""The fastest model within a budget of validation accuracy: pruned at one speed after the other, each trained whole.
+"""The fastest model within a budget of validation accuracy, found by attempts at several speed-ups.
 
-Each attempt is a run of its own below attempts/, from the same dense model; its recipe asks for a speed where the
-run's own asks for `max_accuracy_drop`. The one that is taken is copied into the run, which then goes on with it as if
-there had been no other. No attempt but that one sees a test image, and only then.
+Each attempt is a run of its own below attempts/, from the same dense model. Its recipe asks for a speed-up instead of
+`max_accuracy_drop`. The attempt that is taken is copied into the run, which goes on with it as if there had been no
+other. Attempts see no test image; the one that is taken is tested afterwards.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from sparsekit.structure.plan import PrunePlan
 
 
 def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
-    """Try pressures until the attempts are used up or none is worth it; says which one to take, and why.
+    """Make attempts until they are used up or another one would tell nothing new, and choose which one to take.
 
-    What is found is in the journal after every attempt, so that a resumed run goes on with the next. Raises InputError
-    if no attempt could be made.
+    The journal has the result of every attempt, so that a resumed run goes on with the next. Raises InputError if no
+    attempt could be made.
     """
     budget = _budget(run.arguments.target)
     noted = run.files.has_result("attempts")
@@ -65,6 +65,32 @@ def make_attempts(run: Run, tick: Callable[[], None]) -> AttemptsResult:
     )
 
 
+def take_sparsified(run: Run, tick: Callable[[], None]) -> SparsifyResult:
+    """Copy the sparse model of the attempt that is taken, and return its result."""
+    _copy_from_taken(run, "checkpoints/sparse.safetensors")
+    return _taken(run).result("sparsify", SparsifyResult)
+
+
+def take_cut(run: Run, tick: Callable[[], None]) -> CutResult:
+    """Copy the cut model of the attempt that is taken, and return its result."""
+    _copy_from_taken(run, "checkpoints/cut")
+    return _taken(run).result("cut", CutResult)
+
+
+def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
+    """Return the fine-tuned model of the attempt that is taken, on the device, and the plan it was cut by."""
+    for row in _taken(run).metrics:
+        run.files.add_metrics(row)
+    folder = _taken(run).path / "pruned"
+    plan = PrunePlan.from_json(read_structure(folder)["plan"])
+    return load_artifact(folder).to(run.accelerator.device), plan
+
+
+def _budget(target: Target) -> float:
+    # Rounding must not refuse a drop of exactly the budget.
+    return (target.max_accuracy_drop or 0.0) + 1e-9
+
+
 def _first_result(run: Run) -> AttemptsResult:
     full, most = full_target(run.arguments.target, *check_speed(run))
     dense = run.evaluate(run.final_dense(), run.inputs.data.validation)
@@ -76,20 +102,10 @@ def _tried(attempts: Sequence[Attempt]) -> list[tuple[float, float]]:
     return [(one.pressure, one.drop) for one in attempts]
 
 
-def _budget(target: Target) -> float:
-    # As many images as are allowed are not one too many.
-    return (target.max_accuracy_drop or 0.0) + 1e-9
-
-
-def _attempt_folder(run: Run, number: int) -> Path:
-    """The run directory of an attempt."""
-    return run.files.path / "attempts" / str(number)
-
-
 def _attempt(
     run: Run, tick: Callable[[], None], number: int, pressure: float, found: AttemptsResult
 ) -> Attempt:
-    """Prune to the target at this pressure, in a run directory of its own."""
+    """Prune to the target at this pressure in a run directory of its own, and judge the result."""
     target = run.arguments.target.besides_accuracy if pressure == 1 else {}
     target = target or target_at(found.full, pressure)
     asked = ", ".join(f"{key} {value:g}" for key, value in target.items())
@@ -98,7 +114,7 @@ def _attempt(
     try:
         for stage in _STAGES:
             run_stage(inner, stage, also=tick)
-    except InputError as error:  # a speed that turns out to be out of reach, or so low that nothing can go
+    except InputError as error:  # the speed-up is out of reach, or so low that nothing can go
         run.say(f"attempts: {number}, {asked}: {error}")
         drop = 0.0 if isinstance(error, prune_stages.NothingToCutError) else 1.0
         return Attempt(number, pressure, target, drop, failure=str(error))
@@ -115,7 +131,7 @@ def _attempt(
 
 
 def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
-    """The run of an attempt, in a directory that is new or was begun before."""
+    """Open the run of an attempt, in a directory that is new or was begun before."""
     cut = run.recipe.cut.model_copy(update={"target": target})
     files = RunDirectory(_attempt_folder(run, number), writes=run.files.writes)
     with run.accelerator.main_process_first():
@@ -133,8 +149,13 @@ def _inner_run(run: Run, number: int, target: TargetSpec) -> Run:
     return inner
 
 
+def _attempt_folder(run: Run, number: int) -> Path:
+    """Name the run directory of an attempt."""
+    return run.files.path / "attempts" / str(number)
+
+
 def _finetune(run: Run, tick: Callable[[], None]) -> AttemptFinetuned:
-    """Fine-tune an attempt, and judge it by validation images."""
+    """Fine-tune an attempt and evaluate it on the validation images."""
     model, plan = prune_stages.finetune(run, tick)
     accuracy = run.evaluate(model, run.inputs.data.validation)
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(validation_accuracy=accuracy))
@@ -153,8 +174,16 @@ _STAGES = (
 )
 
 
+def _nothing_accepted(target: Target, taken: Attempt, count: int) -> str:
+    asked = ", ".join(f"{key} {value:g}" for key, value in taken.target.items())
+    return (
+        f"none of {count} attempts stayed within {target.max_accuracy_drop:g} of the dense model's validation "
+        f"accuracy; the nearest lost {taken.drop:.4f} ({asked})"
+    )
+
+
 def _binding(target: Target, taken: Attempt, found: AttemptsResult) -> str:
-    """What kept the model from being pruned further: keys of the recipe."""
+    """Name the keys of the recipe that kept the model from being pruned further."""
     budget, tried = _budget(target), _tried(found.attempts)
     more = next_pressure(tried, budget, found.most, largest_factor(found.full)) is not None
     _, beyond = bracket(tried, budget)
@@ -169,47 +198,8 @@ def _binding(target: Target, taken: Attempt, found: AttemptsResult) -> str:
     return " and ".join([*keys, *(["cut.attempts"] if more else [])])
 
 
-def _nothing_accepted(target: Target, taken: Attempt, count: int) -> str:
-    asked = ", ".join(f"{key} {value:g}" for key, value in taken.target.items())
-    return (
-        f"none of {count} attempts stayed within {target.max_accuracy_drop:g} of the dense model's validation "
-        f"accuracy; the nearest lost {taken.drop:.4f} ({asked})"
-    )
-
-
-# ------------------------------------------------------------------------------- going on with the attempt taken
-
-
-def take_sparsified(run: Run, tick: Callable[[], None]) -> SparsifyResult:
-    """The sparse model of the attempt that is taken."""
-    _copy_from_taken(run, "checkpoints/sparse.safetensors")
-    return _taken(run).result("sparsify", SparsifyResult)
-
-
-def take_cut(run: Run, tick: Callable[[], None]) -> CutResult:
-    """The cut model of the attempt that is taken."""
-    _copy_from_taken(run, "checkpoints/cut")
-    return _taken(run).result("cut", CutResult)
-
-
-def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
-    """The finished model of the attempt that is taken, on the device, and the plan it was cut by."""
-    for row in _taken(run).metrics:
-        run.files.add_metrics(row)
-    folder = _taken(run).path / "pruned"
-    plan = PrunePlan.from_json(read_structure(folder)["plan"])
-    return load_artifact(folder).to(run.accelerator.device), plan
-
-
-def _taken(run: Run) -> RunDirectory:
-    number = run.files.result("attempts", AttemptsResult).taken
-    files = RunDirectory(_attempt_folder(run, number), writes=False)
-    files.open(resume=True)
-    return files
-
-
 def _copy_from_taken(run: Run, leaf: str) -> None:
-    """Copy what a stage of the attempt left into the run."""
+    """Copy a file or folder of the attempt that is taken into the run."""
     taken = _taken(run)
     source = taken.path / leaf
     if run.files.writes:
@@ -217,3 +207,10 @@ def _copy_from_taken(run: Run, leaf: str) -> None:
             with atomic_path(run.files.path / file.relative_to(taken.path)) as temporary:
                 shutil.copyfile(file, temporary)
     run.accelerator.wait_for_everyone()
+
+
+def _taken(run: Run) -> RunDirectory:
+    number = run.files.result("attempts", AttemptsResult).taken
+    files = RunDirectory(_attempt_folder(run, number), writes=False)
+    files.open(resume=True)
+    return files

@@ -1,7 +1,7 @@
-"""Which channels a run removes: from the target of its recipe to keep-masks, by importance and measured speed.
+"""Which channels a run removes: keep-masks for the target of its recipe, by importance and measured latency.
 
-One share is met by a threshold (`keep_masks`, or in training the automatic strength itself). A speed, a budget of
-accuracy or several shares take masks that are chosen as a whole, by the knapsack: `Target.takes_knapsack` says so.
+One share is met by a threshold, in `keep_masks` or by the automatic strength in training. For a speed-up, a latency, a
+budget of accuracy or several shares the knapsack chooses the masks of all groups together (`Target.takes_knapsack`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sparsekit.training.loader import make_loader
 
 
 def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: ChannelGroups) -> Scores | None:
-    """How important the recipe's criterion says that channels are; None for the norms of their filters.
+    """Compute the importance of channels by the recipe's criterion; None for the norms of their filters.
 
     "taylor" and "hessian" take the gradients of random training images.
     """
@@ -49,17 +49,19 @@ def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: Cha
 
 
 def check_speed(run: Run) -> tuple[float, float]:
-    """Measure how long the layers take, before hours are spent on a target that is met already, or never.
+    """Measure the layers before anything is trained; returns the dense latency in ms and the largest speed-up.
 
-    Returns the milliseconds of the dense model, and how many times as fast it is predicted to be at the fewest
-    channels.
+    The speed-up is predicted for the fewest channels allowed. Raises InputError for a target that is met already or out
+    of reach.
     """
     target = run.arguments.target
     model = build_model(run.recipe, len(run.inputs.data.class_names), weights=False)
     groups = _measured(run, model, find_groups(model, run.example.cpu(), **run.arguments.grouping))
     most = 1 / Knapsack(groups, all_alike(groups)).least("latency")
     dense_ms = sum(layer.ms or 0.0 for layer in groups.layers)
-    run.say(f"the dense model takes {dense_ms:.3g} ms, and can be made up to about {most:.2g} times as fast")
+    run.say(
+        f"the dense model takes {dense_ms:.3g} ms; the largest speed-up is predicted to be about {most:.2g}"
+    )
     if not target.is_speed:
         return dense_ms, most
     asked = target.speedup or dense_ms / (target.latency_ms or dense_ms)
@@ -68,28 +70,23 @@ def check_speed(run: Run) -> tuple[float, float]:
             f"cut.target.latency_ms {target.latency_ms:g} is met already: the dense model takes {dense_ms:.3g} ms in "
             "ONNX Runtime; ask for less, or leave it out"
         )
-    # Predictions are a few per cent off; what is far beyond is beyond.
+    # Predictions are a few per cent off, so only a speed-up far beyond is refused.
     if asked > 1.1 * most:
         raise InputError(
-            f"cut.target asks for {asked:.3g} times the speed, and with the fewest channels allowed the model is "
-            f"predicted to be about {most:.3g} times as fast; ask for less, lower cut.min_channels, or free more with "
+            f"cut.target asks for a speed-up of {asked:.3g}, and with the fewest channels allowed it is predicted to be "
+            f"about {most:.3g}; ask for less, lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
     return dense_ms, most
 
 
 def with_latencies(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    """Groups whose layers are measured if the target is a speed; by the first process, so that all agree."""
+    """Return the groups, with measured layers if the target is a speed-up or a latency."""
     return _measured(run, model, groups) if run.arguments.target.is_speed else groups
 
 
-def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
-    threads, example = run.recipe.benchmark.threads, run.timed_example
-    return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))
-
-
 def channel_costs(run: Run, model: nn.Module, groups: ChannelGroups) -> dict[str, float] | None:
-    """What a channel of each group costs, where the recipe weighs importance by that; None where it does not."""
+    """Return the cost of one channel of each group; None where the recipe does not weigh importance by cost."""
     weighed = run.recipe.sparsify.weigh_by
     if weighed == "size" or run.arguments.target.takes_knapsack:
         return None
@@ -97,15 +94,15 @@ def channel_costs(run: Run, model: nn.Module, groups: ChannelGroups) -> dict[str
 
 
 def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks, ChoiceFound | None]:
-    """Keep-masks, and how they were chosen if they were chosen as a whole: in training already, or here."""
+    """Return the keep-masks of the cut and, if the knapsack chose them (in training or here), how."""
     spec, target = run.recipe.cut, run.arguments.target
     settled = run.files.checkpoints / "settled.safetensors"
     if target.takes_knapsack and settled.exists():
         return load_state(settled), run.files.result("sparsify", SparsifyResult).choice
     importance = cut_importance(run.recipe, run.inputs, model, groups)
     if target.takes_knapsack:
-        ranked = output_shares(model, groups) if importance is None else importance
-        return choose_masks(run, model, with_latencies(run, model, groups), ranked)
+        importance = output_shares(model, groups) if importance is None else importance
+        return choose_masks(run, model, with_latencies(run, model, groups), importance)
     masks = keep_masks(
         model,
         groups,
@@ -121,7 +118,7 @@ def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks,
 def choose_masks(
     run: Run, model: nn.Module, groups: ChannelGroups, importance: Scores
 ) -> tuple[Masks, ChoiceFound]:
-    """Masks for a target that takes them as a whole, by the first process, and how they were found."""
+    """Choose masks by the knapsack, in the first process for all; returns how they were found as well."""
 
     def choose() -> tuple[Masks, ChoiceFound]:
         target, threads = run.arguments.target, run.recipe.benchmark.threads
@@ -146,7 +143,7 @@ def search_masks(
     threads: int,
     say: Callable[[str], None],
 ) -> SpeedSearch:
-    """Masks for a target that is a speed; every trial is told."""
+    """Find masks for a speed-up or a latency. `say` is told every trial."""
     return search_speed(
         model,
         groups,
@@ -157,6 +154,12 @@ def search_masks(
         limits=target.limits,
         threads=threads,
         progress=lambda trial: say(
-            f"choice: predicted to be {trial.predicted:.3g} times as fast, measured {trial.measured:.3g}"
+            f"choice: predicted a speed-up of {trial.predicted:.3g}, measured {trial.measured:.3g}"
         ),
     )
+
+
+def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
+    """Measure the layers in the first process for all, because times differ."""
+    threads, example = run.recipe.benchmark.threads, run.timed_example
+    return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))

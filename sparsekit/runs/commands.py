@@ -1,4 +1,4 @@
-"""The commands of the line besides `prune`: inspect, plan, export, report."""
+"""What the commands inspect, plan, export and report do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparsekit.training.models import create_model, input_config, load_weights_
 
 
 def report_again(run: Path) -> RunReport:
-    """Write report.json and report.html of a finished run again."""
+    """Write report.json and report.html of the finished run in a directory again."""
     return write_report(run)
 
 
@@ -43,7 +43,7 @@ def inspect_model(
     through_layer_norm: bool = False,
     blocks: bool = False,
 ) -> Inspection:
-    """Groups of a timm model, or of a recipe's model as its data, arguments and section `cut` make it."""
+    """Inspect a timm model, or a recipe's model as its data, arguments and section `cut` make it."""
     if recipe is not None:
         inputs = open_inputs(recipe)
         model = build_model(recipe, len(inputs.data.class_names), weights=False)
@@ -64,9 +64,9 @@ def inspect_model(
 
 
 def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
-    """What the recipe's target would keep, by `cut.importance`, and how fast that is; trains nothing.
+    """Choose channels for the recipe's target by `cut.importance` and measure the speed-up; trains nothing.
 
-    The weights are those of the dense model of the run directory `run`, or what the recipe starts from. Raises
+    The weights are those of the dense model in the run directory `run`, else those that the recipe starts from. Raises
     InputError for a recipe without a target, FileError for a run that has not trained its dense model.
     """
     target = _reachable_target(recipe)
@@ -76,7 +76,7 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     example = torch.zeros(1, *inputs.config.input_size)
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
-    remarks = [] if trained else ["the weights are random: how many channels go is real, which ones is not"]
+    remarks = [] if trained else ["the weights are random: trust how many channels go, not which ones"]
     if target.takes_attempts:
         remarks.append("max_accuracy_drop needs training, so it is left out here")
         target = replace(target, max_accuracy_drop=None)
@@ -108,27 +108,6 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     return DryRun(recipe.model.name, asked, measured, masks, found, trials, "; ".join(remarks))
 
 
-def _reachable_target(recipe: Recipe) -> Target:
-    """The recipe's target. Raises InputError if there is none, or none that can be met without training."""
-    if recipe.cut.target is None:
-        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
-    target = Target.of(recipe.cut.target)
-    if not target.besides_accuracy:
-        raise InputError(
-            "what cut.target.max_accuracy_drop keeps is found by training (sparsekit prune); to plan for a speed, add "
-            "--set 'cut.target={speedup: 2}'"
-        )
-    return target
-
-
-def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
-    """The recipe's model in eval mode, with the dense weights of a run, or those that the recipe starts from."""
-    model = build_model(recipe, n_classes, weights=run is None).eval()
-    if run is not None:
-        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
-    return model
-
-
 def export_again(
     source: Path,
     *,
@@ -138,10 +117,10 @@ def export_again(
     dynamic_batch: bool,
     merge_groups: bool = True,
 ) -> Path:
-    """Export the artifact in `source`, or in the run directory `source`, as ONNX; returns the file.
+    """Export an artifact as ONNX and return the file. `source` is the artifact or a run directory.
 
-    Without `output` the file is named after the artifact and what was asked for (pruned.b8.onnx) and lies beside
-    it. Raises FileError if that is there already: a run's files are what its report measured.
+    Without `output` the file lies beside the artifact and is named after it and the options: pruned.b8.onnx. Raises
+    FileError if that exists, because the files of a run are those that its report measured.
     """
     folder = source if (source / "structure.json").exists() else source / "pruned"
     if not (folder / "structure.json").exists():
@@ -174,3 +153,25 @@ def export_again(
         merge_groups=merge_groups,
         metadata=metadata_texts(info),
     )
+
+
+def _reachable_target(recipe: Recipe) -> Target:
+    """Return the recipe's target. Raises InputError if there is none that can be met without training."""
+    if recipe.cut.target is None:
+        raise InputError("the recipe has no cut.target to plan for; add --set 'cut.target={speedup: 2}'")
+    target = Target.of(recipe.cut.target)
+    if not target.besides_accuracy:
+        raise InputError(
+            "the channels that cut.target.max_accuracy_drop keeps are found by training (sparsekit prune); to plan for a "
+            "speed-up, add "
+            "--set 'cut.target={speedup: 2}'"
+        )
+    return target
+
+
+def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
+    """Build the recipe's model, in eval mode, with the dense weights of a run or those that the recipe starts from."""
+    model = build_model(recipe, n_classes, weights=run is None).eval()
+    if run is not None:
+        load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)
+    return model

@@ -2,13 +2,13 @@
 
     dense -> baseline -> sparsify -> cut -> finetune -> export -> benchmark -> report
 
-The baseline is what the pruned model is compared with, and what it learns from where it learns from a dense model.
-Where the target is a budget of accuracy, attempts at several speeds follow it; the stages sparsify, cut and finetune
-then take over the one that stays within the budget.
+The pruned model is compared with the baseline, and learns from it where the recipe says so. Where the target is a
+budget of accuracy, attempts at several speed-ups come after the baseline. The stages sparsify, cut and finetune then
+copy the attempt that is taken.
 
-Every stage is journaled in the run directory: done stages are skipped on resume, a training stage goes on after
-its last completed epoch. Stages hand over through files (weights, artifacts, ONNX) and small results in the
-journal, so that a resumed run and an uninterrupted one read the same things.
+Every stage is in the journal of the run directory. A resumed run skips the stages that are done and continues a
+training stage after its last completed epoch. Stages pass on files (weights, artifacts, ONNX) and results in the
+journal, so that a resumed run reads the same as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from sparsekit.runs.stages import Stage, run_stage
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.plan import PrunePlan
 
-# Float32 kernels that add in another order differ by 1e-6; ten times worse than any seen is a wrong graph.
+# Float32 kernels that add in another order differ by about 1e-6. Ten times the largest difference seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
 
 
@@ -74,9 +74,11 @@ _PARITY_LIMIT = 1e-3
 def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> RunReport:
     """Run a recipe in the directory `output` and return its report.
 
-    Raises InputError (all problems of the recipe's model and data in one message), FileError (the directory
-    holds a run already, or none to resume), TrainingError (the loss is not finite), VerificationError (a proof
-    failed).
+    Raises:
+        InputError: the model, the data or the target of the recipe has a problem; all in one message.
+        FileError: the directory already holds a run, or none to resume.
+        TrainingError: the loss is not finite.
+        VerificationError: a proof failed.
     """
     inputs = open_inputs(recipe)
     accelerator = make_accelerator(recipe)
@@ -85,7 +87,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
         files.open(resume=resume or not files.writes)
     run = Run(recipe, inputs, files, accelerator, console)
     story = _story(run.arguments)
-    for stage in story:  # all of them before anything is written: a refused resume leaves the run as it was
+    for stage in story:  # before anything is written, so that a refused resume changes nothing
         files.check_settings(stage.name, stage.settings(run))
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
@@ -97,7 +99,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
 
 
 def _check_target(run: Run) -> None:
-    """Refuse a speed or a budget that is out of reach, or met already, before anything is trained for it."""
+    """Refuse a target that is out of reach, or met already, before anything is trained for it."""
     target = run.arguments.target
     if target.is_speed or target.takes_attempts:
         dense_ms, most = check_speed(run)
@@ -109,7 +111,7 @@ def _check_target(run: Run) -> None:
 
 
 def _story(arguments: Arguments) -> list[Stage]:
-    """The stages in their order. An accuracy budget is searched by attempts; three stages then take one over."""
+    """List the stages in order. For a budget of accuracy three of them copy the attempt that is taken."""
     weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
     lengths = [
         f"{phase}.{key}"
@@ -139,7 +141,7 @@ def _story(arguments: Arguments) -> list[Stage]:
 
 
 def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
-    """Train from scratch or from the given weights (no epochs: only take them); note what the data are."""
+    """Train the dense model from the given or random weights; with no epochs, take them as they are."""
     model = build_model(run.recipe, len(run.inputs.data.class_names), weights=True)
     run.train(model, run.arguments.phases.dense, "dense", tick)
     run.keep_weights(model, "dense")
@@ -155,7 +157,7 @@ def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
 
 
 def _train_baseline(run: Run, tick: Callable[[], None]) -> BaselineResult:
-    """The fair comparison: the dense model goes through the same epochs and rates, without penalty and cut."""
+    """Train the dense model on for the epochs and rates of the pruned one, without penalty and cut."""
     model, phases = run.weights("dense"), run.arguments.phases
     run.train(model, phases.sparsify, "baseline", tick)
     run.train(model, phases.finetune, "baseline-finetune", tick, first_epoch=phases.sparsify.epochs)
@@ -166,7 +168,7 @@ def _train_baseline(run: Run, tick: Callable[[], None]) -> BaselineResult:
 def _cut_and_test(
     cut: Callable[[Run, Callable[[], None]], CutResult], run: Run, tick: Callable[[], None]
 ) -> TestedCut:
-    """Cut, and compare the sparse and the cut model on the test images."""
+    """Cut the sparse model, and compare both on the test images."""
     return TestedCut(cut(run, tick), _compare_on_test(run))
 
 
@@ -175,7 +177,7 @@ def _finetune_and_test(
     run: Run,
     tick: Callable[[], None],
 ) -> FinetuneResult:
-    """Train the cut model, then save it as the portable artifact, read that back, and test the model once."""
+    """Fine-tune the cut model, test it once, save it as an artifact, and read that back."""
     model, plan = finetune(run, tick)
     accuracy = run.evaluate(model, run.inputs.data.test)
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(test_accuracy=accuracy))
@@ -186,7 +188,7 @@ def _finetune_and_test(
 
 
 def _export(run: Run, tick: Callable[[], None]) -> ExportResult | Nothing:
-    """Both models as ONNX files, compared with torch and tested through ONNX Runtime; then in fewer bits."""
+    """Export both models as ONNX, compare them with torch, and test them in ONNX Runtime; then in fewer bits."""
     if not run.files.writes:
         return Nothing()
     return ExportResult(
@@ -197,11 +199,11 @@ def _export(run: Run, tick: Callable[[], None]) -> ExportResult | Nothing:
 
 
 def _export_variants(run: Run) -> tuple[ExportedVariant, ...]:
-    """The pruned model's file in fewer bits, with sizes and test accuracies."""
+    """Write the pruned model in fewer bits, and test it."""
     if not run.recipe.export.precisions:
         return ()
     with TemporaryDirectory() as folder:
-        # Merged groups are for the float32 kernels.
+        # Merged conv_groups are for the float32 kernels only.
         source = export_onnx(
             load_artifact(run.files.path / "pruned"),
             Path(folder) / "pruned.onnx",
@@ -245,7 +247,7 @@ def _export_one(run: Run, name: str, model: nn.Module) -> ExportedModel:
     parity = check_parity(model, path, run.validation_images().cpu())
     if not parity.max_rel <= _PARITY_LIMIT:
         raise VerificationError(
-            f"{path} gives other logits than torch: off by {parity.max_rel:.2g} of the largest"
+            f"{path} gives other logits than torch: they differ by {parity.max_rel:.2g} of the largest"
         )
     test = run.loader(run.inputs.data.test, False)
     return ExportedModel(
@@ -257,7 +259,7 @@ def _export_one(run: Run, name: str, model: nn.Module) -> ExportedModel:
 
 
 def _benchmark(run: Run, tick: Callable[[], None]) -> BenchmarkResult | Nothing:
-    """Latency of all the files in ONNX Runtime, interleaved."""
+    """Measure the latency of all files in ONNX Runtime, interleaved."""
     if not run.files.writes:
         return Nothing()
     spec = run.recipe.benchmark
@@ -286,14 +288,14 @@ def _report(run: Run, tick: Callable[[], None]) -> Nothing:
 
 
 def _dense_figures(run: Run, model: nn.Module) -> DenseFigures:
-    """Test accuracy (the one time the dense model sees the test images in torch), params and MACs."""
+    """Return test accuracy, params and MACs of the dense model. It sees the test images in torch only here."""
     model.to(run.accelerator.device)
     accuracy = run.evaluate(model, run.inputs.data.test)
     return DenseFigures(accuracy, count_params(model), count_macs(model, run.example))
 
 
 def _compare_on_test(run: Run) -> CutEffect:
-    """Test accuracy of the sparse and the cut model, and the largest change of any logit, over the test images."""
+    """Compare the sparse and the cut model on the test images: accuracies and the largest change of a logit."""
     device = run.accelerator.device
     sparse, pruned = run.weights("sparse"), load_artifact(run.files.checkpoints / "cut").to(device)
     change, largest, hits, count = 0.0, 0.0, [0, 0], 0

@@ -1,4 +1,4 @@
-"""The stages that make a pruned model of a dense one: sparsify, cut, fine-tune. None of them sees a test image."""
+"""The stages sparsify, cut and finetune, which make a pruned model of a dense one. None sees a test image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sparsekit.training.options import Distillation
 
 
 class NothingToCutError(InputError):
-    """What was chosen to go is nothing."""
+    """No channel was chosen to go."""
 
 
 def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
@@ -51,26 +51,8 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
     )
 
 
-def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | LateChoice:
-    """What shrinks channels: with a target that takes masks as a whole, told of them when the warm-up is over."""
-    options, loader = run.arguments.phases.sparsify, run.loader(run.inputs.data.train, True)
-    steps = options.epochs * steps_per_epoch(loader, options, run.accelerator)
-    costs = channel_costs(run, model, groups)
-    sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
-    spec = run.recipe.sparsify
-    if spec.strength != "auto" or not run.arguments.target.takes_knapsack:
-        return sparsifier
-    measured = with_latencies(run, model, groups)
-
-    def choose(importance: Scores) -> tuple[Masks, Mapping[str, Any]]:
-        masks, found = choose_masks(run, model, measured, importance)
-        return masks, as_json(found)
-
-    return LateChoice(sparsifier, max(round(steps * spec.warmup), 1), choose)
-
-
 def cut(run: Run, tick: Callable[[], None]) -> CutResult:
-    """Masks, plan, surgery, proof; leaves the cut model in checkpoints/cut."""
+    """Choose masks, make the plan, cut, and prove it. The cut model is left in checkpoints/cut."""
     model = run.weights("sparse")
     groups = run.find_groups(model)
     masks, choice = cut_masks(run, model, groups)
@@ -80,7 +62,7 @@ def cut(run: Run, tick: Callable[[], None]) -> CutResult:
     plan = make_plan(groups, masks)
     if not (plan.cuts or plan.blocks):
         raise NothingToCutError(
-            "cut: nothing to remove: in no group a whole step of channels is zero or of little importance; set "
+            "cut: nothing to remove: no group has a whole step of channels that are zero or of little importance; set "
             "cut.target, raise sparsify.strength, or lower cut.round_to"
         )
     pruned = apply_plan(model, plan)
@@ -99,8 +81,39 @@ def cut(run: Run, tick: Callable[[], None]) -> CutResult:
     )
 
 
+def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
+    """Train the cut model without a penalty; returns it, on the device, and the plan it was cut by."""
+    spec = run.recipe.finetune
+    folder = run.files.checkpoints / "cut"
+    model = load_artifact(folder).to(run.accelerator.device)
+    run.recalibrate(model)
+    teacher = None
+    if spec.distill is not None and spec.epochs:
+        teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
+    run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)
+    return model, PrunePlan.from_json(read_structure(folder)["plan"])
+
+
+def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | LateChoice:
+    """Make the Sparsifier. Where the knapsack chooses the masks, it gets them when the warm-up is over."""
+    options, loader = run.arguments.phases.sparsify, run.loader(run.inputs.data.train, True)
+    steps = options.epochs * steps_per_epoch(loader, options, run.accelerator)
+    costs = channel_costs(run, model, groups)
+    sparsifier = make_sparsifier(run.recipe, model, groups, total_steps=steps, costs=costs)
+    spec = run.recipe.sparsify
+    if spec.strength != "auto" or not run.arguments.target.takes_knapsack:
+        return sparsifier
+    measured = with_latencies(run, model, groups)
+
+    def choose(importance: Scores) -> tuple[Masks, Mapping[str, Any]]:
+        masks, found = choose_masks(run, model, measured, importance)
+        return masks, as_json(found)
+
+    return LateChoice(sparsifier, max(round(steps * spec.warmup), 1), choose)
+
+
 def _with_multiples(groups: ChannelGroups, multiples: Mapping[str, int]) -> ChannelGroups:
-    """Groups kept in the multiples that their masks were chosen in."""
+    """Return the groups, rounded to the multiples in which their masks were chosen."""
     rounded = [
         replace(g, rounding=replace(g.rounding, multiple=multiples[g.name])) if g.name in multiples else g
         for g in groups
@@ -112,16 +125,3 @@ def _kept(group: ChannelGroup, masks: Masks, plan: PrunePlan) -> int:
     if any(group.lies_in(block.module) for block in plan.blocks):
         return 0
     return int(masks[group.name].sum()) if group.name in masks else group.n_channels
-
-
-def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
-    """Train the cut model without penalty; returns it, on the device, with the plan it was cut by."""
-    spec = run.recipe.finetune
-    folder = run.files.checkpoints / "cut"
-    model = load_artifact(folder).to(run.accelerator.device)
-    run.recalibrate(model)
-    teacher = None
-    if spec.distill is not None and spec.epochs:
-        teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
-    run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)
-    return model, PrunePlan.from_json(read_structure(folder)["plan"])

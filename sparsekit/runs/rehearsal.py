@@ -1,4 +1,4 @@
-"""What a recipe names, opened and tried once, before hours are spent on it."""
+"""The data and the model that a recipe names, opened and tried once before hours are spent on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsekit.training.splits import ImageData, fingerprint, open_data
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, opened: images, how they become tensors, and the arguments timm builds the model with."""
+    """A recipe's images, how they become inputs, and the arguments that timm builds the model with."""
 
     data: ImageData
     config: InputConfig
@@ -38,7 +38,7 @@ class Inputs:
 
 
 def check_inputs(recipe: Recipe) -> list[str]:
-    """Problems of a valid recipe with the world: model name, data, checkpoint, device, threads. Trains nothing."""
+    """List the problems of a valid recipe: model name, data, checkpoint, device, threads. Trains nothing."""
     try:
         open_inputs(recipe)
     except InputError as error:
@@ -47,7 +47,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Open data and model. Raises InputError with one line for each problem, all at once."""
+    """Open the data and try the model. Raises InputError with one line for each problem."""
     problems: list[str] = []
 
     def attempt(action: Callable[[], Any]) -> Any:
@@ -61,7 +61,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     attempt(lambda: check_threads(recipe.benchmark.threads))
     attempt(lambda: check_provider(recipe.benchmark.provider))
     data = attempt(lambda: _open_images(recipe))
-    # Without data any class count shows whether the model can be built.
+    # Without data, any number of classes shows whether the model can be built.
     probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))
     config = attempt(lambda: image_config(recipe, probe)) if probe is not None else None
     if probe is not None:
@@ -101,7 +101,7 @@ def _check_device(recipe: Recipe) -> None:
 
 
 def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Module) -> None:
-    """Do once, on two images, what would otherwise fail in a later stage, after hours of training."""
+    """Do once, on two images, what would otherwise fail after hours of training."""
     if recipe.dense.epochs == 0 and recipe.model.pretrained:
         trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
         if trained is not None and trained != len(data.class_names):
@@ -151,10 +151,10 @@ def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: 
             raise ModelError(
                 f"{recipe.model.name} does not run in {mode} on {len(images)} images of {size} "
                 f"({first_line(error)}); another data.image_size or data.batch_size "
-                "may mend it"
+                "may help"
             ) from error
     if not isinstance(outputs, Tensor) or outputs.shape != (len(images), n_classes):
-        raise ModelError(f"{recipe.model.name} does not give one number a class; check model.args")
+        raise ModelError(f"{recipe.model.name} does not give one number for each class; check model.args")
 
 
 def _check_patterns(recipe: Recipe, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The report of a finished run, put together from its directory: journal, metrics and recipe."""
+"""The report of a finished run, made from its journal, metrics and recipe."""
 
 from __future__ import annotations
 
@@ -49,19 +49,18 @@ from sparsekit.runs.results import (
 from sparsekit.runs.run_directory import RunDirectory
 
 
-def final_dense(files: RunDirectory) -> DenseFigures:
-    """Figures of the dense model that the pruned one is compared with: the baseline's, where there is one."""
-    if "baseline" in files.stages:
-        return files.result("baseline", BaselineResult).figures
-    figures = files.result("dense", DenseResult).figures
-    assert figures is not None
-    return figures
+def write_report(directory: Path) -> RunReport:
+    """Write report.json and report.html of the finished run in `directory`. Raises FileError as `build_report` does."""
+    report = build_report(directory)
+    write_json(report, directory / "report.json")
+    write_html(report, directory / "report.html")
+    return report
 
 
 def build_report(directory: Path) -> RunReport:
-    """The report of the finished run in `directory`, from its journal, metrics and recipe.
+    """Make the report of the finished run in `directory`.
 
-    Raises FileError if it holds no run or one whose stages up to the benchmark are not all done.
+    Raises FileError if it holds no run, or one whose stages up to the benchmark are not all done.
     """
     files = RunDirectory(directory, writes=False)
     files.open(resume=True)
@@ -89,6 +88,15 @@ def build_report(directory: Path) -> RunReport:
         ) from error
 
 
+def final_dense(files: RunDirectory) -> DenseFigures:
+    """Return the figures that the pruned model is compared with: the baseline's, else those of the dense model."""
+    if "baseline" in files.stages:
+        return files.result("baseline", BaselineResult).figures
+    figures = files.result("dense", DenseResult).figures
+    assert figures is not None
+    return figures
+
+
 def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport:
     dense, tested = files.result("dense", DenseResult), files.result("cut", TestedCut)
     finetune, exported = files.result("finetune", FinetuneResult), files.result("export", ExportResult)
@@ -114,23 +122,13 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
         null=_interval(latency.null),
         parity=ParityFigures(**asdict(exported.pruned.parity)),
         dense_parity=ParityFigures(**asdict(exported.dense.parity)),
-        benchmark=BenchmarkInfo(
-            batch=latency.batch,
-            threads=latency.threads,
-            rounds=latency.rounds,
-            trustworthy=latency.trustworthy,
-            reason=latency.reason,
-        ),
+        benchmark=_benchmark(latency),
         round_trip_max_abs=finetune.round_trip_max_abs,
         machine=bench.machine,
         seed=recipe.seed,
         versions=bench.versions,
         epochs=_epochs(recipe, with_baseline="baseline" in files.stages),
-        stages=tuple(
-            StageInfo(name=stage.name, seconds=stage.seconds, status=stage.status)
-            for stage in files.stages.values()
-            if stage.name != "report"
-        ),
+        stages=tuple(_stages(files)),
         layers=tuple(LayerFigures(**asdict(layer)) for layer in tested.cut.layers),
         curves=tuple(CurvePoint(**row) for row in files.metrics),
         warnings=tuple(_warnings(recipe, files)),
@@ -143,28 +141,9 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
     )
 
 
-def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
-    after = recipe.sparsify.epochs + recipe.finetune.epochs
-    return EpochCounts(
-        dense=recipe.dense.epochs,
-        baseline=after if with_baseline else 0,
-        sparsify=recipe.sparsify.epochs,
-        finetune=recipe.finetune.epochs,
-    )
-
-
 def _attempts(files: RunDirectory) -> AttemptsResult | None:
-    """The attempts of a run whose target is a budget of accuracy."""
+    """Return the attempts of a run whose target is a budget of accuracy, else None."""
     return files.result("attempts", AttemptsResult) if files.is_done("attempts") else None
-
-
-def _attempt_figures(found: AttemptsResult | None) -> tuple[AttemptFigures, ...]:
-    figures = []
-    for one in found.attempts if found else ():
-        plain = asdict(one)
-        del plain["pressure"]
-        figures.append(AttemptFigures(**plain, taken=found is not None and one.number == found.taken))
-    return tuple(figures)
 
 
 def _figures(
@@ -188,17 +167,35 @@ def _interval(interval: Interval) -> IntervalFigures:
     return IntervalFigures(value=interval.value, low=interval.low, high=interval.high)
 
 
-def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
-    """The files in fewer bits; they were timed behind the dense and the pruned one."""
-    timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
-    for variant, measured, speedup in timed:
-        yield VariantFigures(
-            **asdict(variant), latency_ms=_latency_figures(measured), speedup=_interval(speedup)
-        )
+def _benchmark(latency: LatencyComparison) -> BenchmarkInfo:
+    return BenchmarkInfo(
+        batch=latency.batch,
+        threads=latency.threads,
+        rounds=latency.rounds,
+        trustworthy=latency.trustworthy,
+        reason=latency.reason,
+    )
+
+
+def _epochs(recipe: Recipe, *, with_baseline: bool) -> EpochCounts:
+    after = recipe.sparsify.epochs + recipe.finetune.epochs
+    return EpochCounts(
+        dense=recipe.dense.epochs,
+        baseline=after if with_baseline else 0,
+        sparsify=recipe.sparsify.epochs,
+        finetune=recipe.finetune.epochs,
+    )
+
+
+def _stages(files: RunDirectory) -> Iterator[StageInfo]:
+    """Every stage but the one that writes the report."""
+    for stage in files.stages.values():
+        if stage.name != "report":
+            yield StageInfo(name=stage.name, seconds=stage.seconds, status=stage.status)
 
 
 def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
-    """What a reader should know before trusting the figures."""
+    """Yield what a reader should know before trusting the figures."""
     tested, shortfall = files.result("cut", TestedCut), files.result("sparsify", SparsifyResult).shortfall
     cut, effect, attempts = tested.cut, tested.effect, _attempts(files)
     subject, asked = "The target was not met as asked", "Asked"
@@ -219,22 +216,21 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
     elif effect.max_abs_logit_change > 1e-4 * effect.max_abs_logit:
         yield (
             "The cut changed the logits although every channel removed was zero: an activation turns zero into a "
-            "constant, which a padded convolution does not read as one."
+            "constant, and a padded convolution sees zeros instead of it at the edges."
         )
     exported = files.result("export", ExportResult)
     pushed_out = exported.pruned.graph.plain - exported.dense.graph.plain
     if pushed_out > 0:
         yield (
-            f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, and outside they are "
-            "slow: channels that are no multiple of 4, or narrow groups of a number that cannot be merged; set "
-            "cut.round_to: auto."
+            f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, where they are slow: "
+            "their channels are no multiple of 4, or their narrow conv_groups cannot be merged; set cut.round_to: auto."
         )
     if (n := files.result("dense", DenseResult).data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
 
 
 def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResult) -> Iterator[str]:
-    """What to know of a budget of accuracy: that it was not met, or is finer than the validation images can tell."""
+    """Warn of a budget of accuracy that was not met, or is finer than the validation images can tell."""
     if found.remark:
         yield f"The target was not met as asked: {found.remark}."
     n = files.result("dense", DenseResult).data.validation
@@ -248,19 +244,30 @@ def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResul
 
 
 def _missed_speed(asked: str, choice: ChoiceFound, latency: LatencyComparison) -> Iterator[str]:
-    """What to say if the last measurement is further from the speed asked for than the choice of channels was."""
+    """Warn if the benchmark misses the speed-up that was asked for, though the choice of channels met it."""
     measured = latency.speedups[0].value
     if choice.asked is None or choice.found is None or abs(measured / choice.asked - 1) <= SPEED_TOLERANCE:
         return
     yield (
         f"{asked} for a speed-up of {choice.asked:.3g}, the benchmark measured {measured:.3g}. When the channels "
-        f"were chosen, {choice.found.measured:.3g} was measured for them: so far apart are two measurements on this "
-        "machine."
+        f"were chosen, {choice.found.measured:.3g} was measured for them: two measurements on this machine differ by that "
+        "much."
     )
 
 
-def write_report(directory: Path) -> RunReport:
-    report = build_report(directory)
-    write_json(report, directory / "report.json")
-    write_html(report, directory / "report.html")
-    return report
+def _variants(exported: ExportResult, latency: LatencyComparison) -> Iterator[VariantFigures]:
+    """Yield the models in fewer bits. They were timed after the dense and the pruned one."""
+    timed = zip(exported.variants, latency.latencies[2:], latency.speedups[1:], strict=True)
+    for variant, measured, speedup in timed:
+        yield VariantFigures(
+            **asdict(variant), latency_ms=_latency_figures(measured), speedup=_interval(speedup)
+        )
+
+
+def _attempt_figures(found: AttemptsResult | None) -> tuple[AttemptFigures, ...]:
+    figures = []
+    for one in found.attempts if found else ():
+        plain = asdict(one)
+        del plain["pressure"]
+        figures.append(AttemptFigures(**plain, taken=found is not None and one.number == found.taken))
+    return tuple(figures)

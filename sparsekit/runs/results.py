@@ -1,4 +1,4 @@
-"""What the stages of a run find and hand on: frozen dataclasses, each with a JSON form for the journal."""
+"""The results of the stages: frozen dataclasses, each with a JSON form for the journal."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Result = TypeVar("Result")
 
 
 def as_json(result: Any) -> dict[str, Any]:
-    """A result as plain data; `from_json` gives back an equal one."""
+    """Return a result as plain data. `from_json` gives back an equal one."""
     plain: dict[str, Any] = TypeAdapter(type(result)).dump_python(result, mode="json")
     return plain
 
 
 def from_json(kind: type[Result], plain: Mapping[str, Any]) -> Result:
-    """Inverse of `as_json`. Raises ValueError for data that are no such result."""
+    """Read a result of this kind that `as_json` wrote. Raises ValueError for other data."""
     return TypeAdapter(kind).validate_python(plain)
 
 
 @dataclass(frozen=True)
 class DataFound:
-    """The images of a run: what they are, their classes, and how many each split has."""
+    """The data of a run: a description, the classes, and the number of images in each split."""
 
     description: str
     class_names: tuple[str, ...]
@@ -51,7 +51,7 @@ class DenseFigures:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """What the first stage found; `figures` only where no baseline takes the model's place."""
+    """The dense model and the data. `figures` is None where the baseline is measured instead."""
 
     data: DataFound
     config: InputConfig
@@ -68,10 +68,11 @@ class BaselineResult:
 
 @dataclass(frozen=True)
 class ChoiceFound:
-    """How masks were chosen as a whole: in multiples of how many channels each group is kept, and for which speed.
+    """How the knapsack chose masks.
 
-    `asked` is the speed-up that was asked for, `found` the trial of these masks and `trials` all of them; None and
-    empty where no speed was asked for. `remark` says why the target was not met, if it was not.
+    A group keeps a multiple of `multiples` of its name. `asked` is the speed-up that was asked for, `found` the trial
+    of these masks, `trials` are all trials; None and empty where no speed was asked for. `remark` says why the target
+    was not met; empty if it was.
     """
 
     multiples: dict[str, int]
@@ -83,7 +84,7 @@ class ChoiceFound:
 
 @dataclass(frozen=True)
 class SparsifyResult:
-    """The sparse model: channels at zero, and how far from its target the phase ended ("": it met it)."""
+    """The sparse model. `shortfall` says how far from its target the phase ended; empty if it met it."""
 
     zero_channels: int
     channels: int
@@ -93,7 +94,7 @@ class SparsifyResult:
 
 @dataclass(frozen=True)
 class LayerKept:
-    """How many channels of a group were kept; `reason` says why it is frozen, if it is."""
+    """The channels of a group and how many were kept. `reason` says why it is frozen; empty if it is not."""
 
     name: str
     channels: int
@@ -103,7 +104,7 @@ class LayerKept:
 
 @dataclass(frozen=True)
 class CutResult:
-    """The cut: channels that were zero, removed, and removed though they were not zero; and the proof."""
+    """The cut: how many channels were zero, were removed, and were removed though not zero (`removed_live`)."""
 
     proof_max_rel: float
     near_zero_channels: int
@@ -116,7 +117,7 @@ class CutResult:
 
 @dataclass(frozen=True)
 class CutEffect:
-    """The test images right before and right after the cut: accuracies, and the largest change of any logit."""
+    """What the cut changed on the test images: the accuracy and the largest change of a logit."""
 
     accuracy_before_cut: float
     accuracy_after_cut: float
@@ -126,13 +127,13 @@ class CutEffect:
 
 @dataclass(frozen=True)
 class TestedCut:
-    """The cut of a run, and what it did to the test images."""
+    """The cut of a run, and what it changed on the test images."""
 
     cut: CutResult
     effect: CutEffect
 
     def __str__(self) -> str:
-        """For the run's log."""
+        """One line for the log of the run."""
         effect = self.effect
         return (
             f"{self.cut.removed} of {self.cut.channels} channels removed, test accuracy "
@@ -143,7 +144,7 @@ class TestedCut:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """The pruned model on the test images, and how far the artifact's logits are from its own."""
+    """The pruned model. `accuracy` is on the test images; `round_trip_max_abs` compares it with its artifact."""
 
     accuracy: float
     params: int
@@ -153,7 +154,7 @@ class FinetuneResult:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """An ONNX file: parity with torch, accuracy on the test images, size, and what ONNX Runtime makes of it."""
+    """An ONNX file: parity with torch, accuracy on the test images, size, and the operators that run."""
 
     parity: Parity
     accuracy_onnx: float
@@ -163,7 +164,7 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class ExportedVariant:
-    """The pruned model's file in fewer bits."""
+    """The ONNX file of the pruned model in fewer bits."""
 
     precision: Precision
     onnx_bytes: int
@@ -190,12 +191,12 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What was asked of an attempt within a budget of accuracy, and how it ended.
+    """One attempt of the search for a budget of accuracy: its target, and how it ended.
 
-    `pressure` is what its target is raised to (`accuracy_search.target_at`). `accuracy` is that of validation images,
-    `drop` how much lower than the dense model's; `speedup` is what was measured when channels were chosen, None where
-    no speed was asked for. What could not be made has no figures, and says why not in `failure`; its `drop` is 0 where
-    there was nothing to cut, else 1.
+    `target` is the full target at `pressure` (`accuracy_search.target_at`). `accuracy` is that of the validation images,
+    `drop` how much lower it is than the dense model's. `speedup` was measured when the channels were chosen; None where
+    no speed was asked for. An attempt that failed has no figures; `failure` says why, and `drop` is 0 where there was
+    nothing to cut, else 1.
     """
 
     number: int
@@ -213,8 +214,8 @@ class Attempt:
 class AttemptsResult:
     """The search for a budget of accuracy, finished or not.
 
-    `full` is the target at pressure 1 and `most` the highest pressure to try. `taken` is the attempt that the run goes
-    on with (0: not decided yet), `binds` the keys of the recipe that kept the search from going further.
+    `full` is the target at pressure 1, `most` the highest pressure to try. `taken` is the number of the attempt that the
+    run goes on with (0: not decided yet). `binds` are the keys of the recipe that kept the search from going further.
     """
 
     full: dict[str, float]
@@ -228,7 +229,7 @@ class AttemptsResult:
 
 @dataclass(frozen=True)
 class AttemptFinetuned:
-    """An attempt after its fine-tuning, judged by validation images."""
+    """A fine-tuned attempt, evaluated on the validation images."""
 
     validation_accuracy: float
     macs: int
@@ -236,4 +237,4 @@ class AttemptFinetuned:
 
 @dataclass(frozen=True)
 class Nothing:
-    """Of a stage that leaves files only, and of processes that do not write."""
+    """The result of a stage that leaves only files, and of processes that do not write."""

@@ -1,4 +1,4 @@
-"""One run of a recipe: its recipe, inputs, files and processes, and what several of its stages do with them."""
+"""One run of a recipe: its inputs, files and processes, and what several stages do with them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a stage works with.
+    """Everything that a stage works with.
 
-    `origin` is the run that the dense model is of, where that is another. `arguments` follow from the recipe.
+    `origin` is the run directory that has the dense model, where that is another. `arguments` follow from the recipe.
     """
 
     recipe: Recipe
@@ -60,23 +60,23 @@ class Run:
         object.__setattr__(self, "arguments", Arguments.of(self.recipe))
 
     def say(self, message: str) -> None:
-        """Print a line and put it in run.log (once, in a run of several processes)."""
+        """Print a line and add it to run.log, once for all processes."""
         self.files.log(message)
         if self.accelerator.is_main_process:
             self.console.print(message, highlight=False, markup=False)
 
     @property
     def example(self) -> Tensor:
-        """One input of the model, (1, channels, height, width), on the device."""
+        """An input of the model: zeros (1, channels, height, width), on the device."""
         return torch.zeros(1, *self.inputs.config.input_size, device=self.accelerator.device)
 
     @property
     def timed_example(self) -> Tensor:
-        """Zeros of the shape that latencies are measured at, on the CPU."""
+        """An input that latencies are measured with: zeros (batch, channels, height, width), on the CPU."""
         return torch.zeros(self.recipe.export.batch_size, *self.inputs.config.input_size)
 
     def by_the_first(self, action: Callable[[], _Result]) -> _Result:
-        """What the first process finds, for all: they have to agree, and times differ. An error is all's too."""
+        """Do it in the first process and return the result, or raise the error, in all: measured times differ."""
         shared: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
@@ -93,11 +93,11 @@ class Run:
         return found
 
     def find_groups(self, model: nn.Module) -> ChannelGroups:
-        """Its channel groups, as the recipe has them cut."""
+        """Find the channel groups of a model, with the options of the recipe."""
         return find_groups(model, self.example, **self.arguments.grouping)
 
     def loader(self, images: Images, training: bool) -> Loader:
-        """Batches of a split, augmented in training."""
+        """Make a loader of images, augmented for training."""
         spec = self.recipe.data
         return make_loader(
             images,
@@ -120,7 +120,7 @@ class Run:
         teacher: Distillation | None = None,
         first_epoch: int = 0,
     ) -> None:
-        """One phase of training, resumed from its state file if there is one."""
+        """Train one phase, resumed from its state file if there is one."""
         if not options.epochs:
             return
         shown = name.partition("-")[0]
@@ -147,7 +147,7 @@ class Run:
             note(metrics)
 
     def evaluate(self, model: nn.Module, images: Images) -> float:
-        """Accuracy in [0, 1]."""
+        """Return the accuracy on these images, in [0, 1]."""
         return evaluate(model, self.loader(images, False), self.accelerator).accuracy
 
     def recalibrate(self, model: nn.Module) -> None:
@@ -163,13 +163,13 @@ class Run:
             recalibrate_batchnorms(model, (batch.to(self.accelerator.device) for batch, _ in loader))
 
     def keep_weights(self, model: nn.Module, name: str) -> None:
-        """Write the weights for later stages (`weights`); all processes wait for that."""
+        """Write the weights for later stages (`weights`). All processes wait for it."""
         if self.files.writes:
             save_weights(model, self.files.checkpoints / f"{name}.safetensors")
         self.accelerator.wait_for_everyone()
 
     def weights(self, name: str) -> nn.Module:
-        """A dense model on the device, with the weights an earlier stage kept."""
+        """Build the uncut model, on the device, with the weights that an earlier stage kept."""
         num_classes = len(self.inputs.data.class_names)
         model = build_model(self.recipe, num_classes, weights=False)
         files = self.origin if self.origin is not None and name in ("dense", "baseline") else self.files
@@ -177,11 +177,11 @@ class Run:
         return model.to(self.accelerator.device)
 
     def final_dense(self) -> nn.Module:
-        """The dense model that the pruned one is compared with: the baseline, or what there was without one."""
+        """Build the model that the pruned one is compared with: the baseline, else the dense model."""
         return self.weights("baseline" if self.arguments.trains_baseline else "dense")
 
     def validation_images(self) -> Tensor:
-        """The first validation images, (n, channels, height, width), on the device."""
+        """Return the first validation images, (n, channels, height, width), on the device."""
         batches: Iterator[Any] = iter(self.loader(self.inputs.data.validation, False))
         images: Tensor = torch.cat([next(batches)[0]])
         for batch in batches:
@@ -191,7 +191,7 @@ class Run:
         return images[:_PARITY_IMAGES].to(self.accelerator.device)
 
     def save_artifact(self, model: nn.Module, path: Path, plan: PrunePlan, info: Mapping[str, Any]) -> None:
-        """Write a cut model in the portable form; all processes wait for that."""
+        """Write a cut model as an artifact. All processes wait for it."""
         if self.files.writes:
             save_artifact(
                 model,
@@ -204,7 +204,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def describe(self, **accuracies: float) -> dict[str, Any]:
-        """What artifact and ONNX file say about themselves: enough to feed them and to know where they come from."""
+        """Return the metadata of artifact and ONNX file: how to feed the model, and where it comes from."""
         return {
             "model": self.recipe.model.name,
             "class_names": list(self.inputs.data.class_names),
@@ -216,7 +216,7 @@ class Run:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy on the CPU, without the forward that accelerate may have put on the model."""
+    """Copy a model to the CPU, without the forward that accelerate may have set on it."""
     duplicate = copy.deepcopy(model).cpu()
     for name in ("forward", "_original_forward"):
         duplicate.__dict__.pop(name, None)

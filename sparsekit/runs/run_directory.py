@@ -1,10 +1,10 @@
-"""A run directory on disk: its recipe, its journal of stages, its metrics and its log. Every file is atomic.
+"""A run directory on disk: its recipe, journal of stages, metrics and log. All but the log are written atomically.
 
 recipe.yaml             the resolved recipe
-metrics.jsonl           one line an epoch and phase
+metrics.jsonl           one line for each epoch of a phase
 run.log                 what happened when
 checkpoints/            journal.json (stages, seconds, results), weights and training states
-attempts/               run directories of models that were tried on the way (cut.target.max_accuracy_drop)
+attempts/               the run directories of attempts (cut.target.max_accuracy_drop)
 dense.onnx pruned.onnx pruned/ report.json report.html
 """
 
@@ -26,7 +26,7 @@ from sparsekit.runs.results import Result, as_json, from_json
 
 @dataclass
 class StageRecord:
-    """One stage: "running" or "done", seconds over all attempts, what it found, and the settings it depends on."""
+    """One stage: "running" or "done", its seconds over all starts, its result, and the settings it depends on."""
 
     name: str
     status: str
@@ -36,7 +36,7 @@ class StageRecord:
 
 
 class RunDirectory:
-    """Reads and writes one run's files. In a run of several processes only the main one writes (`writes`)."""
+    """Reads and writes the files of one run. Of several processes only the main one `writes`."""
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
@@ -46,23 +46,19 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of weights and training states."""
+        """The folder of weights and training states."""
         return self.path / "checkpoints"
 
     @property
-    def _journal(self) -> Path:
-        return self.checkpoints / "journal.json"
-
-    @property
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether the directory holds a run."""
         return self._journal.exists()
 
     def open(self, *, resume: bool) -> None:
         """Create the directory, or read the journal of the run it holds.
 
-        Raises FileError if it holds anything and `resume` is not asked for, holds no run although it is, or
-        cannot be written.
+        Raises FileError if it is not empty and `resume` is false, holds no run and `resume` is true, or cannot be
+        written.
         """
         occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
         if occupied and not self.path.is_dir():
@@ -85,24 +81,11 @@ class RunDirectory:
                 f"the output {self.path} cannot be written ({error.strerror or error}); name another with --output"
             ) from error
 
-    def _read_journal(self) -> None:
-        with _refusing_damage(self._journal):
-            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
-            self.stages = {row["name"]: StageRecord(**row) for row in rows}
-        metrics = self.path / "metrics.jsonl"
-        with _refusing_damage(metrics):
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-            self._metrics = [json.loads(line) for line in lines]
-
-    def _write_journal(self) -> None:
-        if self.writes:
-            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
-
     def check_settings(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Raise FileError if the stage was begun with other settings, naming the keys that changed.
+        """Raise FileError if the stage was begun with other settings; the message names the keys that changed.
 
-        A stage that left nothing behind yet (no training state, no note) may begin again with other settings: that is
-        how a mistake that only showed there is mended without losing the stages before.
+        A stage that has left nothing yet (no training state, no note) may begin again with other settings. So a
+        mistake that shows there can be corrected without losing the stages before.
         """
         found = self.stages.get(name)
         if found is None:
@@ -117,11 +100,11 @@ class RunDirectory:
             )
 
     def training_states(self, name: str) -> list[Path]:
-        """The state files of a training stage that is not finished."""
+        """List the state files of a training stage that is not finished."""
         return list(self.checkpoints.glob(f"{name}*.state.safetensors"))
 
     def begin(self, name: str, settings: Mapping[str, Any]) -> StageRecord:
-        """Note that a stage has begun, or goes on after an interruption; its seconds go on counting.
+        """Note that a stage has begun, or continues after an interruption. Its seconds go on counting.
 
         Raises FileError if the stage was begun with other settings.
         """
@@ -133,30 +116,30 @@ class RunDirectory:
         return self.stages[name]
 
     def advance(self, stage: StageRecord, seconds: float) -> None:
-        """Set a running stage's seconds."""
+        """Set the seconds of a running stage."""
         stage.seconds = seconds
         self._write_journal()
 
     def finish(self, stage: StageRecord, result: object) -> None:
-        """Note that a stage is done and what it found, one of `results`."""
+        """Note that a stage is done, and its result (one of `results`)."""
         stage.status, stage.result = "done", as_json(result)
         self._write_journal()
 
     def note(self, name: str, found: object) -> None:
-        """Note what a stage that goes on has found so far; from then on it keeps its settings."""
+        """Note what a running stage has found so far. From then on its settings may not change."""
         self.stages[name].result = as_json(found)
         self._write_journal()
 
     def is_done(self, name: str) -> bool:
-        """Whether a stage is finished."""
+        """Whether a stage is done."""
         return name in self.stages and self.stages[name].status == "done"
 
     def has_result(self, name: str) -> bool:
-        """Whether a stage has found anything: it is done, or goes on and has noted something."""
+        """Whether a stage is done, or is running and has noted something."""
         return name in self.stages and bool(self.stages[name].result)
 
     def result(self, name: str, kind: type[Result]) -> Result:
-        """What a finished stage found, or what one that goes on has noted so far.
+        """Return the result of a stage, or what it has noted so far.
 
         Raises FileError if the journal holds no such result.
         """
@@ -164,7 +147,7 @@ class RunDirectory:
             return from_json(kind, self.stages[name].result)
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one epoch; a row of the same phase and epoch is replaced."""
+        """Add the row of one epoch. It replaces a row of the same phase and epoch."""
         key = (row["phase"], row["epoch"])
         self._metrics = [old for old in self._metrics if (old["phase"], old["epoch"]) != key]
         self._metrics.append(dict(row))
@@ -173,7 +156,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> tuple[dict[str, Any], ...]:
-        """Every epoch so far, in order."""
+        """The rows of all epochs so far, in order."""
         return tuple(self._metrics)
 
     def log(self, message: str) -> None:
@@ -182,6 +165,23 @@ class RunDirectory:
             now = datetime.fromtimestamp(time.time(), tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
             with (self.path / "run.log").open("a", encoding="utf-8") as file:
                 file.write(f"{now} {message}\n")
+
+    @property
+    def _journal(self) -> Path:
+        return self.checkpoints / "journal.json"
+
+    def _read_journal(self) -> None:
+        with _refusing_damage(self._journal):
+            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
+            self.stages = {row["name"]: StageRecord(**row) for row in rows}
+        metrics = self.path / "metrics.jsonl"
+        with _refusing_damage(metrics):
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            self._metrics = [json.loads(line) for line in lines]
+
+    def _write_journal(self) -> None:
+        if self.writes:
+            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _refusing_damage(file: Path) -> Iterator[None]:
 
 
 def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two nested mappings differ."""
+    """List the dotted names of the values in which two nested mappings differ."""
     changed = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, new = before.get(key), after.get(key)

@@ -1,4 +1,4 @@
-"""Stages of a run, journaled: one that is done is skipped on resume."""
+"""What a stage is, and how one is run: noted in the journal, and skipped if it is done."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sparsekit.runs.run import Run
 
 @dataclass(frozen=True)
 class Stage:
-    """A named step. It resumes only with what it began with: the recipe's `sections`, seed, precision, images.
+    """One stage of a run.
 
-    Of a section one key alone may be named (sparsify.epochs). How many attempts there are to be may change.
-
-    `leaves` are the files, below the run directory, that it is done with.
+    It resumes only with the settings it began with: `sections` of the recipe, seed, precision and images. A section may
+    be one key of it (sparsify.epochs). `cut.attempts` may change. `leaves` are the files, relative to the run directory,
+    that exist when it is done.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Stage:
     leaves: tuple[str, ...] = ()
 
     def settings(self, run: Run) -> dict[str, Any]:
-        """What it depends on."""
+        """Return the settings that it depends on."""
         values = run.recipe.model_dump(mode="json")
         del values["cut"]["attempts"]
         kept: dict[str, Any] = {"images": run.inputs.fingerprint}
@@ -41,7 +41,7 @@ class Stage:
 
 
 def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None) -> None:
-    """Run one stage unless it is done; `tick` notes the seconds so far, over all its starts, and calls `also`."""
+    """Run a stage unless it is done. Its `tick` notes the seconds so far, over all starts, and calls `also`."""
     name = stage.name
     record = run.files.begin(name, stage.settings(run))
     if record.status == "done":

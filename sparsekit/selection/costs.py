@@ -159,16 +159,6 @@ class CostModel:
         return brought
 
 
-def _product(factor: float) -> Callable[..., Array | float]:
-    def product(*sizes: Array | float) -> Array | float:
-        value: Array | float = factor
-        for size in sizes:
-            value = value * size
-        return value
-
-    return product
-
-
 def channel_macs(groups: ChannelGroups) -> dict[str, float]:
     """MACs that one channel of each free group costs in the layers that make, filter and read it, by group name.
 
@@ -213,3 +203,13 @@ def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
             if q != "latency" or (costs.is_measured and groups.layers)
         }
     )
+
+
+def _product(factor: float) -> Callable[..., Array | float]:
+    def product(*sizes: Array | float) -> Array | float:
+        value: Array | float = factor
+        for size in sizes:
+            value = value * size
+        return value
+
+    return product

@@ -9,17 +9,6 @@ from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.structure.masks import Scores
 
 
-def rows(tensor: Tensor, member: Member) -> Tensor:
-    """View `tensor` as (n_channels, elements): everything of it that each channel of the member's group owns.
-
-    A copy, in channel order. The member's dimension comes first, `repeat` positions a channel.
-    """
-    moved = tensor.movedim(member.dim, 0)
-    if member.positions != tuple(range(tensor.shape[member.dim])):
-        moved = moved[torch.tensor(member.positions, device=tensor.device)]
-    return moved.reshape(len(member.positions) // member.repeat, -1)
-
-
 def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
     """The norm of each channel's filters (n_channels,) in every free group; comparable within a group.
 
@@ -29,30 +18,6 @@ def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
     state = model.state_dict()
     modules = dict(model.named_modules())
     return {group.name: _group_norms(group, state, modules) for group in groups.free}
-
-
-def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[str, nn.Module]) -> Tensor:
-    total = torch.zeros(group.n_channels, dtype=torch.float64)
-    for member in group.of_role("producer"):
-        weighs = member.norm is not None or member.penalised
-        if not member.tensor.endswith(".weight") or not weighs:
-            continue
-        squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
-        if member.norm is not None:
-            squares = squares * _folded_scale(modules[member.norm]).square()
-        total += squares[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
-    return total.sqrt()
-
-
-def _folded_scale(norm: nn.Module) -> Tensor:
-    """gamma / sqrt(var + eps) of a BatchNorm, without what it does not have; float64, on the CPU."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    scale = torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.affine:
-        scale = norm.weight.detach().double().cpu()
-    if norm.running_var is not None:
-        scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale
 
 
 def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
@@ -100,3 +65,38 @@ def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
 def all_alike(groups: ChannelGroups) -> Scores:
     """Importance that is the same for all channels, to ask how far costs can fall."""
     return {group.name: torch.ones(group.n_channels) for group in groups.free}
+
+
+def rows(tensor: Tensor, member: Member) -> Tensor:
+    """View `tensor` as (n_channels, elements): everything of it that each channel of the member's group owns.
+
+    A copy, in channel order. The member's dimension comes first, `repeat` positions a channel.
+    """
+    moved = tensor.movedim(member.dim, 0)
+    if member.positions != tuple(range(tensor.shape[member.dim])):
+        moved = moved[torch.tensor(member.positions, device=tensor.device)]
+    return moved.reshape(len(member.positions) // member.repeat, -1)
+
+
+def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[str, nn.Module]) -> Tensor:
+    total = torch.zeros(group.n_channels, dtype=torch.float64)
+    for member in group.of_role("producer"):
+        weighs = member.norm is not None or member.penalised
+        if not member.tensor.endswith(".weight") or not weighs:
+            continue
+        squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
+        if member.norm is not None:
+            squares = squares * _folded_scale(modules[member.norm]).square()
+        total += squares[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
+    return total.sqrt()
+
+
+def _folded_scale(norm: nn.Module) -> Tensor:
+    """gamma / sqrt(var + eps) of a BatchNorm, without what it does not have; float64, on the CPU."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    scale = torch.ones(norm.num_features, dtype=torch.float64)
+    if norm.affine:
+        scale = norm.weight.detach().double().cpu()
+    if norm.running_var is not None:
+        scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
+    return scale

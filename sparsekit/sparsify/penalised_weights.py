@@ -106,33 +106,6 @@ class PenalisedWeights:
         multiply_(values, factors)
 
 
-def _trainable(
-    groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty
-) -> tuple[ChannelGroup, ...]:
-    """The free groups with weights the penalty acts on, all of which require gradients."""
-    active = []
-    for group in groups.free:
-        members = penalised_members(group, penalty)
-        missing = [member.tensor for member in members if member.tensor not in tensors]
-        if missing:
-            raise InputError(
-                f"the model has no parameter {missing[0]}, which its channel groups name; give the model that "
-                "find_groups was given, not a wrapper around it"
-            )
-        if members and all(tensors[member.tensor].requires_grad for member in members):
-            active.append(group)
-    if not active and penalty == "scale_l1" and groups.free:
-        raise InputError(
-            "penalty 'scale_l1' acts on the scales of BatchNorms, and no channel group that is free to be cut and "
-            "trained has any; take 'group_lasso', which acts on filters where there is no BatchNorm"
-        )
-    if not active:
-        raise InputError(
-            "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
-        )
-    return tuple(active)
-
-
 class GroupRates:
     """Effective rates of the penalised groups: the mean over each group's tensors, 0 if the optimizer lacks one.
 
@@ -173,6 +146,33 @@ class GroupRates:
 def takes_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its steps are proportional to the gradients, as those of SGD are and those of Adam and its kin not."""
     return all("dampening" in param_group for param_group in optimizer.param_groups)
+
+
+def _trainable(
+    groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty
+) -> tuple[ChannelGroup, ...]:
+    """The free groups with weights the penalty acts on, all of which require gradients."""
+    active = []
+    for group in groups.free:
+        members = penalised_members(group, penalty)
+        missing = [member.tensor for member in members if member.tensor not in tensors]
+        if missing:
+            raise InputError(
+                f"the model has no parameter {missing[0]}, which its channel groups name; give the model that "
+                "find_groups was given, not a wrapper around it"
+            )
+        if members and all(tensors[member.tensor].requires_grad for member in members):
+            active.append(group)
+    if not active and penalty == "scale_l1" and groups.free:
+        raise InputError(
+            "penalty 'scale_l1' acts on the scales of BatchNorms, and no channel group that is free to be cut and "
+            "trained has any; take 'group_lasso', which acts on filters where there is no BatchNorm"
+        )
+    if not active:
+        raise InputError(
+            "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
+        )
+    return tuple(active)
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

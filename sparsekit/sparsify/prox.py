@@ -13,11 +13,6 @@ import torch
 from torch import Tensor
 
 
-def _like(norms: Tensor, value: Tensor | float) -> Tensor:
-    """As a tensor of their kind. A number is filled in on the device: a copy would wait for it."""
-    return value.to(norms) if isinstance(value, Tensor) else norms.new_full((), value)
-
-
 def soft_threshold_(tensors: Sequence[Tensor], t: Sequence[Tensor]) -> None:
     """Proximal map of t * ||x||_1 of each tensor, in place: sign(v) * max(|v| - t, 0), element by element.
 
@@ -56,3 +51,8 @@ def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: Tensor | float, concav
     inner = block_shrinkage(norms, t) * (concavity / (concavity - rate))
     soft = torch.where(norms > concavity / rate * t, 1.0, inner)
     return torch.where(rate >= concavity, survives, soft).to(norms.dtype)
+
+
+def _like(norms: Tensor, value: Tensor | float) -> Tensor:
+    """As a tensor of their kind. A number is filled in on the device: a copy would wait for it."""
+    return value.to(norms) if isinstance(value, Tensor) else norms.new_full((), value)

@@ -98,27 +98,10 @@ class Sparsifier:
             if strength.revive:
                 self._revival = Revival(self._penalised.shrunk, self._penalised.tensors, penalty)
 
-    @torch.no_grad()
-    def _constant_multipliers(self, model: nn.Module, adaptive: float, costs: Mapping[str, float]) -> Tensor:
-        split, norms = self._penalised.numbers.split, self._penalised.norms()
-        multipliers = self._penalised.root_sizes()
-        if adaptive > 0:
-            of_filters = filter_norms(model, self._groups)
-            of_group, norms_of_group = split(multipliers), split(norms)
-            for name, values in of_group.items():
-                # What has no filters is compared by its penalised weights.
-                own = of_filters[name].to(norms) if of_filters[name].any() else norms_of_group[name]
-                relative = (own.mean() / own.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
-                values.copy_(norms_of_group[name].mean() * relative)
-        return multipliers * self._penalised.numbers.join(costs).to(norms).sqrt()
-
     @property
     def strength(self) -> float:
         """The strength that the last step used, schedule included; 0 before the first."""
         return self._current_strength(self._steps - 1) if self._steps else 0.0
-
-    def _current_strength(self, step: int) -> float:
-        return self._strength * (self._shares.factor(step / self._total_steps) if self._total_steps else 1.0)
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -173,33 +156,6 @@ class Sparsifier:
                 "(DistributedDataParallel)"
             )
 
-    def _thresholds(self, step_length: Tensor | float, distances: Tensor) -> Tensor:
-        """The channels' thresholds in this step; those of the channels that have to stay cannot take them to zero."""
-        thresholds = self._multipliers * step_length
-        if self._best is None:
-            return thresholds
-        best = self._best(torch.where(self._multipliers > 0, distances, torch.inf))
-        most = torch.where(distances > _NEARLY_NOTHING, distances / 2, 0.0)
-        spared = torch.zeros(len(distances) + 1, dtype=torch.bool, device=distances.device)
-        spared.index_fill_(0, best, True)
-        return torch.where(spared[:-1], torch.minimum(thresholds, most), thresholds)
-
-    def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
-        """Say so, once, if a constant strength has taken all to zero that it could."""
-        if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), self._least, strict=True)):
-            return
-        self._warned = True
-        warnings.warn(
-            f"after {self._steps} steps the strength of {self._strength:.3g} has taken every channel to zero, except "
-            "for those of each group that are held back; take a far smaller one, or an AutoStrength with a target",
-            stacklevel=3,
-        )
-
-    def _follow(self, decision: Decision | None) -> None:
-        if decision is not None:
-            self._strength, self._met = decision.strength, decision.met
-            self._multipliers.copy_(decision.multipliers)
-
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
         """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
@@ -240,11 +196,6 @@ class Sparsifier:
         """
         self._steered().settle(masks)
         self._met = False
-
-    def _steered(self) -> Steering:
-        if self._steering is None:
-            raise InputError("a penalty of constant strength has no target; give strength=AutoStrength(...)")
-        return self._steering
 
     def shortfall(self) -> str:
         """How far from its target the phase is; "" once it is met, or without one.
@@ -298,6 +249,55 @@ class Sparsifier:
             self._steering.load_state_dict(state["steering"])
         if self._revival is not None:
             self._revival.load_state_dict(state["revival"])
+
+    @torch.no_grad()
+    def _constant_multipliers(self, model: nn.Module, adaptive: float, costs: Mapping[str, float]) -> Tensor:
+        split, norms = self._penalised.numbers.split, self._penalised.norms()
+        multipliers = self._penalised.root_sizes()
+        if adaptive > 0:
+            of_filters = filter_norms(model, self._groups)
+            of_group, norms_of_group = split(multipliers), split(norms)
+            for name, values in of_group.items():
+                # What has no filters is compared by its penalised weights.
+                own = of_filters[name].to(norms) if of_filters[name].any() else norms_of_group[name]
+                relative = (own.mean() / own.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
+                values.copy_(norms_of_group[name].mean() * relative)
+        return multipliers * self._penalised.numbers.join(costs).to(norms).sqrt()
+
+    def _follow(self, decision: Decision | None) -> None:
+        if decision is not None:
+            self._strength, self._met = decision.strength, decision.met
+            self._multipliers.copy_(decision.multipliers)
+
+    def _current_strength(self, step: int) -> float:
+        return self._strength * (self._shares.factor(step / self._total_steps) if self._total_steps else 1.0)
+
+    def _thresholds(self, step_length: Tensor | float, distances: Tensor) -> Tensor:
+        """The channels' thresholds in this step; those of the channels that have to stay cannot take them to zero."""
+        thresholds = self._multipliers * step_length
+        if self._best is None:
+            return thresholds
+        best = self._best(torch.where(self._multipliers > 0, distances, torch.inf))
+        most = torch.where(distances > _NEARLY_NOTHING, distances / 2, 0.0)
+        spared = torch.zeros(len(distances) + 1, dtype=torch.bool, device=distances.device)
+        spared.index_fill_(0, best, True)
+        return torch.where(spared[:-1], torch.minimum(thresholds, most), thresholds)
+
+    def _steered(self) -> Steering:
+        if self._steering is None:
+            raise InputError("a penalty of constant strength has no target; give strength=AutoStrength(...)")
+        return self._steering
+
+    def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
+        """Say so, once, if a constant strength has taken all to zero that it could."""
+        if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), self._least, strict=True)):
+            return
+        self._warned = True
+        warnings.warn(
+            f"after {self._steps} steps the strength of {self._strength:.3g} has taken every channel to zero, except "
+            "for those of each group that are held back; take a far smaller one, or an AutoStrength with a target",
+            stacklevel=3,
+        )
 
 
 def _check_penalty(penalty: str, strength: ConstantStrength | AutoStrength) -> None:

@@ -91,23 +91,6 @@ class Steering:
         if self._learns:
             self._importance.zero_()
 
-    def _magnitudes(self, model: nn.Module) -> Tensor:
-        norms, distances = filter_norms(model, self._groups), self._split(self._start)
-        # Groups of bare parameters have no filters.
-        known = {name: norms[name].to(d) if norms[name].any() else d for name, d in distances.items()}
-        found = {name: relative_importance({name: norm})[name] for name, norm in known.items()}
-        # A block is alone in its group: blocks are compared with each other, and of equal ones the last goes first.
-        blocks = [group.name for group in self._penalised.groups if group.bypass]
-        if blocks:
-            of_group = self._split(self._penalised.norms() / self._penalised.shrunk.sizes.sqrt())
-            sizes = torch.cat([of_group[name] for name in blocks])
-            tiny = torch.finfo(sizes.dtype).tiny
-            relative = (sizes / sizes.mean().clamp_min(tiny)).square() * (
-                1 - 1e-5 * torch.arange(len(sizes)).to(sizes)
-            )
-            found.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
-        return self._penalised.numbers.join(found)
-
     def observe(self, step: int) -> None:
         """Learn from the gradients of a step how important the channels are."""
         if self._learns and not self._settled and step < self._first + self._length:
@@ -180,15 +163,6 @@ class Steering:
         self._settled = {name: masks[name].cpu() for name in sizes}
         self._target = self._share(self._settled)
 
-    def _is_met(self, alive: Tensor) -> bool:
-        """Whether all is dead that has to be. What was settled on is cut as it is, so it is not rounded again."""
-        return not self._undead(alive) if self._settled else self.share_left(alive) <= self._target
-
-    def _undead(self, alive: Tensor) -> int:
-        """How many of the channels that were settled on are not zero yet."""
-        left = self._split((alive > 0).cpu())
-        return sum(int((left[name] & ~mask).sum()) for name, mask in self._settled.items())
-
     def share_left(self, alive: Tensor) -> float:
         """What a cut of the zeros would leave of the target's quantity."""
         return self._share(self._split((alive > 0).cpu()))
@@ -210,8 +184,41 @@ class Steering:
             "learning rate, or less debias"
         )
 
-    def _share(self, masks: Masks) -> float:
-        return self._cost_model.share(self._quantity, self._rounded(masks))
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to decide as if it had not stopped."""
+        return {
+            "importance": self._split(self._importance.clone()),
+            "start": self._split(self._start.clone()),
+            "pace": self._pace,
+            "costs": self._split(self._costs.clone()),
+            "target": self._target,
+            "settled": dict(self._settled),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._pace, self._target = state["pace"], state["target"]
+        self._settled = {name: mask.cpu() for name, mask in state["settled"].items()}
+        own = (("importance", self._importance), ("start", self._start), ("costs", self._costs))
+        for key, vector in own:
+            vector.copy_(self._penalised.numbers.join(state[key]))
+
+    def _magnitudes(self, model: nn.Module) -> Tensor:
+        norms, distances = filter_norms(model, self._groups), self._split(self._start)
+        # Groups of bare parameters have no filters.
+        known = {name: norms[name].to(d) if norms[name].any() else d for name, d in distances.items()}
+        found = {name: relative_importance({name: norm})[name] for name, norm in known.items()}
+        # A block is alone in its group: blocks are compared with each other, and of equal ones the last goes first.
+        blocks = [group.name for group in self._penalised.groups if group.bypass]
+        if blocks:
+            of_group = self._split(self._penalised.norms() / self._penalised.shrunk.sizes.sqrt())
+            sizes = torch.cat([of_group[name] for name in blocks])
+            tiny = torch.finfo(sizes.dtype).tiny
+            relative = (sizes / sizes.mean().clamp_min(tiny)).square() * (
+                1 - 1e-5 * torch.arange(len(sizes)).to(sizes)
+            )
+            found.update({name: relative[i : i + 1] for i, name in enumerate(blocks)})
+        return self._penalised.numbers.join(found)
 
     def _choose(self, trained: Sequence[str], alive: Tensor) -> tuple[Tensor, float]:
         """Multipliers of the channels, and how far the furthest of the chosen is, as a share of where it started."""
@@ -237,21 +244,14 @@ class Steering:
         """The masks as the cut will round them; which channels come back does not matter to the cost."""
         return {name: round_up(mask, mask.double(), self._rounding[name]) for name, mask in masks.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to decide as if it had not stopped."""
-        return {
-            "importance": self._split(self._importance.clone()),
-            "start": self._split(self._start.clone()),
-            "pace": self._pace,
-            "costs": self._split(self._costs.clone()),
-            "target": self._target,
-            "settled": dict(self._settled),
-        }
+    def _is_met(self, alive: Tensor) -> bool:
+        """Whether all is dead that has to be. What was settled on is cut as it is, so it is not rounded again."""
+        return not self._undead(alive) if self._settled else self.share_left(alive) <= self._target
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self._pace, self._target = state["pace"], state["target"]
-        self._settled = {name: mask.cpu() for name, mask in state["settled"].items()}
-        own = (("importance", self._importance), ("start", self._start), ("costs", self._costs))
-        for key, vector in own:
-            vector.copy_(self._penalised.numbers.join(state[key]))
+    def _undead(self, alive: Tensor) -> int:
+        """How many of the channels that were settled on are not zero yet."""
+        left = self._split((alive > 0).cpu())
+        return sum(int((left[name] & ~mask).sum()) for name, mask in self._settled.items())
+
+    def _share(self, masks: Masks) -> float:
+        return self._cost_model.share(self._quantity, self._rounded(masks))

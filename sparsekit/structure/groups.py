@@ -193,15 +193,6 @@ class ChannelGroups:
         rounded = tuple(g.rounded_to(steps.get(g.name, default), min_channels) for g in self.groups)
         return replace(self, groups=rounded, round_to=round_to, min_channels=min_channels)
 
-    def _measured_steps(self) -> dict[str, int]:
-        """By group the smallest number of channels that is a whole step of all its layers; {} if not measured."""
-        steps: dict[tuple[str, int], int] = {}
-        for layer in self.layers:
-            if layer.curve is None:
-                return {}
-            steps |= {(layer.weight, dim): step for dim, step in enumerate(layer.curve.steps)}
-        return {g.name: lcm(*(steps.get((m.tensor, m.dim), 1) for m in g.members)) for g in self.groups}
-
     def __iter__(self) -> Iterator[ChannelGroup]:
         return iter(self.groups)
 
@@ -218,3 +209,12 @@ class ChannelGroups:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def _measured_steps(self) -> dict[str, int]:
+        """By group the smallest number of channels that is a whole step of all its layers; {} if not measured."""
+        steps: dict[tuple[str, int], int] = {}
+        for layer in self.layers:
+            if layer.curve is None:
+                return {}
+            steps |= {(layer.weight, dim): step for dim, step in enumerate(layer.curve.steps)}
+        return {g.name: lcm(*(steps.get((m.tensor, m.dim), 1) for m in g.members)) for g in self.groups}

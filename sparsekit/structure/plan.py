@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekit.errors import FileError, InputError
-from sparsekit.structure.groups import ChannelGroups, Role
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
 from sparsekit.structure.places import Place
 
 
@@ -92,6 +92,79 @@ class PrunePlan:
             ) from error
 
 
+def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
+    """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
+
+    Groups without a mask stay whole. Equal decisions give equal plans, in whatever order masks and groups come.
+    Raises InputError for a mask of an unknown or frozen group, of the wrong length or dtype, or one that keeps
+    nothing.
+    """
+    known = {group.name: group for group in groups}
+    dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
+    roles: dict[tuple[str, int], Role] = {}
+    decided: list[GroupCut] = []
+    blocks: list[BlockCut] = []
+    for name, mask in sorted(masks.items()):
+        if name not in known:
+            raise InputError(f"a mask names the group {name!r}, which the model does not have")
+        group = known[name]
+        keep = _checked(mask, group)
+        decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
+        if all(keep):
+            continue
+        if group.bypass:
+            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.penalised)))
+            continue
+        for member in group.members:
+            key = (member.tensor, member.dim)
+            roles[key] = member.role
+            for order, position in enumerate(member.positions):
+                if not keep[order // member.repeat]:
+                    dropped[key].add(position)
+    sizes = {**groups.tensor_shapes, **groups.attributes}
+    cuts = tuple(
+        TensorCut(
+            tensor,
+            dim,
+            roles[tensor, dim],
+            keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
+            drop=tuple(sorted(drop)),
+        )
+        for (tensor, dim), drop in sorted(dropped.items())
+        if not any(block.holds(tensor) for block in blocks)
+    )
+    shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
+    rewrites = {
+        place
+        for group in shrunk
+        for place in group.rewrites
+        if not any(block.holds(place.module) for block in blocks)
+    }
+    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
+
+
+def _checked(mask: Tensor, group: ChannelGroup) -> list[bool]:
+    """The entries of a keep-mask. Raises InputError if the group cannot have this mask."""
+    name = group.name
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
+        raise InputError(
+            f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
+            f"got {_described(mask)}"
+        )
+    keep: list[bool] = mask.tolist()
+    if not any(keep) and not group.bypass:
+        raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
+    if group.frozen and not all(keep):
+        raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
+    return keep
+
+
+def _described(mask: object) -> str:
+    if not isinstance(mask, Tensor):
+        return f"{type(mask).__name__}; give a tensor"
+    return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+
+
 def _check_types(plan: PrunePlan) -> None:
     """Raise TypeError for values that from_json took as they came."""
     expected: list[tuple[Any, type]] = []
@@ -132,69 +205,3 @@ def _check_positions(plan: PrunePlan) -> None:
             raise ValueError(f"{group.name} keeps channels that it does not have")
     if any(size < 1 for shape in plan.input_shapes for size in shape):
         raise ValueError("an input has an impossible shape")
-
-
-def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
-    """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
-
-    Groups without a mask stay whole. Equal decisions give equal plans, in whatever order masks and groups come.
-    Raises InputError for a mask of an unknown or frozen group, of the wrong length or dtype, or one that keeps
-    nothing.
-    """
-    known = {group.name: group for group in groups}
-    dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
-    roles: dict[tuple[str, int], Role] = {}
-    decided: list[GroupCut] = []
-    blocks: list[BlockCut] = []
-    for name, mask in sorted(masks.items()):
-        if name not in known:
-            raise InputError(f"a mask names the group {name!r}, which the model does not have")
-        group = known[name]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
-            raise InputError(
-                f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
-                f"got {_described(mask)}"
-            )
-        keep: list[bool] = mask.tolist()
-        if not any(keep) and not group.bypass:
-            raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
-        if group.frozen and not all(keep):
-            raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
-        decided.append(GroupCut(name, group.n_channels, tuple(c for c, bit in enumerate(keep) if bit)))
-        if all(keep):
-            continue
-        if group.bypass:
-            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.penalised)))
-            continue
-        for member in group.members:
-            key = (member.tensor, member.dim)
-            roles[key] = member.role
-            for order, position in enumerate(member.positions):
-                if not keep[order // member.repeat]:
-                    dropped[key].add(position)
-    sizes = {**groups.tensor_shapes, **groups.attributes}
-    cuts = tuple(
-        TensorCut(
-            tensor,
-            dim,
-            roles[tensor, dim],
-            keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
-            drop=tuple(sorted(drop)),
-        )
-        for (tensor, dim), drop in sorted(dropped.items())
-        if not any(block.holds(tensor) for block in blocks)
-    )
-    shrunk = [known[cut.name] for cut in decided if len(cut.kept) < cut.n_channels]
-    rewrites = {
-        place
-        for group in shrunk
-        for place in group.rewrites
-        if not any(block.holds(place.module) for block in blocks)
-    }
-    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
-
-
-def _described(mask: object) -> str:
-    if not isinstance(mask, Tensor):
-        return f"{type(mask).__name__}; give a tensor"
-    return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"

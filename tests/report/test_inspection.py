@@ -111,7 +111,7 @@ def test_the_table_shows_every_group_and_why_some_stay_whole(width: int) -> None
     text = _shown(_inspect(ignore=("3",)), width)
     assert "stays whole: it reaches the model's output" in text
     assert "stays whole: 3 is on the ignore list" in text
-    assert "[small], input 3x5x5: 0.0 M MACs, 0.00 M parameters" in text
+    assert "[small], input 3x5x5: 0.0 M MACs, 0.00 M params" in text
     assert "1 of 3 groups can be cut" in text
 
 
