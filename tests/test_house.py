@@ -22,7 +22,7 @@ artifact: save load dense_model format
 repair: recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox
-selection: keep_masks threshold knapsack carriers costs importance rounding
+selection: keep_masks bisection knapsack carriers costs importance rounding
 coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.norms rules.movement
     rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder
     named_integers labels

@@ -162,8 +162,8 @@ def _reachable_target(recipe: Recipe) -> Target:
     target = Target.of(recipe.cut.target)
     if not target.besides_accuracy:
         raise InputError(
-            "the channels that cut.target.max_accuracy_drop keeps are found by training (sparsekit prune); to plan for a "
-            "speed-up, add "
+            "the channels that cut.target.max_accuracy_drop keeps are found by training (sparsekit prune); to plan for "
+            "a speed-up, add "
             "--set 'cut.target={speedup: 2}'"
         )
     return target

@@ -10,16 +10,16 @@ from torch import nn
 
 from sparsekit.errors import InputError
 from sparsekit.options import MaskMethod, Quantity
-from sparsekit.selection.costs import CostModel
-from sparsekit.selection.importance import filter_norms, zero_channels
-from sparsekit.selection.rounding import round_up
-from sparsekit.selection.threshold import (
+from sparsekit.selection.bisection import (
     kept_above,
     over_group_mean,
     relative_importance,
     step_importance,
     threshold_for_share,
 )
+from sparsekit.selection.costs import CostModel
+from sparsekit.selection.importance import filter_norms, zero_channels
+from sparsekit.selection.rounding import round_up
 from sparsekit.structure.groups import ChannelGroups, Rounding
 from sparsekit.structure.masks import Masks, Scores
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from sparsekit.errors import InputError, TrainingError
 from sparsekit.options import Quantity
+from sparsekit.selection.bisection import relative_importance, step_importance, threshold_for_share
 from sparsekit.selection.costs import CostModel
 from sparsekit.selection.importance import filter_norms
 from sparsekit.selection.keep_masks import check_target
 from sparsekit.selection.rounding import round_up
-from sparsekit.selection.threshold import relative_importance, step_importance, threshold_for_share
 from sparsekit.sparsify.learned_importance import note_effects_
 from sparsekit.sparsify.penalised_weights import PenalisedWeights
 from sparsekit.sparsify.strength import AutoStrength

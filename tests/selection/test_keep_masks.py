@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from sparsekit.errors import InputError
+from sparsekit.selection.bisection import step_importance
 from sparsekit.selection.costs import kept_share
 from sparsekit.selection.importance import filter_norms, output_shares, rows, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.rounding import keep_too, round_up
-from sparsekit.selection.threshold import step_importance
 from sparsekit.structure.groups import ChannelGroups, Rounding
 
 
