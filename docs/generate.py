@@ -213,7 +213,8 @@ def _metavar(kind: Any) -> str:
 SUBJECTS: dict[str, str] = {
     "Channels that go together": "find_groups ChannelGroups ChannelGroup Rounding",
     "What they cost": "measure_layers LatencyTable channel_macs channel_latencies count_macs count_params",
-    "Training to zeros": "Sparsifier AutoStrength ConstantStrength PhaseShares fit TrainOptions",
+    "Training to zeros": "Sparsifier AutoStrength ConstantStrength PhaseShares fit TrainOptions StepHook "
+    "Distillation EpochMetrics",
     "Which channels stay": "importance keep_masks keep_carriers choose_channels search_speed SpeedSearch SpeedTrial",
     "The cut and its proof": "make_plan compose PrunePlan apply_plan verify_cut Agreement recalibrate_batchnorms",
     "Training goes on": "transplant transplant_ema rebind_scheduler",

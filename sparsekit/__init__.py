@@ -61,7 +61,10 @@ if TYPE_CHECKING:
     from sparsekit.surgery.transplant import transplant_ema as transplant_ema
     from sparsekit.surgery.verify import Agreement as Agreement
     from sparsekit.surgery.verify import verify_cut as verify_cut
+    from sparsekit.training.display import EpochMetrics as EpochMetrics
     from sparsekit.training.loop import fit as fit
+    from sparsekit.training.options import Distillation as Distillation
+    from sparsekit.training.options import StepHook as StepHook
     from sparsekit.training.options import TrainOptions as TrainOptions
 
 __version__ = "0.1.0"
@@ -72,6 +75,8 @@ __all__ = [
     "ChannelGroups",
     "ConstantStrength",
     "DataError",
+    "Distillation",
+    "EpochMetrics",
     "FileError",
     "GraphSummary",
     "InputError",
@@ -91,6 +96,7 @@ __all__ = [
     "Sparsifier",
     "SpeedSearch",
     "SpeedTrial",
+    "StepHook",
     "TrainOptions",
     "TrainingError",
     "VerificationError",
@@ -133,6 +139,8 @@ _HOMES = {
     "ChannelGroups": "structure.groups",
     "ConstantStrength": "sparsify.strength",
     "DataError": "errors",
+    "Distillation": "training.options",
+    "EpochMetrics": "training.display",
     "FileError": "errors",
     "GraphSummary": "export.graph_summary",
     "InputError": "errors",
@@ -152,6 +160,7 @@ _HOMES = {
     "Sparsifier": "sparsify.sparsifier",
     "SpeedSearch": "latency.search",
     "SpeedTrial": "latency.search",
+    "StepHook": "training.options",
     "TrainOptions": "training.options",
     "TrainingError": "errors",
     "VerificationError": "errors",

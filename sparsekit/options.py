@@ -11,6 +11,8 @@ Importance = Literal[
     "magnitude", "group_magnitude", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "random"
 ]
 MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
+# In multiples of how many channels of a layer are kept; "auto" is the step of the latency staircase.
+RoundTo = int | Literal["auto"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
 Precision = Literal["int8", "fp16"]

@@ -6,7 +6,7 @@ import copy
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.evaluation import evaluating
+from sparsekit.options import RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost
 from sparsekit.surgery.attributes import read_sizes
@@ -32,7 +33,7 @@ def find_groups(
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
     blocks: bool = False,
-    round_to: int | Literal["auto"] = "auto",
+    round_to: RoundTo = "auto",
     min_channels: int = 8,
 ) -> ChannelGroups:
     """Find the coupled channels of a model that runs on `example_input`.

@@ -9,6 +9,7 @@ from typing import Literal
 
 from sparsekit.errors import InputError
 from sparsekit.machine import channel_multiple
+from sparsekit.options import RoundTo
 from sparsekit.structure.latency_curve import LatencyCurve
 from sparsekit.structure.places import Place
 
@@ -173,10 +174,10 @@ class ChannelGroups:
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    round_to: int | Literal["auto"] = 1
+    round_to: RoundTo = 1
     min_channels: int = 1
 
-    def with_rounding(self, round_to: int | Literal["auto"], min_channels: int) -> ChannelGroups:
+    def with_rounding(self, round_to: RoundTo, min_channels: int) -> ChannelGroups:
         """The same groups, kept in multiples of `round_to` channels of their layers, `min_channels` at least.
 
         "auto" is the step in which a group's layers were measured to get faster (`measure_layers`), and until then the
