@@ -90,8 +90,8 @@ def search_speed(
     """Find keep-masks of the most important channels that reach a measured `speedup`, or a `latency_ms`.
 
     `choose_channels` predicts the masks. A copy is cut by them, exported, and timed in ONNX Runtime, interleaved with
-    the dense model, at the batch of `example_input`. The measurement corrects the prediction, up to eight times, until it
-    is within 1 % of what was asked for. The model is not changed.
+    the dense model, at the batch of `example_input`. The measurement corrects the prediction, up to eight times, until
+    it is within 1 % of what was asked for. The model is not changed.
 
     `groups` come from `measure_layers`; `importance` is as in `choose_channels`; `limits` are further shares to keep at
     most of "macs", "params" or "channels". `progress(trial)` is called after each measurement.

@@ -184,8 +184,8 @@ def _finite(value: object) -> object:
 
 
 class CurvePoint(_Record):
-    """One epoch of a phase. `accuracy` is that of the validation images, `zero_share` the fraction of penalised channels
-    at zero."""
+    """One epoch of a phase. `accuracy` is that of the validation images, `zero_share` the fraction of penalised
+    channels at zero."""
 
     phase: str
     epoch: Count

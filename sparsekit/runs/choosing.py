@@ -73,8 +73,8 @@ def check_speed(run: Run) -> tuple[float, float]:
     # Predictions are a few per cent off, so only a speed-up far beyond is refused.
     if asked > 1.1 * most:
         raise InputError(
-            f"cut.target asks for a speed-up of {asked:.3g}, and with the fewest channels allowed it is predicted to be "
-            f"about {most:.3g}; ask for less, lower cut.min_channels, or free more with "
+            f"cut.target asks for a speed-up of {asked:.3g}, and with the fewest channels allowed it is predicted to "
+            f"be about {most:.3g}; ask for less, lower cut.min_channels, or free more with "
             "cut.through_layer_norm or cut.blocks"
         )
     return dense_ms, most

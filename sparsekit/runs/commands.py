@@ -162,15 +162,15 @@ def _reachable_target(recipe: Recipe) -> Target:
     target = Target.of(recipe.cut.target)
     if not target.besides_accuracy:
         raise InputError(
-            "the channels that cut.target.max_accuracy_drop keeps are found by training (sparsekit prune); to plan for a "
-            "speed-up, add "
+            "the channels that cut.target.max_accuracy_drop keeps are found by training (sparsekit prune); to plan for "
+            "a speed-up, add "
             "--set 'cut.target={speedup: 2}'"
         )
     return target
 
 
 def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
-    """Build the recipe's model, in eval mode, with the dense weights of a run or those that the recipe starts from."""
+    """Build the recipe's model in eval mode, with the dense weights of a run, else those it starts from."""
     model = build_model(recipe, n_classes, weights=run is None).eval()
     if run is not None:
         load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)

@@ -250,8 +250,8 @@ def _missed_speed(asked: str, choice: ChoiceFound, latency: LatencyComparison) -
         return
     yield (
         f"{asked} for a speed-up of {choice.asked:.3g}, the benchmark measured {measured:.3g}. When the channels "
-        f"were chosen, {choice.found.measured:.3g} was measured for them: two measurements on this machine differ by that "
-        "much."
+        f"were chosen, {choice.found.measured:.3g} was measured for them: two measurements on this machine differ by "
+        "that much."
     )
 
 

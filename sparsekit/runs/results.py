@@ -193,10 +193,10 @@ class BenchmarkResult:
 class Attempt:
     """One attempt of the search for a budget of accuracy: its target, and how it ended.
 
-    `target` is the full target at `pressure` (`accuracy_search.target_at`). `accuracy` is that of the validation images,
-    `drop` how much lower it is than the dense model's. `speedup` was measured when the channels were chosen; None where
-    no speed was asked for. An attempt that failed has no figures; `failure` says why, and `drop` is 0 where there was
-    nothing to cut, else 1.
+    `target` is the full target at `pressure` (`accuracy_search.target_at`). `accuracy` is that of the validation
+    images, `drop` how much lower it is than the dense model's. `speedup` was measured when the channels were chosen;
+    None where no speed was asked for. An attempt that failed has no figures; `failure` says why, and `drop` is 0 where
+    there was nothing to cut, else 1.
     """
 
     number: int
@@ -214,8 +214,9 @@ class Attempt:
 class AttemptsResult:
     """The search for a budget of accuracy, finished or not.
 
-    `full` is the target at pressure 1, `most` the highest pressure to try. `taken` is the number of the attempt that the
-    run goes on with (0: not decided yet). `binds` are the keys of the recipe that kept the search from going further.
+    `full` is the target at pressure 1, `most` the highest pressure to try. `taken` is the number of the attempt that
+    the run goes on with (0: not decided yet). `binds` are the keys of the recipe that kept the search from going
+    further.
     """
 
     full: dict[str, float]
