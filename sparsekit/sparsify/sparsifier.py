@@ -54,7 +54,7 @@ class Sparsifier:
     penalised weights require gradients and are in the optimizer.
 
     Raises InputError for an unknown penalty, an automatic strength with "group_mcp", a target out of reach, groups of
-    another model, or groups with nothing free.
+    another model, or groups of which none is free.
     """
 
     def __init__(

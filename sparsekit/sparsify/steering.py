@@ -143,7 +143,7 @@ class Steering:
             raise
 
     def settle(self, masks: Masks) -> None:
-        """Take exactly the channels to zero that these keep-masks drop. The target becomes what they leave.
+        """Take to zero exactly the channels that these keep-masks drop. The target becomes what they leave.
 
         Raises InputError for masks of other groups, or that drop channels which are not penalised.
         """

@@ -33,7 +33,7 @@ class Member:
     """One tensor of a group and the positions along one of its dimensions that the group's channels own.
 
     Channel `c` owns `positions[c * repeat : (c + 1) * repeat]` along dimension `dim` of the state-dict entry
-    `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer behind a flatten.
+    `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer after a flatten.
 
     `penalised` says whether a penalty acts on it. `norm` names the normalisation that directly follows a producer: a
     row before it is scale-invariant, so its magnitude says nothing on its own. The roles:

@@ -186,7 +186,7 @@ def _check_types(plan: PrunePlan) -> None:
 
 
 def _check_positions(plan: PrunePlan) -> None:
-    """Raise ValueError for numbers that no plan can have."""
+    """Raise ValueError for positions, channels or shapes that no plan can have."""
     seen: set[tuple[str, int]] = set()
     for cut in plan.cuts:
         if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
