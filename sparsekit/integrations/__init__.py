@@ -1,1 +1,1 @@
-"""Callbacks for other people's trainers; each module needs the library it is named after."""
+"""Other libraries: callbacks for their trainers, and Torch-Pruning. Each module needs the library of its name."""

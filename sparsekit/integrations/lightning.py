@@ -1,4 +1,4 @@
-"""A callback for Lightning's `Trainer`: proximal steps while it trains, state in its checkpoints."""
+"""A callback for Lightning's `Trainer`: it takes proximal steps and puts their state into checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SparsifierCallback(lightning.Callback):
     """Makes a Sparsifier when training starts and takes a proximal step after every step of the optimizer.
 
     `make(module, total_steps)` gets the LightningModule, on its device, and the number of optimizer steps that the
-    trainer expects; it returns the Sparsifier, of the module or of a model inside it. Gradient accumulation and
-    steps that a gradient scaler skips are seen to. `zero_share` and `strength` are logged once an epoch.
+    trainer expects. It returns the Sparsifier of the module or of a model inside it. Gradient accumulation, and steps
+    that a gradient scaler skips, are handled. `zero_share` and `strength` are logged after each epoch.
     """
 
     def __init__(self, make: MakeSparsifier) -> None:
@@ -33,7 +33,7 @@ class SparsifierCallback(lightning.Callback):
         total_steps = trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise InputError(
-                "the trainer has neither max_epochs nor max_steps, and a sparsifying phase has an end; set one of them"
+                "the trainer has neither max_epochs nor max_steps, but a sparsifying phase needs an end; set one"
             )
         self.sparsifier = self._make(pl_module, int(total_steps))
         if self._loaded is not None:
@@ -42,27 +42,27 @@ class SparsifierCallback(lightning.Callback):
         self._handles = [self.sparsifier.attach(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Log how far it is, and see that all processes have the same zeros."""
+        """Log `zero_share` and `strength`, and check that all processes have the same zeros."""
         assert self.sparsifier is not None
         self.sparsifier.check_processes()
         pl_module.log_dict(self.sparsifier.progress())
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Let the optimizers go."""
+        """Detach the Sparsifier from the optimizers."""
         self._detach()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Let the optimizers go."""
+        """Detach the Sparsifier from the optimizers."""
         self._detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning puts into its checkpoints."""
+        """Return the state for Lightning's checkpoints."""
         return {} if self.sparsifier is None else self.sparsifier.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training starts, when there is a Sparsifier to take it."""
+        """Keep the state until training starts and a Sparsifier can take it."""
         self._loaded = state_dict or None
 
     def _detach(self) -> None:

@@ -1,11 +1,11 @@
-"""Torch-Pruning beside sparsekit: its importance criteria on our groups, its pruning histories as our plans and back.
+"""Torch-Pruning: its importance criteria on our groups, and its pruning histories as our plans and back.
 
 Torch-Pruning is Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://github.com/VainF/Torch-Pruning.
-What is said here about its ways is of versions 1.6. It is loaded when it is first needed, not with this module.
+All statements about it are on version 1.6. It is imported when it is first needed.
 
-The criteria of `importance`, by name; each but the first is Torch-Pruning's object with its defaults:
+The criteria of `importance` by name. All but the first are Torch-Pruning's objects with their defaults:
 
-- "magnitude": ours (`output_shares`): the share of the layers' outputs that is the channel's, in MACs
+- "magnitude": ours (`output_shares`), the channel's share of its layers' outputs, in MACs
 - "group_magnitude": squared weights (Fang et al., 2023)
 - "bn_scale": |scale| of the BatchNorms (Liu et al., "Learning Efficient Convolutional Networks through Network
   Slimming", 2017)
@@ -62,7 +62,7 @@ _CRITERIA: Mapping[str, str] = {
     "hessian": "GroupHessianImportance",
     "random": "RandomImportance",
 }
-# What Torch-Pruning knows as a layer's own; its first item of a group is a layer that makes the channels.
+# The roles that are a side of a layer in Torch-Pruning. First come layers that make the channels.
 _SIDES: dict[Role, Side] = {
     "producer": "out",
     "depthwise": "out",
@@ -87,21 +87,21 @@ def importance(
     loss: Loss | None = None,
     seed: int = 0,
 ) -> Scores:
-    """How important every channel of the free groups is, by our criterion or one of Torch-Pruning.
+    """Compute the importance of every channel of the free groups, by our criterion or one of Torch-Pruning.
 
-    Gives (n_channels,) for each free group, float64 on the CPU, >= 0 and finite; or `math.inf` throughout for a group
-    that the criterion cannot rank, which then stays whole: whole residual blocks, channels that no convolution or
-    linear layer makes, and groups in which it looks at nothing ("bn_scale" without a BatchNorm).
+    Returns (n_channels,) for each free group: float64 on the CPU, >= 0 and finite. A group that the criterion cannot
+    rank gets `math.inf` throughout and so stays whole: a residual block, channels that no convolution or linear layer
+    makes, and a group without what the criterion reads ("bn_scale" without a BatchNorm).
 
     `criterion` is a name (see this module), or any object that is called with a `torch_pruning.Group`. Torch-Pruning
     adds up a channel's weights in each layer of the group, averages over layers, and divides by the group's mean
-    (normalizer="mean"; "lamp" as it says, "random" not at all). So groups compare as under its `global_pruning=True`. A
-    group that is zero throughout, 0 / 0 there, gets 0. A unit, such as a head, gets the mean over its channels.
+    ("lamp" and "random" do not). So groups compare as under its `global_pruning=True`. A group that is zero throughout
+    gets 0. A unit, such as a head, gets the mean over its channels.
 
-    "taylor", "hessian" and objects of these classes need `batches` of (images, labels); others do not read them. The
-    gradients of `loss(model(images), labels)`, by default the cross entropy, are computed on a copy in eval mode and
-    averaged over batches, for "hessian" squared and over images (Torch-Pruning's `accumulate_grad` keeps the last one
-    only). Neither the model nor the global random state changes; `seed` is for objects that draw numbers on the CPU.
+    "taylor", "hessian" and objects of these classes need `batches` of (images, labels). The gradients of
+    `loss(model(images), labels)`, by default the cross entropy, are computed on a copy in eval mode and averaged over
+    batches; for "hessian" they are squared and averaged over images. Neither the model nor the global random state
+    changes. `seed` is for objects that draw numbers on the CPU.
 
     Raises InputError for an unknown criterion, one that needs batches and got none, groups of another model, or numbers
     that are negative, not finite, or not one for each channel.
@@ -120,26 +120,25 @@ def importance(
 
 
 def to_pruning_history(model: nn.Module, plan: PrunePlan, groups: ChannelGroups) -> PruningHistory:
-    """A plan as the pruning history that cuts the same with Torch-Pruning.
+    """Turn a plan into the pruning history with which Torch-Pruning makes the same cut.
 
     `DependencyGraph().build_dependency(copy, example).load_pruning_history(history)` cuts a copy of the dense `model`
-    to the shapes of `apply_plan(model, plan)`. An entry is (name of a layer, whether its output side is pruned, indices
-    in that side as the entries before leave it). There is one for each group that loses channels, at the first layer
-    that makes them.
+    to the shapes of `apply_plan(model, plan)`. There is one entry for each group that loses channels, at the first
+    layer that makes them: (name of the layer, whether its output side is pruned, indices in what the entries before
+    leave).
 
-    The history is tried on a copy: tensors, and outputs on a random input, have to be those of the plan. Where the plan
-    drops channels that are dead, `apply_plan` folds their constants into biases; Torch-Pruning drops them, and the
-    outputs differ by these.
+    The history is tried on a copy, whose tensors, and outputs on a random input, have to be those of the plan. One
+    difference remains: `apply_plan` folds the constants of dead channels into biases, Torch-Pruning drops them.
 
-    Raises InputError for a plan of other groups or of another model, for one that takes out whole blocks, and where
-    Torch-Pruning would cut another way: it couples the channels otherwise (blocks of grouped convolutions), parts tied
+    Raises InputError for a plan of other groups or of another model, for one that takes out residual blocks, and where
+    Torch-Pruning would make another cut: it couples channels in another way (units of grouped convolutions), unties
     weights, or leaves sizes in the model's code and attributes as they were (numbers of heads).
     """
     _check_fits(model, groups)
     if plan.blocks:
         raise InputError(
-            f"the plan takes out the block {plan.blocks[0].module}, and torch_pruning cuts channels only; plan without "
-            "find_groups(blocks=True)"
+            f"the plan takes out the block {plan.blocks[0].module}, and torch_pruning cuts channels only; make one "
+            "without find_groups(blocks=True)"
         )
     masks = _masks(plan, groups)
     if make_plan(groups, masks).cuts != plan.cuts:
@@ -158,18 +157,17 @@ def to_pruning_history(model: nn.Module, plan: PrunePlan, groups: ChannelGroups)
 
 
 def from_pruning_history(groups: ChannelGroups, history: Iterable[Sequence[Any]]) -> PrunePlan:
-    """A pruning history of Torch-Pruning as a plan for the dense model that `groups` are of.
+    """Turn a pruning history of Torch-Pruning into a plan for the dense model of `groups`.
 
     `history` is what `pruner.pruning_history()` returns: entries (name of a layer, whether its output side is pruned,
-    indices). Indices count what the entries before have left of that side. Entries of the same layer, or of several
-    layers of one group, add up. An entry of an input side (False) drops the channels that it reads; behind a flatten
-    one column of a channel stands for all of them, as there.
+    indices). Indices count what the entries before have left of that side. Entries of one layer, or of several layers
+    of one group, add up. An entry of an input side (False) drops the channels that it reads; after a flatten one column
+    of a channel stands for all of them.
 
-    What Torch-Pruning couples is not looked up: if it couples other channels than sparsekit, the shapes of its model
-    and of `apply_plan`'s differ.
+    If Torch-Pruning couples other channels than sparsekit, the shapes of its model and of `apply_plan`'s differ.
 
     Raises InputError for an entry that is no such triple, names a layer whose channels are in no group or a frozen one,
-    has indices out of range, cuts a unit (a head, a block of a grouped convolution) apart, or leaves a group nothing.
+    has indices out of range, splits a unit (a head, a group of a grouped convolution), or leaves a group nothing.
     """
     masks: dict[str, Tensor] = {}
     for number, entry in enumerate(history):
@@ -181,7 +179,7 @@ def from_pruning_history(groups: ChannelGroups, history: Iterable[Sequence[Any]]
 
 
 def _their_criterion(criterion: Any) -> Any:
-    """Torch-Pruning's object of that name, or the caller's own."""
+    """Return Torch-Pruning's object of that name, or the caller's own object."""
     if isinstance(criterion, str) and criterion in _CRITERIA:
         return getattr(_torch_pruning().importance, _CRITERIA[criterion])()
     if callable(criterion) and not isinstance(criterion, type):
@@ -194,10 +192,10 @@ def _their_criterion(criterion: Any) -> Any:
 
 
 def _ranked(group: ChannelGroup, modules: Mapping[str, nn.Module], criterion: Any) -> Tensor:
-    """What the object says of each channel of a group; infinite if that is nothing.
+    """Return what the object says of each channel of a group; infinite if it says nothing.
 
-    It gives one number for each channel of the first layer that it looks at. Layers come with the narrowest first, and
-    root channels are counted in the narrowest that it does look at.
+    It gives one number for each channel of the first layer that it looks at. Layers are sorted, the narrowest first;
+    root channels are those of the narrowest that it looks at.
     """
     layers = _layers(group, modules)
     shape = None
@@ -217,7 +215,7 @@ def _ranked(group: ChannelGroup, modules: Mapping[str, nn.Module], criterion: An
 
 
 def _layers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Positions:
-    """Positions as Torch-Pruning counts them, of the layers that it knows, those with the fewest a channel first."""
+    """Return positions as Torch-Pruning counts them, in the layers that it knows, the narrowest layer first."""
     found = {}
     for (name, side), own in _positions(group).items():
         if _pruning_function(modules[name], side) is not None:
@@ -229,15 +227,15 @@ def _layers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Positions:
 
 
 def _in_all_blocks(module: nn.Module, own: list[list[int]]) -> list[list[int]]:
-    """Columns of a grouped convolution are those of every block; Torch-Pruning counts input channels."""
+    """Repeat the columns of a grouped convolution for each of its conv_groups: Torch-Pruning counts input channels."""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups == 1:
         return own
     width = module.in_channels // module.groups
-    return [[column + block * width for block in range(module.groups) for column in one] for one in own]
+    return [[column + i * width for i in range(module.groups) for column in one] for one in own]
 
 
 def _called(criterion: Any, theirs: Any, name: str) -> Tensor | None:
-    """What the object says of a group; zeros where it divided zeros by their mean."""
+    """Call the object with a group; zeros where it divided zeros by their mean."""
     try:
         found: Tensor | None = criterion(theirs)
         if found is None or not bool(found.isnan().all()) or getattr(criterion, "normalizer", None) is None:
@@ -253,9 +251,9 @@ def _called(criterion: Any, theirs: Any, name: str) -> Tensor | None:
 
 
 def _their_group(layers: Positions, modules: Mapping[str, nn.Module], width: int) -> Any:
-    """A `torch_pruning.Group` of these layers, all channels in, each `width` root channels.
+    """Make a `torch_pruning.Group` of these layers with all channels, each of `width` root channels.
 
-    An item's indices ascend: "taylor" and "hessian" sort them, and leave the root indices as they were.
+    The indices of an item ascend, because "taylor" and "hessian" sort them but not the root indices.
     """
     from torch_pruning.dependency import Dependency, Group, Node
 
@@ -275,7 +273,7 @@ def _their_group(layers: Positions, modules: Mapping[str, nn.Module], width: int
 
 
 def _pruning_function(module: nn.Module, side: Side) -> Any:
-    """The function of Torch-Pruning that prunes that side of such a layer; None if it knows no such layer."""
+    """Return the function with which Torch-Pruning prunes this side of a layer; None if it does not know the layer."""
     from torch_pruning.ops import module2type
     from torch_pruning.pruner.function import PrunerBox
 
@@ -303,7 +301,7 @@ def _needs_gradients(criterion: Any) -> bool:
 
 
 def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, loss: Loss) -> nn.Module:
-    """A copy whose parameters have the gradients that the object reads: the mean, or the mean square over images."""
+    """Return a copy whose parameters have the gradients that the object reads: means, or mean squares over images."""
     name, alone = type(criterion).__name__, _of_single_images(criterion)
     if batches is None:
         raise InputError(
@@ -331,7 +329,7 @@ def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, l
 
 
 def _pairs(batches: Batches, device: torch.device, *, alone: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels on the device, a batch or an image at a time."""
+    """Yield images and labels on the device, by batches or one by one (`alone`)."""
     for batch in batches:
         pair = tuple(batch) if isinstance(batch, (tuple, list)) else ()
         if len(pair) != 2 or not all(isinstance(one, Tensor) for one in pair):
@@ -356,7 +354,7 @@ def _checked_loss(value: Any) -> Tensor:
 
 
 def _without_gradients_of_its_own(criterion: Any) -> Any:
-    """The object without what the caller accumulated in it: it would be written to the gradients of his model."""
+    """Copy the object without the gradients that the caller accumulated in it."""
     fresh = copy.copy(criterion)
     if _of_single_images(fresh):
         fresh.zero_grad()
@@ -371,7 +369,7 @@ def _of_single_images(criterion: Any) -> bool:
 
 
 def _masks(plan: PrunePlan, groups: ChannelGroups) -> dict[str, Tensor]:
-    """The keep-masks that a plan was made of."""
+    """Return the keep-masks that a plan was made of."""
     sizes = {group.name: group.n_channels for group in groups}
     masks = {}
     for cut in plan.groups:
@@ -388,7 +386,7 @@ def _masks(plan: PrunePlan, groups: ChannelGroups) -> dict[str, Tensor]:
 def _entry(
     groups: ChannelGroups, group: ChannelGroup, mask: Tensor, done: Mapping[str, Tensor]
 ) -> tuple[str, bool, list[int]]:
-    """The entry for one group, behind those of the groups that are `done`."""
+    """Return the entry of one group, to come after those of the groups that are `done`."""
     makes = {m.module for m in (*group.of_role("producer"), *group.of_role("depthwise"))}
     owned = {name: own for (name, side), own in _positions(group).items() if side == "out" and name in makes}
     for name, own in owned.items():
@@ -402,7 +400,7 @@ def _entry(
 
 
 def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, history: PruningHistory) -> None:
-    """Raise InputError if Torch-Pruning makes another model of it than the plan."""
+    """Raise InputError if Torch-Pruning makes another model by this history than the plan."""
     theirs = _cut_by_torch_pruning(model, groups, history)
     found = theirs.state_dict()
     for name, expected in _cut_tensors(model, plan).items():
@@ -427,13 +425,13 @@ def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, hist
         ) from error
     if not difference <= _TOLERANCE:
         raise InputError(
-            f"the model that torch_pruning cuts puts out something else than the plan's, by {difference:.2g} of the "
-            "largest output: a norm or a standardised filter needs mending there; cut with sparsekit.apply_plan"
+            f"the model that torch_pruning cuts differs from the plan's by {difference:.2g} of the "
+            "largest output: it does not adjust a norm or a standardised filter; cut with sparsekit.apply_plan"
         )
 
 
 def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: PruningHistory) -> nn.Module:
-    """A copy of the model after its `load_pruning_history`."""
+    """Return a copy of the model that Torch-Pruning has cut by this history."""
     theirs = copy.deepcopy(model)
     for parameter in theirs.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # it traces by autograd
@@ -451,7 +449,7 @@ def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: Prun
 
 
 def _cut_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
-    """The tensors of the model without the positions that the plan drops, nothing folded."""
+    """Return the tensors of the model without the positions that the plan drops; nothing is folded."""
     tensors = model.state_dict()
     for cut in plan.cuts:
         if cut.role != "size":
@@ -461,7 +459,7 @@ def _cut_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
 
 
 def _read(number: int, entry: Sequence[Any]) -> tuple[str, str, Side, list[int]]:
-    """An entry of a history, with words for where it stands."""
+    """Read an entry: (words for its place in the history, layer, side, indices)."""
     where = f"entry {number} of the pruning history"
     try:
         module, is_out, indices = entry
@@ -481,7 +479,7 @@ def _drop_(
     side: Side,
     indices: Sequence[int],
 ) -> None:
-    """Take what an entry drops out of the keep-masks, in place."""
+    """Drop from the keep-masks what an entry drops, in place."""
     layer = _side_of(groups, module, side)
     if layer is None:
         raise InputError(
@@ -506,13 +504,13 @@ def _drop_(
 
 @dataclass(frozen=True)
 class _LayerSide:
-    """One side of a layer: how many positions it has, and which channel of which group each of them is."""
+    """One side of a layer: its number of positions, and the (group, channel) of each of them."""
 
     size: int
     channels: Mapping[int, tuple[str, int]]
 
     def left(self, masks: Mapping[str, Tensor]) -> list[int]:
-        """The positions that stay under these keep-masks, ascending."""
+        """Return the positions that stay under these keep-masks, ascending."""
         gone = {
             position
             for position, (group, channel) in self.channels.items()
@@ -522,7 +520,7 @@ class _LayerSide:
 
 
 def _side_of(groups: ChannelGroups, module: str, side: Side) -> _LayerSide | None:
-    """One side of a layer; None if no group has any of it."""
+    """Return one side of a layer; None if no group has channels there."""
     channels: dict[int, tuple[str, int]] = {}
     dims = set()
     for group in groups:
@@ -536,7 +534,7 @@ def _side_of(groups: ChannelGroups, module: str, side: Side) -> _LayerSide | Non
 
 
 def _by_channel(layer: _LayerSide, positions: Iterable[int], where: str) -> dict[str, dict[int, set[int]]]:
-    """By group and channel, those of the positions that are its."""
+    """Sort positions by group and channel."""
     found: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for position in positions:
         if position not in layer.channels:
@@ -581,7 +579,7 @@ def _check_fits(model: nn.Module, groups: ChannelGroups) -> None:
 
 
 def _positions(group: ChannelGroup) -> Positions:
-    """Where each channel is in each layer; layers that make the channels first, those that read them last.
+    """Return the positions of each channel in each layer, from layers that make it to those that read it.
 
     Tensors of modules that are no plain layers (bare parameters, attention in one module) are left out.
     """
@@ -599,10 +597,10 @@ def _positions(group: ChannelGroup) -> Positions:
 
 
 def _roots(side: Side, repeat: int, width: int) -> list[int]:
-    """Of the `repeat` positions of one channel, which of the `width` positions in another layer each belongs to.
+    """Return for each of a channel's `repeat` positions which of its `width` positions in another layer it belongs to.
 
-    Rows come as often as chunks share them (queries, keys and values of a head), the chunks one after the other.
-    Columns come as often as a flatten multiplies them, those of one channel together.
+    Rows are repeated chunk by chunk (queries, keys and values of a head). Columns that a flatten multiplies stand
+    together.
     """
     if side == "out" and repeat > width:
         return [i % width for i in range(repeat)]
@@ -621,7 +619,7 @@ def _torch_pruning() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of Torch-Pruning: what they say is checked here."""
+    """Suppress the warnings of Torch-Pruning, because this module checks what they warn of."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch_pruning\b")
         yield

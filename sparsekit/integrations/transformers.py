@@ -1,4 +1,4 @@
-"""A callback for Hugging Face's `Trainer`: proximal steps while it trains, state beside its checkpoints."""
+"""A callback for Hugging Face's `Trainer`: it takes proximal steps and puts their state beside checkpoints."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FILE = "sparsifier.safetensors"
 class SparsifierCallback(TrainerCallback):
     """Makes a Sparsifier when training starts and takes a proximal step after every step of the optimizer.
 
-    `make(model, total_steps)` gets the model, on its device, and the number of optimizer steps to come; it returns the
-    Sparsifier, of the model or of one inside it. Gradient accumulation and steps that a gradient scaler skips are seen
-    to. Each checkpoint folder gets the Sparsifier's state, and a run that is resumed from it goes on with it.
-    `zero_share` and `strength` are added to what the Trainer logs.
+    `make(model, total_steps)` gets the model, on its device, and the number of optimizer steps to come. It returns the
+    Sparsifier of the model or of one inside it. Gradient accumulation, and steps that a gradient scaler skips, are
+    handled. Each checkpoint folder gets the Sparsifier's state, and a resumed run continues with it. `zero_share` and
+    `strength` are added to the Trainer's logs.
     """
 
     def __init__(self, make: Callable[[nn.Module, int], Sparsifier]) -> None:
@@ -44,7 +44,7 @@ class SparsifierCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add how far it is."""
+        """Add `zero_share` and `strength` to the logs."""
         if self.sparsifier is not None:
             progress = self.sparsifier.progress()
             for logged in (kwargs.get("logs"), *state.log_history[-1:]):
@@ -54,7 +54,7 @@ class SparsifierCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the state into the checkpoint's folder."""
+        """Write the state to the folder of the checkpoint."""
         assert self.sparsifier is not None
         self.sparsifier.check_processes()
         folder = _checkpoint(args, state)
@@ -64,12 +64,12 @@ class SparsifierCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the optimizer go."""
+        """Detach the Sparsifier from the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the Trainer keeps the checkpoint of the step it is at."""
+    """Return the folder of the checkpoint of the present step."""
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

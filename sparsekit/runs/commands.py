@@ -170,7 +170,7 @@ def _reachable_target(recipe: Recipe) -> Target:
 
 
 def _weighted_model(recipe: Recipe, n_classes: int, run: Path | None) -> nn.Module:
-    """Build the recipe's model, in eval mode, with the dense weights of a run or those that the recipe starts from."""
+    """Build the recipe's model in eval mode, with the dense weights of a run, else those it starts from."""
     model = build_model(recipe, n_classes, weights=run is None).eval()
     if run is not None:
         load_weights_(model, run / "checkpoints" / "dense.safetensors", num_classes=n_classes)

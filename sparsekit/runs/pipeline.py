@@ -64,8 +64,7 @@ from sparsekit.runs.stages import Stage, run_stage
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.plan import PrunePlan
 
-# Float32 kernels that add in another order differ by about 1e-6. Ten times the largest difference seen is a wrong
-# graph.
+# Float32 kernels that add in another order differ by 1e-6. Ten times the largest difference seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
 
 

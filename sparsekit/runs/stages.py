@@ -17,8 +17,8 @@ class Stage:
     """One stage of a run.
 
     It resumes only with the settings it began with: `sections` of the recipe, seed, precision and images. A section may
-    be one key of it (sparsify.epochs). `cut.attempts` may change. `leaves` are the files, relative to the run
-    directory, that exist when it is done.
+    be one key of it (sparsify.epochs). `cut.attempts` may change. `leaves` are the files, below the run directory, that
+    exist when it is done.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""Which channels stay: importance, costs, and the choice under a limit."""
+"""Which channels stay: their importance, their costs, and the choice under limits."""

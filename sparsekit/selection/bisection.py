@@ -1,7 +1,7 @@
-"""One threshold for all groups, found by bisection so that the share of one quantity is met.
+"""One threshold of importance for all groups, found by bisection so that the share of one quantity is met.
 
-For those who choose again and again while importance changes, such as the automatic strength: it costs a few looks at
-the cost model. `knapsack` takes longer, keeps more, and knows several limits and latencies.
+It is fast, so the automatic strength can choose again and again while importance changes. `knapsack` takes longer,
+keeps more importance, and takes several limits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sparsekit.structure.masks import Masks, Scores
 
 
 def over_group_mean(importance: Scores) -> Scores:
-    """Importance over its group's mean over live channels, so that groups can be compared."""
+    """Divide importance by the mean over its group's channels that are not zero, so that groups compare."""
     return {
         name: values / values[values > 0].mean() if bool((values > 0).any()) else values
         for name, values in importance.items()
@@ -27,16 +27,15 @@ def over_group_mean(importance: Scores) -> Scores:
 
 
 def relative_importance(importance: Scores) -> Scores:
-    """(importance / mean of its group)^2, comparable across groups; 0 for zeros."""
+    """Return (importance / mean of its group)^2, comparable across groups; 0 for zeros."""
     return {name: values.clamp_min(0).square() for name, values in over_group_mean(importance).items()}
 
 
 def step_importance(importance: Scores, rounding: Mapping[str, Rounding]) -> Scores:
-    """For each channel the mean importance of its step; infinite for steps that stay in any case.
+    """Return for each channel the mean importance of its step; infinite for steps that stay in any case.
 
-    A cut keeps whole steps of channels, so a channel that goes alone saves nothing. Steps are counted from the most
-    important channel of a group down and have `multiple` channels each (the last may have fewer); `least` channels
-    stay.
+    A cut keeps whole steps, so a channel that goes alone saves nothing. Steps are counted from the most important
+    channel of a group down. Each has `multiple` channels (the last may have fewer); `least` channels stay.
     """
     found = {}
     for name, values in importance.items():
@@ -61,18 +60,18 @@ def threshold_for_share(
     target: Mapping[Quantity, float],
     finish: Callable[[Masks], Masks],
 ) -> float:
-    """The smallest number such that keeping every channel of more importance meets the target.
+    """Return the smallest threshold such that keeping all channels of more importance meets the target.
 
-    `importance` is comparable across groups; `target` is one quantity with its share; `finish` rounds masks as the cut
-    will. The cost falls as the threshold rises, so bisection over the values finds it. Raises InputError if even the
-    largest does not meet the target.
+    `importance` is comparable across groups, `target` is one quantity with its share, `finish` rounds masks as the cut
+    will. The cost falls as the threshold rises, so bisection finds it. Raises InputError if no threshold meets the
+    target.
     """
     ((quantity, wanted),) = target.items()
 
     def share_at(threshold: float) -> float:
         return costs.share(quantity, finish(kept_above(importance, threshold)))
 
-    # Below the lowest value nothing goes: a target that the whole model meets costs no channel.
+    # At -inf nothing goes: a target that the whole model meets costs no channel.
     thresholds: list[float] = [
         -math.inf,
         *sorted({v for values in importance.values() for v in values.tolist()}),
@@ -94,7 +93,7 @@ def threshold_for_share(
 
 
 def kept_above(importance: Scores, threshold: float) -> Masks:
-    """Keep-masks of the channels whose importance is above the threshold."""
+    """Return keep-masks of the channels whose importance is above the threshold."""
     return {name: values > threshold for name, values in importance.items()}
 
 

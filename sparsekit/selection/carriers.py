@@ -22,13 +22,12 @@ from sparsekit.surgery.constants import (
 
 
 def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Masks:
-    """Keep one channel more in each group that would otherwise lose constants; returns new masks.
+    """Keep a carrier in each group that would otherwise lose constants; returns new masks.
 
-    A dead channel behind a BatchNorm is a constant, and a padded layer can be given it only by a channel that carries
-    it (`apply_plan` merges the others into that one). The carrier is the dropped channel with the largest constant,
-    summed over the layers that lose any. It takes the place of a kept channel that is dead and reads 0 everywhere, such
-    as one that came back to fill a multiple. Where there is none the group keeps one channel more, rounded up again. At
-    most one comes back in a group; masks of groups that lose nothing are returned as they are.
+    A dead channel after a BatchNorm is a constant. Only a kept channel, the carrier, can bring constants to a padded
+    layer; `apply_plan` merges them into it. The carrier is the dropped channel with the largest constant, summed over
+    the layers that lose any. It replaces a kept channel that is dead and 0 everywhere, such as one that rounding kept;
+    without one the group keeps one channel more, rounded up again. Each group gets at most one carrier.
     """
     kept = dict(masks)
     cut = [group for group in groups.free if group.name in kept and not bool(kept[group.name].all())]
@@ -50,12 +49,12 @@ def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Mask
 
 
 def _readers(groups: Iterable[ChannelGroup]) -> dict[str, None]:
-    """Names of the tensors that read any of these groups' channels, in order."""
+    """Name the tensors that read any channel of these groups, in order."""
     return {member.tensor: None for group in groups for member in group.of_role("consumer")}
 
 
 def _mark_(stays: Mapping[str, Tensor], group: ChannelGroup, mask: Tensor) -> None:
-    """Note in `stays` (by reader, bool (n_inputs,)) which of the group's channels its mask keeps."""
+    """Note in `stays`, by reader bool (n_inputs,), which channels of the group its mask keeps."""
     for member in group.of_role("consumer"):
         if member.tensor in stays:
             stays[member.tensor][list(member.positions)] = mask.repeat_interleave(member.repeat)
@@ -64,7 +63,7 @@ def _mark_(stays: Mapping[str, Tensor], group: ChannelGroup, mask: Tensor) -> No
 def _missing_carrier(
     group: ChannelGroup, readings: Mapping[str, Reading], stays: Mapping[str, Tensor]
 ) -> int | None:
-    """The dropped channel of largest constants where these would be lost; None if no layer loses any of them."""
+    """Return the dropped channel with the largest constants; None if no layer loses any."""
     size = torch.zeros(group.n_channels, dtype=torch.float64)
     for member in group.of_role("consumer"):
         reading = readings.get(member.tensor)
@@ -73,16 +72,16 @@ def _missing_carrier(
         usable = reading.carriers & ~stays[member.tensor]
         lost = reading.constants.abs().where(usable, 0.0)[list(member.positions)]
         size += lost.reshape(-1, member.repeat).amax(1)
-    # What is no larger than the noise of an observation does not earn a channel.
+    # A constant no larger than the noise of an observation needs no carrier.
     return int(size.argmax()) if bool((size > CONSTANT_TOLERANCE).any()) else None
 
 
 def _reads_zero(group: ChannelGroup, readings: Mapping[str, Reading]) -> Tensor:
-    """Which channels (bool (n_channels,)) of the group every reader saw as 0 throughout."""
+    """Return which channels (bool (n_channels,)) of the group every reader saw as 0 throughout."""
     zero = torch.ones(group.n_channels, dtype=torch.bool)
     for member in group.of_role("consumer"):
         reading = readings.get(member.tensor)
-        if reading is None:  # nobody looked
+        if reading is None:  # it was not observed
             return torch.zeros_like(zero)
         seen = ((reading.low == 0) & (reading.high == 0))[list(member.positions)]
         zero &= seen.reshape(-1, member.repeat).all(1)

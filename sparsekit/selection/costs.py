@@ -1,7 +1,7 @@
-"""What channels cost: one model of MACs, params, channels and latency, for all who ask.
+"""The cost model: MACs, params, channels and latency as functions of how many channels each group keeps.
 
-A cost is a sum of terms, one a layer or tensor. A term is a function of the sizes of its dimensions, and a size is what
-stays in any case plus what the channels bring that are kept.
+A cost is a sum of terms, one for each layer or tensor. A term is a function of the sizes of its dimensions. A size is a
+constant plus what each kept channel adds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 
 Array = NDArray[np.float64]
 Counts = Mapping[str, Array | float]
-# A dimension: the indices that stay in any case, and how many more each kept channel of a group brings.
+# A dimension: the indices that stay in any case, and how many each kept channel of a group adds.
 _Dimension = tuple[float, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class CostTerm:
-    """One addend of a cost: `of` its dimensions' sizes; 0 where one of `gates`, which are whole blocks, is gone."""
+    """One term of a cost: a function `of` the sizes of its dimensions; 0 if one of `gates` (residual blocks) is cut."""
 
     dimensions: tuple[_Dimension, ...]
     of: Callable[..., Array | float]
@@ -36,11 +36,11 @@ class CostTerm:
 
     @property
     def names(self) -> set[str]:
-        """The groups that it depends on."""
+        """Names of the groups that it depends on."""
         return {*self.gates, *(name for _, brings in self.dimensions for name in brings)}
 
     def at(self, counts: Counts) -> Array | float:
-        """Its value where so many channels of each group are kept; counts may be arrays that broadcast."""
+        """Return its value if so many channels of each group are kept. Counts may be arrays that broadcast."""
         sizes = [
             base + sum((brings[name] * counts[name] for name in brings), start=0.0)
             for base, brings in self.dimensions
@@ -51,7 +51,7 @@ class CostTerm:
         return value
 
     def per_channel(self, counts: Counts) -> dict[str, float]:
-        """By group one channel's part of the value: value x what it brings / size, over all dimensions it is in."""
+        """Return by group one channel's part of the value: value x what it adds / size, summed over dimensions."""
         value = float(self.at(counts))
         parts = dict.fromkeys(self.gates, value)
         for base, brings in self.dimensions:
@@ -64,8 +64,8 @@ class CostTerm:
 class CostModel:
     """The costs of one model as functions of how many channels each group keeps.
 
-    Counts are by group name; a group that is not named keeps all. With `frozen` the channels of groups that must stay
-    are counted too, to ask what they cost.
+    Counts are by group name; a group that is not named keeps all channels. With `frozen` the costs of frozen groups can
+    be asked for too.
     """
 
     def __init__(self, groups: ChannelGroups, *, frozen: bool = False) -> None:
@@ -75,24 +75,24 @@ class CostModel:
         self._terms: dict[Quantity, tuple[CostTerm, ...]] = {}
 
     def terms(self, quantity: Quantity) -> tuple[CostTerm, ...]:
-        """The addends of a quantity. Raises InputError for a latency that has not been measured."""
+        """Return the terms of a quantity. Raises InputError for a latency that has not been measured."""
         if quantity not in self._terms:
             self._terms[quantity] = tuple(self._make(quantity))
         return self._terms[quantity]
 
     def of(self, quantity: Quantity, counts: Counts | None = None) -> float:
-        """What the model costs with so many channels left."""
+        """Return the cost of the model with so many channels left."""
         full: Counts = self._all if counts is None else self._all | dict(counts)
         return float(sum(term.at(full) for term in self.terms(quantity)))
 
     def share(self, quantity: Quantity, masks: Mapping[str, Tensor]) -> float:
-        """What keep-masks (True = keep) leave of a quantity, in [0, 1]; 1 where there is none of it."""
+        """Return the share of a quantity that keep-masks leave, in [0, 1]; 1 if the model has none of it."""
         dense = self._dense(quantity)
         counts = {name: float(mask.sum()) for name, mask in masks.items() if name in self._all}
         return self.of(quantity, counts) / dense if dense else 1.0
 
     def per_channel(self, quantity: Quantity) -> dict[str, float]:
-        """What one channel of each group costs at the widths that the model has now, by group name."""
+        """Return by group name the cost of one channel at the present widths of the model."""
         costs = dict.fromkeys(self._all, 0.0)
         for term in self.terms(quantity):
             for name, part in term.per_channel(self._all).items():
@@ -140,7 +140,7 @@ class CostModel:
 
     @cached_property
     def _gates(self) -> dict[str, list[str]]:
-        """By tensor the blocks that it goes with."""
+        """By tensor the residual blocks that it goes with."""
         gates: dict[str, list[str]] = {}
         for block in self._blocks:
             for member in block.members:
@@ -160,15 +160,15 @@ class CostModel:
 
 
 def channel_macs(groups: ChannelGroups) -> dict[str, float]:
-    """MACs that one channel of each free group costs in the layers that make, filter and read it, by group name.
+    """Return by group name the MACs of one channel, in the layers that make, filter and read it.
 
-    At the widths the model has now; a layer between two groups counts in both.
+    They are those at the present widths of the model. A layer between two groups counts in both.
     """
     return CostModel(groups).per_channel("macs")
 
 
 def channel_latencies(groups: ChannelGroups) -> dict[str, float]:
-    """Milliseconds that one channel of each free group costs, like `channel_macs`.
+    """Return by group name the milliseconds that one channel costs, as `channel_macs` does for MACs.
 
     Raises InputError for groups that `measure_layers` has not measured.
     """
@@ -177,9 +177,9 @@ def channel_latencies(groups: ChannelGroups) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class CostShare:
-    """What keep-masks would leave, as fractions in (0, 1] of the dense model's layer MACs, params and channels.
+    """What keep-masks would leave of the dense model, as fractions in [0, 1].
 
-    `latency`: of the time that the dense model takes, by the curves of its layers; NaN where it was not measured.
+    `latency` is predicted by the curves of the layers, and NaN where they were not measured.
     """
 
     macs: float
@@ -189,10 +189,9 @@ class CostShare:
 
 
 def kept_share(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> CostShare:
-    """Share of MACs, params, free channels and latency that the keep-masks (True = keep) would leave.
+    """Return the shares of MACs, params, free channels and latency that the keep-masks would leave.
 
-    MACs are those of convolutions and linear layers: products between activations (attention scores) depend on
-    no weight and are left out.
+    MACs are those of convolutions and linear layers. Products of activations, as in attention, are left out.
     """
     costs = CostModel(groups)
     quantities: tuple[Quantity, ...] = get_args(Quantity)

@@ -1,4 +1,4 @@
-"""How important channels are by their weights: the norms of their filters, once a BatchNorm is folded in."""
+"""The importance of channels by their weights: the norms of their filters, with a BatchNorm folded in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from sparsekit.structure.masks import Scores
 
 
 def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
-    """The norm of each channel's filters (n_channels,) in every free group; comparable within a group.
+    """Return the norm (n_channels,) of each channel's filters in every free group; comparable within a group.
 
-    norm_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps), after folding the BatchNorm that
-    follows directly; without one the factor is 1. Gates and norms elsewhere do not count. On the CPU, in float64.
+    norm_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps)
+
+    The factor is that of the BatchNorm that follows directly; without one it is 1. Float64, on the CPU.
     """
     state = model.state_dict()
     modules = dict(model.named_modules())
@@ -21,11 +22,12 @@ def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
 
 
 def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
-    """How much of its layers' output each channel makes (n_channels,), in MACs; comparable across groups.
+    """Return the importance (n_channels,) of channels: their share of the outputs; comparable across groups.
 
-    importance_c = sum over the layers that make the channel of MACs x ||W_c||^2 / ||W||^2, norms after folding a
-    BatchNorm that follows: the channel's share of the layer's output. 0 for channels that are zero; infinite for others
-    that no layer makes (bare parameters, whole blocks), because no filter tells how important they are. On the CPU.
+    importance_c = sum over the layers that make the channel of MACs x ||W_c||^2 / ||W||^2
+
+    The norms are those with the BatchNorm that follows folded in. Importance is 0 for channels that are zero, and
+    infinite for channels that no layer makes (bare parameters, residual blocks). On the CPU.
     """
     state, modules = model.state_dict(), dict(model.named_modules())
     macs = {layer.weight: layer.macs for layer in groups.layers}
@@ -46,9 +48,9 @@ def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
 
 
 def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
-    """Which channels (bool (n_channels,), on the CPU) of each free group have all their penalised weights at 0.
+    """Return which channels of each free group have all their penalised weights at 0: bool (n_channels,), on the CPU.
 
-    The shift of a norm does not count beside its scale: a channel of scale 0 is constant, and the cut folds that.
+    A norm's shift does not count: a channel of scale 0 is a constant, which the cut folds.
     """
     state = model.state_dict()
     zeros = {}
@@ -63,15 +65,12 @@ def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
 
 
 def all_alike(groups: ChannelGroups) -> Scores:
-    """Importance that is the same for all channels, to ask how far costs can fall."""
+    """Return equal importance for all channels, to ask how far costs can fall."""
     return {group.name: torch.ones(group.n_channels) for group in groups.free}
 
 
 def rows(tensor: Tensor, member: Member) -> Tensor:
-    """View `tensor` as (n_channels, elements): everything of it that each channel of the member's group owns.
-
-    A copy, in channel order. The member's dimension comes first, `repeat` positions a channel.
-    """
+    """Return the elements of `tensor` that each channel of the member's group owns, as (n_channels, elements)."""
     moved = tensor.movedim(member.dim, 0)
     if member.positions != tuple(range(tensor.shape[member.dim])):
         moved = moved[torch.tensor(member.positions, device=tensor.device)]
@@ -92,7 +91,7 @@ def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[st
 
 
 def _folded_scale(norm: nn.Module) -> Tensor:
-    """gamma / sqrt(var + eps) of a BatchNorm, without what it does not have; float64, on the CPU."""
+    """Return gamma / sqrt(var + eps) of a BatchNorm, as far as it has them; float64, on the CPU."""
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
     scale = torch.ones(norm.num_features, dtype=torch.float64)
     if norm.affine:

@@ -1,4 +1,4 @@
-"""Which channels stay: keep-masks from exact zeros, from a threshold, from a gap, or from a budget."""
+"""Keep-masks from exact zeros, from a threshold, from a gap, or from a budget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsekit.selection.rounding import round_up
 from sparsekit.structure.groups import ChannelGroups, Rounding
 from sparsekit.structure.masks import Masks, Scores
 
-# A gap in the sorted logarithms counts as one when it spans half a decade and splits off a sensible share.
+# A gap in the sorted logarithms has to be this wide, and to remove a share of the channels between these.
 _SMALLEST_GAP_DECADES = 0.5
 _GAP_REMOVES = (0.01, 0.95)
 
@@ -38,31 +38,30 @@ def keep_masks(
     target: Mapping[Quantity, float] | None = None,
     importance: Scores | None = None,
 ) -> Masks:
-    """Keep-mask (bool (n_channels,), True = keep) for every free group.
+    """Return a keep-mask (bool (n_channels,), True = keep) for every free group.
 
-    `importance` (n_channels,) of each free group ranks channels within it; without, the norms of their filters do.
-    Groups whose importance is infinite stay whole.
-    The methods:
+    `importance` (n_channels,) of each free group ranks its channels; by default it is the norm of their filters. Groups
+    of infinite importance stay whole. The methods:
 
     - "zeros" removes channels whose penalised weights are all exactly 0.
     - "threshold" removes those whose importance is below `threshold` (times the group's largest, if `relative`).
-    - "gap" removes what lies below the largest gap in the logarithms of importance, if it spans half a decade.
+    - "gap" removes those below the largest gap in the logarithms of importance, if it spans half a decade.
     - "budget" removes the steps of channels with the lowest mean of (importance / mean of the group)^2 until at most
-      the share `target`, for example {"macs": 0.5}, is left ("latency" needs groups that `measure_layers` measured).
-    - "auto" takes exact zeros, then lowers what is left to `target` if one is given; without zeros and target it takes
-      the gap.
+      the share `target`, such as {"macs": 0.5}, is left ("latency" needs groups from `measure_layers`).
+    - "auto" removes exact zeros, then more until `target` is met if one is given. Without zeros and target it takes the
+      gap.
 
-    The number kept is rounded up as the groups' `rounding` says, the most important of the removed coming back. Raises
-    InputError for a method without what it needs, an unknown quantity, or a target out of reach.
+    The number kept is rounded up to the group's `rounding`: the most important of the removed channels come back.
+    Raises InputError for a method without what it needs, an unknown quantity, or a target out of reach.
     """
     check_target(groups, target)
     zeros = zero_channels(model, groups)
     given = filter_norms(model, groups) if importance is None else _checked(groups, importance)
-    # Exact zeros rank below everything else, whatever their rows (which no gradient has moved since) say.
+    # Exact zeros rank below everything else, whatever their filters are.
     ranked = {name: torch.where(dead, -1.0, given[name]) for name, dead in zeros.items()}
 
     rounding = {group.name: group.rounding for group in groups.free}
-    # Whole blocks have no filters. Those whose scales are zero go, whatever the method; the others stay.
+    # Residual blocks have no filters. Those whose scales are zero go, whatever the method; the others stay.
     blocks = {group.name: zeros[group.name] for group in groups.free if group.bypass}
     for name, dead in blocks.items():
         rounding[name] = Rounding(1, 0 if bool(dead) else 1)
@@ -95,7 +94,7 @@ def keep_masks(
 
 
 def check_target(groups: ChannelGroups, target: Mapping[Quantity, float] | None) -> None:
-    """Raises InputError for a target that names no quantity, several, or one that was not measured."""
+    """Raise InputError for a target that is not one quantity, or a latency that was not measured."""
     if target and (len(target) != 1 or not set(target) <= set(get_args(Quantity))):
         raise InputError(
             f"target must name one of {', '.join(get_args(Quantity))} with its share, got {dict(target)}"
@@ -107,7 +106,7 @@ def check_target(groups: ChannelGroups, target: Mapping[Quantity, float] | None)
 
 
 def _checked(groups: ChannelGroups, importance: Scores) -> Scores:
-    """Raises InputError for importance of other groups; the numbers in float64, on the CPU."""
+    """Return importance in float64, on the CPU. Raises InputError if it is of other groups."""
     for group in groups.free:
         values = importance.get(group.name)
         if values is None or values.shape != (group.n_channels,):
@@ -127,9 +126,9 @@ def _above(ranked: Scores, threshold: float, relative: bool) -> Masks:
 
 
 def _above_gap(ranked: Scores, blocks: Masks) -> Masks:
-    """Everything above the widest gap in the sorted log10 of importance; everything if there is no clear gap.
+    """Keep all above the widest gap in the sorted log10 of importance, or everything if there is no clear gap.
 
-    Of `blocks` (True = all zero), which have no filters, those that are not zero.
+    Of the residual `blocks` (True = all zero), those that are not zero stay.
     """
     normalised = {name: values for name, values in over_group_mean(ranked).items() if name not in blocks}
     keep_all = {name: torch.ones_like(values, dtype=torch.bool) for name, values in ranked.items()}
@@ -155,7 +154,7 @@ def _within_budget(
     start: Masks | None,
     rounding: Mapping[str, Rounding],
 ) -> Masks:
-    """The masks of the smallest global threshold that meets the target, or `start` if that meets it already."""
+    """Return the masks of the smallest global threshold that meets the target, or `start` if it does already."""
     ((quantity, wanted),) = target.items()
     costs = CostModel(groups)
     if start is not None and costs.share(quantity, start) <= wanted:

@@ -1,13 +1,13 @@
 """Which channels to keep under limits on latency, MACs, params or channels: as much importance as fits.
 
-A knapsack whose items depend on each other: what a channel costs depends on how many others its layers keep. Channels
-of a group go in the order of their importance, in whole steps, so a solution is how many each group keeps. It
+It is a knapsack whose items depend on each other: the cost of a channel depends on how many others its layers keep.
+Channels of a group go in the order of their importance, in whole steps, so a solution is how many each group keeps. It
 maximises
 
     sum over groups of W log(kept importance / W),    W the importance of the whole group
 
-A plain sum would empty some layers and spare others, as if the last channels of a layer could be missed as easily as
-the first. With the logarithm channels count relative to what is left beside them, and the first to go as in the sum.
+A plain sum would empty some layers and spare others. With the logarithm a channel counts relative to what is left of
+its group; the first channels to go count as in the sum.
 """
 
 from __future__ import annotations
@@ -29,31 +29,30 @@ from sparsekit.structure.masks import Masks, Scores
 
 __all__ = ["choose_channels"]
 
-# What gains less than this, relative to all there is, is no gain but rounding.
+# A smaller gain, relative to the whole, is a rounding error.
 _NOTHING = 1e-9
-# The most numbers of channels to keep that a group's solution is between: more would differ by next to nothing.
+# The most counts of kept channels that are considered for a group.
 _MAX_OPTIONS = 64
 _MAX_SWEEPS = 20
 
 
 def choose_channels(groups: ChannelGroups, importance: Scores, limits: Mapping[Quantity, float]) -> Masks:
-    """Keep-masks that keep the most importance, as this module adds it up, under all `limits`.
+    """Return keep-masks that keep the most importance under all `limits`.
 
     `importance` >= 0 is (n_channels,) for each free group, comparable across groups (`sparsekit.importance`,
     `Sparsifier.importance`), and infinite for groups that stay whole. `limits` are shares in (0, 1] of the dense
-    model's "macs", "params", "channels" or "latency" (that needs groups from `measure_layers`). Groups keep the numbers
-    of channels that their `rounding` allows.
+    model's "macs", "params", "channels" or "latency" (which needs groups from `measure_layers`). Groups keep a number
+    of channels that their `rounding` allows. Channels that cost nothing may stay, even without importance.
 
-    Greedy from the whole model down: what goes next is the step, or run of steps, with the least importance for its
-    cost (on a staircase the first may save nothing). Then pairs of groups trade until no pair gains, which makes up for
-    what the last step overshot. Costs are those at the widths that the other groups have by then. Channels of no
-    importance that cost nothing may stay. Raises InputError for limits out of reach, or arguments that make no sense.
+    A greedy search goes down from the dense model: next goes what has the least importance for its cost, one step or
+    several. Then pairs of groups trade channels until no pair gains. Costs are those at the present widths of the other
+    groups. Raises InputError for limits out of reach or not in (0, 1], or importance that does not fit the groups.
     """
     return Knapsack(groups, importance).under(limits)
 
 
 class Knapsack:
-    """Finds masks for one model and one importance of its channels, under any limits.
+    """Finds keep-masks for one model and importance, under any limits.
 
     Raises InputError for importance that does not fit the groups.
     """
@@ -77,7 +76,7 @@ class Knapsack:
         self._all = sum(float(objective[-1]) for objective in self._objective.values())
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
-        """Keep-masks under all limits, as shares of the dense model. Raises InputError for limits out of reach."""
+        """Return keep-masks under limits (shares of the dense model). Raises InputError for limits out of reach."""
         for quantity, share in limits.items():
             if quantity not in get_args(Quantity) or not 0 < share <= 1:
                 raise InputError(
@@ -92,7 +91,7 @@ class Knapsack:
         return masks
 
     def least(self, quantity: Quantity) -> float:
-        """The smallest share of a quantity that is within reach."""
+        """Return the smallest share of a quantity that is within reach."""
         return self._cost(quantity, dict.fromkeys(self._dense, 0)) / self._cost(quantity, self._dense)
 
     def _cost(self, quantity: Quantity, chosen: Mapping[str, int]) -> float:
@@ -100,7 +99,7 @@ class Knapsack:
         return self._costs.of(quantity, counts)
 
     def _greedy(self, limits: Mapping[Quantity, float]) -> dict[str, int]:
-        """Down from the dense model until all limits are met, the lowest first."""
+        """Go down from the dense model until all limits are met, the lowest first."""
         chosen = dict(self._dense)
         allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
         for quantity in sorted(allowed, key=lambda q: limits[q]):
@@ -137,7 +136,7 @@ class Knapsack:
     def _best_drop(
         self, name: str, chosen: Mapping[str, int], terms: Sequence[CostTerm]
     ) -> tuple[float, int, float] | None:
-        """The drop that loses the least importance for its cost: that ratio, the option dropped to, the saving."""
+        """Find the drop that loses the least importance for its cost: (ratio, option to drop to, saving)."""
         option = chosen[name]
         if option == 0 or not terms:
             return None
@@ -157,7 +156,7 @@ class Knapsack:
         return np.broadcast_to(sum(term.at(counts) for term in terms), (len(self._options[name]),))
 
     def _traded(self, chosen: dict[str, int], limits: Mapping[Quantity, float]) -> dict[str, int]:
-        """Better by trades between two groups (or one alone), until there is none."""
+        """Improve by trades between two groups (or within the only one) until no trade gains."""
         allowed = {q: share * self._cost(q, self._dense) for q, share in limits.items()}
         costs = {q: self._cost(q, chosen) for q in allowed}
         touching = {q: _by_group(self._costs.terms(q)) for q in allowed}
@@ -215,7 +214,7 @@ class Knapsack:
         if not possible.any():
             return None
         best = np.unravel_index(np.where(possible, gain, -np.inf).argmax(), kept.shape)
-        return {second: int(best[1])} | {first: int(best[0])}  # of a group with itself the first counts
+        return {second: int(best[1])} | {first: int(best[0])}  # for a group with itself the first counts
 
     def _out_of_reach(self, quantity: Quantity, allowed: float) -> str:
         dense = self._cost(quantity, self._dense)
@@ -243,7 +242,7 @@ def _checked(group: ChannelGroup, importance: Scores) -> torch.Tensor:
 
 
 def _objective(kept: Array) -> Array:
-    """W (1 + log(kept / W)) of each option, W being the last; of a block, which has the option 0, what is kept."""
+    """Return W (1 + log(kept / W)) of each option, W being the last; for a residual block (option 0) what is kept."""
     whole = kept[-1]
     if whole <= 0 or kept[0] == 0:
         return kept
@@ -252,7 +251,7 @@ def _objective(kept: Array) -> Array:
 
 
 def _counts(group: ChannelGroup) -> NDArray[np.int64]:
-    """How many channels a group may keep, ascending: multiples, from the least on, and all."""
+    """List how many channels a group may keep, ascending: multiples from the least on, and all."""
     n, multiple, least = group.n_channels, group.rounding.multiple, group.rounding.least
     multiple = max(multiple, -(-n // _MAX_OPTIONS // multiple) * multiple)
     first = -(-least // multiple) * multiple
@@ -260,7 +259,7 @@ def _counts(group: ChannelGroup) -> NDArray[np.int64]:
 
 
 def _by_group(terms: Sequence[CostTerm]) -> dict[str, list[CostTerm]]:
-    """By group the terms that depend on it."""
+    """Return by group the terms that depend on it."""
     touching: dict[str, list[CostTerm]] = {}
     for term in terms:
         for name in term.names:

@@ -1,4 +1,4 @@
-"""How keep-masks are rounded: channels between two multiples cost nothing, so they are given back."""
+"""How keep-masks are rounded up: channels between two multiples cost nothing, so they stay."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sparsekit.structure.groups import Rounding
 
 
 def round_up(mask: Tensor, importance: Tensor, rounding: Rounding) -> Tensor:
-    """Keep as many more of the most important channels as it takes to reach a multiple, and the least.
+    """Keep more of the most important channels, up to the next multiple and at least the least.
 
-    ONNX Runtime takes as long for the channels between two multiples as for the upper one. `mask` bool and
-    `importance` are (n_channels,). Never more than all channels are kept.
+    `mask` (bool) and `importance` are (n_channels,). At most all channels are kept. ONNX Runtime takes as long for a
+    number between two multiples as for the upper one.
     """
     n = mask.numel()
     wanted = max(int(mask.sum()), min(rounding.least, n))
@@ -24,9 +24,9 @@ def round_up(mask: Tensor, importance: Tensor, rounding: Rounding) -> Tensor:
 
 
 def keep_too(mask: Tensor, channel: int, spare: Tensor, importance: Tensor, multiple: int) -> Tensor:
-    """Keep `channel` as well: in the place of a kept channel that is `spare`, if there is one.
+    """Keep `channel` too, in the place of a kept channel that is `spare` if there is one.
 
-    Otherwise one more is kept, and the number rounded up again as in `round_up`.
+    Otherwise one more is kept, and the number is rounded up as in `round_up`.
     """
     kept = mask.clone()
     kept[channel] = True

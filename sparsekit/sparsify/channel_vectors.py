@@ -1,8 +1,8 @@
-"""All channels of several groups as one vector, and where tensors hold them.
+"""The channels of several groups as one vector, and the weights that each of them owns.
 
-A network has a hundred short vectors of scales. A call for each costs more than the arithmetic, on a GPU a hundred
-times more, so a step of a penalty is a few calls for all of them together. Only tensors of more than one dimension
-get calls of their own. Nothing here waits for the device.
+A network has a hundred short vectors of scales. One call for each would cost more than the arithmetic, on a GPU a
+hundred times more. So a penalty takes a few calls for all of them together; only tensors of more than one dimension get
+calls of their own. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ChannelNumbers:
         self.n = sum(self.sizes)
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views (n_channels,) of a vector (n,), by the groups' names."""
+        """Return views (n_channels,) of a vector (n,), by group name."""
         return dict(zip(self.names, torch.split(flat, self.sizes), strict=True))
 
     def join(self, by_group: Mapping[str, Tensor | float]) -> Tensor:
-        """A new vector (n,) of one number, or (n_channels,), for each group; 0 for groups without."""
+        """Return a new vector (n,) of one number, or (n_channels,), for each group; 0 for groups without."""
         parts = []
         for name, size in zip(self.names, self.sizes, strict=True):
             value = by_group.get(name, 0.0)
@@ -41,11 +41,11 @@ class ChannelNumbers:
 
 
 class Largest:
-    """Finds the channels with the largest values, so many of each group as `counts` says."""
+    """Finds the channels with the largest values: `counts` of them, one count for each group."""
 
     def __init__(self, numbers: ChannelNumbers, counts: Sequence[int], device: torch.device) -> None:
         counts = [min(count, size) for count, size in zip(counts, numbers.sizes, strict=True)]
-        # Groups as rows, filled up with a channel behind the last that is less than all.
+        # Each group is a row, filled up with a channel n that is less than all others.
         rows = torch.full((len(counts), max(numbers.sizes)), numbers.n)
         for row, first, size in zip(rows, numbers.first, numbers.sizes, strict=True):
             row[:size] = torch.arange(first, first + size)
@@ -55,17 +55,18 @@ class Largest:
         self._behind = numbers.n
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Their numbers (k,), of values (n,); entries that are n name no channel."""
+        """Return the numbers (k,) of the channels with the largest `values` (n,). An entry n is no channel."""
         by_row = F.pad(values, (0, 1), value=-torch.inf)[self._rows]
         columns = by_row.topk(self._most).indices
         return torch.where(self._counted, self._rows.gather(1, columns), self._behind).flatten()
 
 
 class OwnedWeights:
-    """The positions that the channels of `groups` own in `tensors`: those of the members that `members` picks.
+    """The weights that each channel of `groups` owns in `tensors`: the positions of the members that `members` picks.
 
-    Every group has to have one. All results and arguments over channels are (n,), in the order of `ChannelNumbers`, on
-    the tensors' device. Methods take the tensors anew, by name: they may be those of a copy of the model.
+    `members` has to pick at least one for each group. All vectors over channels are (n,), in the order of
+    `ChannelNumbers`, on the device of the tensors. Methods take tensors by name, so they may be those of a copy of the
+    model. `sizes` counts the weights of each channel.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class OwnedWeights:
         self.names = [name for name, _ in owners]
         shapes = [tensors[name].shape for name in self.names]
         self._lengths = [len(owner) for owner in owners.values()]
-        # What is to be summed away in a tensor.
+        # The dimensions to reduce in each tensor.
         self._other_dims = [
             [axis for axis in range(len(shape)) if axis != dim]
             for (_, dim), shape in zip(owners, shapes, strict=True)
@@ -104,7 +105,7 @@ class OwnedWeights:
             self.device, self.dtype
         )
         self._owner = torch.from_numpy(owner).to(self.device)
-        # One number a position, and views of that which broadcast against the tensors: made once, filled in each step.
+        # One number for each position, and views that broadcast against the tensors: made once, filled in each step.
         self._spread = torch.empty(len(owner), dtype=self.dtype, device=self.device)
         self._views = [
             piece.view([-1 if axis == dim else 1 for axis in range(len(shape))])
@@ -117,19 +118,19 @@ class OwnedWeights:
         self._order = None if order is None else order.to(self.device)
 
     def norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Euclidean norm of all that each channel owns."""
+        """Return the Euclidean norm of each channel's weights."""
         return self._over_channels(self._over_rest(tensors, 2).square(), torch.sum).sqrt()
 
     def largest(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Largest absolute value of what each channel owns."""
+        """Return the largest absolute weight of each channel."""
         return self._over_channels(self._over_rest(tensors, torch.inf).abs(), torch.amax)
 
     def absolute_sums(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the absolute values of what each channel owns."""
+        """Return the sum of the absolute weights of each channel."""
         return self._over_channels(self._over_rest(tensors, 1).abs(), torch.sum)
 
     def sums(self, values: Sequence[Tensor]) -> Tensor:
-        """Sum of what each channel owns of `values`, which are like the tensors named in `names`."""
+        """Return the sum of `values` over each channel's weights. They have the shapes of the tensors of `names`."""
         along = [
             value.sum(dims, dtype=self.dtype) if dims else value
             for value, dims in zip(values, self._other_dims, strict=True)
@@ -137,29 +138,29 @@ class OwnedWeights:
         return self._over_channels(torch.cat(along).to(self.dtype), torch.sum)
 
     def of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """The tensors that hold the channels, in the order of `names`."""
+        """Return the tensors of `names`, in this order."""
         return [tensors[name] for name in self.names]
 
     def spread(self, values: Tensor, outside: float) -> list[Tensor]:
-        """For each tensor of `names` its channels' values, to broadcast against it; `outside` where none owns it.
+        """Return `values` (n,) for each tensor of `names`, to broadcast against it; `outside` where no channel owns it.
 
-        They are good until the next call.
+        They are valid until the next call.
         """
         padded = F.pad(values.to(self.dtype), (0, 1), value=outside)
         torch.index_select(padded, 0, self._owner, out=self._spread)
         return self._views
 
     def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
-        """Multiply what each channel owns by its factor, in place."""
+        """Multiply the weights of each channel by its factor, in place."""
         multiply_(self.of(tensors), self.spread(factors, 1.0))
 
     def soften_(self, tensors: Mapping[str, Tensor], thresholds: Tensor) -> None:
-        """Soft threshold of every weight, in place: towards zero by its channel's threshold, and not beyond."""
+        """Move every weight towards zero by its channel's threshold, and not beyond, in place (soft threshold)."""
         for mine, limits in _vectors_and_others(self.of(tensors), self.spread(thresholds, 0.0)):
             soft_threshold_(mine, limits)
 
     def _over_rest(self, tensors: Mapping[str, Tensor], order: float) -> Tensor:
-        """Norm of that order over all dimensions but the channels', of all tensors one behind another."""
+        """Return the norm of this order over all dimensions but the channels', of all tensors joined."""
         along = [
             torch.linalg.vector_norm(tensor, order, dims, dtype=self.dtype) if dims else tensor
             for tensor, dims in zip(self.of(tensors), self._other_dims, strict=True)
@@ -177,8 +178,8 @@ class OwnedWeights:
 def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiply each tensor by its factors, which broadcast against it, in place.
 
-    Tensors of whole numbers, or on another device than their factors (an 8-bit optimizer's state, an average of the
-    weights that is kept elsewhere), are taken one by one.
+    Integer tensors (an 8-bit optimizer's state), and tensors on another device than their factors (an average of the
+    weights), are multiplied one by one.
     """
     plain = [t.is_floating_point() and t.device == f.device for t, f in zip(tensors, factors, strict=True)]
     for tensor, factor, is_plain in zip(tensors, factors, plain, strict=True):
@@ -194,7 +195,7 @@ def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 def _vectors_and_others(
     tensors: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Those of one dimension, and the others: where one of them broadcasts, torch takes all of a call one by one."""
+    """Yield the tensors of one dimension, then the others: if one broadcasts, torch takes all of a call one by one."""
     for vectors in (True, False):
         chosen = [index for index, tensor in enumerate(tensors) if (tensor.dim() == 1) == vectors]
         if chosen:
@@ -202,10 +203,10 @@ def _vectors_and_others(
 
 
 def _tables(owner: np.ndarray, n: int) -> tuple[list[Tensor], Tensor | None]:
-    """Positions (channels, k) of the channels that own k of them, for each k, and where each channel's row is then.
+    """Return for each k the positions (channels, k) of the channels that own k, and the row of each channel.
 
-    None for "in order". Sums over a row have one order, so all processes of a distributed run get the same bits, which
-    adding into place on a GPU would not give.
+    None instead of the rows if they are in order. Sums over a row have a fixed order, so all processes of a distributed
+    run get the same bits. Adding into place on a GPU would not give that.
     """
     order = np.argsort(owner, kind="stable")
     counts = np.bincount(owner, minlength=n + 1)[:n]

@@ -1,4 +1,4 @@
-"""A Sparsifier that is told once, when its warm-up is over, which channels are to go."""
+"""A Sparsifier whose channels are chosen once, when its warm-up is over."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sparsekit.structure.masks import Masks, Scores
 
 
 class LateChoice:
-    """Passes everything on to a Sparsifier of automatic strength, and has it settle before step number `at`.
+    """Wraps a Sparsifier of automatic strength, and has it settle on keep-masks before step number `at`.
 
-    `choose` is given how important the channels are by then and returns keep-masks, with notes on how they were found
-    (plain data). `masks` and `notes` are empty until then.
+    `choose` gets the importance that was learned so far and returns keep-masks and notes on how they were found (plain
+    data). `masks` and `notes` are empty until then.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class LateChoice:
         self._steps = 0
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The Sparsifier's step; before it, if it is time, the choice."""
+        """Choose the masks if it is time, then let the Sparsifier step."""
         if not self.masks and self._steps >= self._at:
             self.masks, self.notes = self._choose(self._sparsifier.importance())
             self._sparsifier.settle(self.masks)
@@ -43,19 +43,19 @@ class LateChoice:
         self._sparsifier.project_(model)
 
     def progress(self) -> dict[str, float]:
-        """The Sparsifier's figures."""
+        """Return the Sparsifier's figures."""
         return self._sparsifier.progress()
 
     def check_processes(self) -> None:
-        """See that all processes hold the same zeros."""
+        """Check that all processes hold the same zeros."""
         self._sparsifier.check_processes()
 
     def shortfall(self) -> str:
-        """How far from its target the phase is; "" once it is met."""
+        """Say how far from its target the phase is; "" once it is met."""
         return self._sparsifier.shortfall()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {
             "steps": self._steps,
             "masks": dict(self.masks),
@@ -64,6 +64,6 @@ class LateChoice:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Take the state that `state_dict` returned."""
         self._steps, self.masks, self.notes = state["steps"], state["masks"], state["notes"]
         self._sparsifier.load_state_dict(state["sparsifier"])

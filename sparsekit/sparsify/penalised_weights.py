@@ -1,4 +1,4 @@
-"""The weights of one model that a penalty shrinks."""
+"""The weights of one model that a penalty shrinks, and the learning rates they have in an optimizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 
 
 class PenalisedWeights:
-    """What a penalty acts on in `model`: the free groups with weights for it, all of which require gradients.
+    """The weights of `model` that a penalty shrinks, and those that it holds at zero.
 
-    `tensors` are all parameters of the model, `groups` the channel groups found, `numbers` how their channels are
-    numbered, `shrunk` the weights that are shrunk and `held` those that stay at zero once a channel has died.
-    Everything over channels is one vector (n,).
-    Raises InputError for groups of another model, with nothing to act on, or on several devices.
+    `groups` are the free groups whose penalised weights all require gradients; `numbers` numbers their channels.
+    `shrunk` are the weights that are shrunk, `held` those that stay at zero once a channel has died. `tensors` are all
+    parameters of the model. Everything over channels is one vector (n,).
+
+    Raises InputError for groups of another model, nothing to penalise, or weights on several devices.
     """
 
     def __init__(self, model: nn.Module, groups: ChannelGroups, penalty: Penalty) -> None:
@@ -51,38 +52,38 @@ class PenalisedWeights:
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """The device of the weights."""
         return self.shrunk.device
 
     def parameters(self, group: ChannelGroup) -> list[Tensor]:
-        """The tensors that hold a group's shrunk weights."""
+        """Return the tensors that have a group's shrunk weights."""
         return [self.tensors[member.tensor] for member in penalised_members(group, self.penalty)]
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Euclidean norm of each channel's shrunk weights."""
+        """Return the Euclidean norm of each channel's shrunk weights."""
         return self.shrunk.norms(self.tensors)
 
     @torch.no_grad()
     def distances(self) -> Tensor:
-        """The threshold up to which one proximal step leaves each channel alive."""
+        """Return the threshold up to which one proximal step leaves each channel alive."""
         return distances_to_zero(self.shrunk, self.tensors, self.penalty)
 
     def root_sizes(self) -> Tensor:
-        """Square root of the number of weights a channel has; 1 for a penalty on single weights."""
+        """Return the square root of the number of each channel's shrunk weights; 1 for elementwise penalties."""
         sizes = self.shrunk.sizes
         return torch.ones_like(sizes) if self.penalty in ELEMENTWISE else sizes.sqrt()
 
     @torch.no_grad()
     def shrink_(self, thresholds: Tensor, distances: Tensor, alive: Tensor, rate: Tensor | float) -> Tensor:
-        """One proximal step, `distances` being what `self.distances` says now; returns factors to hold.
+        """Take one proximal step; returns the factors by which `hold_` still has to multiply the held weights.
 
-        `alive` is set to 0, in place, for channels that have died; where the rate is 0 none does. The factors are what
-        the held weights are still to be multiplied by.
+        `distances` are those that `self.distances()` gives now. `alive` is set to 0, in place, for channels that have
+        died; where the rate is 0 none dies.
         """
-        if self.penalty in BLOCKWISE:  # there `distances` is the norm, which saves a look at the weights
+        if self.penalty in BLOCKWISE:  # `distances` are the norms then, so the weights need not be read
             factors = block_factors(self.penalty, distances, thresholds, rate)
-            left = (distances * factors).square() > 0  # squared: a norm that underflows is none
+            left = (distances * factors).square() > 0  # squared, because a norm that underflows is zero
         else:
             shrink_(self.shrunk, self.tensors, self.penalty, thresholds, rate=rate)
             factors, left = torch.ones_like(distances), self.norms() > 0
@@ -91,12 +92,12 @@ class PenalisedWeights:
 
     @torch.no_grad()
     def hold_(self, factors: Tensor, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Multiply the held weights of each channel by its factor, in place; those of `tensors` where given."""
+        """Multiply the held weights of each channel, in the model or in `tensors`, by its factor, in place."""
         self.held.scale_(self.tensors if tensors is None else tensors, factors)
 
     @torch.no_grad()
     def clear_momenta_(self, optimizer: torch.optim.Optimizer, alive: Tensor) -> None:
-        """Clear the optimizer's running averages of channels that are held at zero."""
+        """Clear the optimizer's running averages of the channels that are not alive."""
         values, factors = [], []
         for parameter, factor in zip(self.held.of(self.tensors), self.held.spread(alive, 1.0), strict=True):
             for value in optimizer.state.get(parameter, {}).values():
@@ -107,9 +108,9 @@ class PenalisedWeights:
 
 
 class GroupRates:
-    """Effective rates of the penalised groups: the mean over each group's tensors, 0 if the optimizer lacks one.
+    """Effective learning rates of the penalised groups: the mean over each group's tensors.
 
-    As one number if they are all the same, else as a vector over channels, written by fills: no copy waits for a GPU.
+    The rate of a group is 0 if the optimizer lacks one of its tensors. Nothing here waits for the device.
     """
 
     def __init__(self, penalised: PenalisedWeights) -> None:
@@ -119,7 +120,7 @@ class GroupRates:
         self._pieces = list(penalised.numbers.split(self._by_channel).values())
 
     def of(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """By the names of the groups that the optimizer has all weights of. Raises InputError if there are none."""
+        """Return the rates by group name, where the optimizer has all weights. Raises InputError if it has none."""
         rates = _effective_rates(optimizer)
         group_rates = {
             name: sum(rates[one] for one in ids) / len(ids)
@@ -134,7 +135,7 @@ class GroupRates:
         return group_rates
 
     def by_channel(self, group_rates: Mapping[str, float]) -> Tensor | float:
-        """The same for each channel (n,), or the one number that they all have."""
+        """Return the rate of each channel (n,), or one number if all are equal."""
         values = [group_rates.get(name, 0.0) for name in self._numbers.names]
         if len(set(values)) == 1:
             return values[0]
@@ -144,14 +145,14 @@ class GroupRates:
 
 
 def takes_plain_steps(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its steps are proportional to the gradients, as those of SGD are and those of Adam and its kin not."""
+    """Whether an optimizer's steps are proportional to the gradients, as SGD's are and Adam's are not."""
     return all("dampening" in param_group for param_group in optimizer.param_groups)
 
 
 def _trainable(
     groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty
 ) -> tuple[ChannelGroup, ...]:
-    """The free groups with weights the penalty acts on, all of which require gradients."""
+    """Return the free groups that have weights for the penalty, all of which require gradients."""
     active = []
     for group in groups.free:
         members = penalised_members(group, penalty)
@@ -176,7 +177,7 @@ def _trainable(
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """Learning rate by parameter identity, times the length of a steady step with SGD's momentum."""
+    """Return learning rates by the `id` of the parameter, for SGD times (1 - dampening) / (1 - momentum)."""
     rates: dict[int, float] = {}
     for param_group in optimizer.param_groups:
         rate = float(param_group["lr"])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def soft_threshold_(tensors: Sequence[Tensor], t: Sequence[Tensor]) -> None:
-    """Proximal map of t * ||x||_1 of each tensor, in place: sign(v) * max(|v| - t, 0), element by element.
+    """Apply the proximal map of t * ||x||_1 to each tensor, in place: sign(v) * max(|v| - t, 0), element by element.
 
-    `t` >= 0, one for each tensor, broadcast against them. Computed as v - clamp(v, -t, t): exactly 0 where |v| <= t.
+    `t` >= 0 has one tensor for each, which broadcasts against it. The result is exactly 0 where |v| <= t.
     """
     tensors, t = list(tensors), list(t)
     inside = torch._foreach_maximum(list(torch._foreach_minimum(tensors, t)), list(torch._foreach_neg(t)))
@@ -24,7 +24,7 @@ def soft_threshold_(tensors: Sequence[Tensor], t: Sequence[Tensor]) -> None:
 
 
 def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
-    """Factor max(1 - t / norm, 0) by which the proximal map of t * ||x||_2 scales a whole group.
+    """Return the factor max(1 - t / norm, 0) by which the proximal map of t * ||x||_2 scales a whole group.
 
     `norms` (n_groups,) are the groups' Euclidean norms, `t` >= 0 a number or one for each group. A group whose
     norm is at most `t` gets exactly 0; a zero group stays zero, and `t` = 0 gives exactly 1 (never NaN).
@@ -34,17 +34,17 @@ def block_shrinkage(norms: Tensor, t: Tensor | float) -> Tensor:
 
 
 def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: Tensor | float, concavity: float = 3.0) -> Tensor:
-    """Factor by which the proximal map of rate * MCP(||x||_2) scales a whole group, with strength lam = t / rate.
+    """Return the factor by which the proximal map of rate * MCP(||x||_2) scales a whole group.
 
-    MCP(r) = lam r - r^2 / (2 concavity) up to r = concavity x lam, and constant from there on: it pulls like a group
-    lasso at 0, less the further away, and groups beyond keep their size, so survivors are not biased. The factor is
+    With strength lam = t / rate, MCP(r) = lam r - r^2 / (2 concavity) up to r = concavity x lam, and is constant from
+    there on. Near 0 it shrinks like a group lasso; groups beyond keep their size. The factor is
 
         0                                                     for norm <= t
         concavity / (concavity - rate) x (1 - t / norm)       for norm <= concavity x lam
         1                                                     beyond
 
-    `norms` and `t` as in `block_shrinkage`, `rate` > 0 a number or one for each group. From `rate` = `concavity` on the
-    objective is concave between 0 and the norm, and the map a hard threshold at lam sqrt(rate x concavity).
+    `norms` and `t` are as in `block_shrinkage`, `rate` > 0 is a number or one for each group. For `rate` >= `concavity`
+    the objective is concave near 0, and the map is a hard threshold at lam sqrt(rate x concavity).
     """
     t, rate = _like(norms, t), _like(norms, rate)
     survives = (norms > t * (concavity / rate).sqrt()).to(norms.dtype)
@@ -54,5 +54,5 @@ def mcp_shrinkage(norms: Tensor, t: Tensor | float, rate: Tensor | float, concav
 
 
 def _like(norms: Tensor, value: Tensor | float) -> Tensor:
-    """As a tensor of their kind. A number is filled in on the device: a copy would wait for it."""
+    """Return `value` as a tensor like `norms`. A number is filled in on the device: a copy would wait."""
     return value.to(norms) if isinstance(value, Tensor) else norms.new_full((), value)

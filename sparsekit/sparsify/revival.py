@@ -1,4 +1,4 @@
-"""How hard the loss pulls at channels that are held at zero: what decides whether one may come back."""
+"""Whether channels at zero may come back: how hard the loss pulls at them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from sparsekit.options import Penalty
 from sparsekit.sparsify.channel_vectors import OwnedWeights
 from sparsekit.sparsify.penalties import distances_to_zero
 
-# Of a running mean, how much the newest step counts: it remembers about a hundred steps, and waits for as many.
+# The weight of the newest step in a running mean. It remembers about a hundred steps, and nothing revives before.
 _NEWEST = 0.01
-# How many standard errors of the mean gradient count as noise.
+# This many standard errors of the mean gradient count as noise.
 _ERRORS = 3.0
 
 
 class Revival:
-    """Running means of the gradients of the penalised weights, and what they say about channels at zero.
+    """Measures how hard the loss pulls at channels at zero, by running means of the gradients of the shrunk weights.
 
-    At zero a channel is at its optimum iff a proximal step from there, against the mean gradient, ends there. So it is
-    pulled with the largest strength x w_g from which that step would take it away: the Euclidean norm of its mean
-    gradient for penalties on whole channels, the largest absolute entry for those on single weights. Of the mean only
-    what exceeds three of its standard errors counts, so channels that feel nothing but noise stay where they are. For
-    optimizers that divide by the size of the gradients, mean gradients are in units of their root mean square.
+    Zero is the optimum of a channel if a proximal step from there, against the mean gradient, ends there. The pull is
+    the largest strength x w_g at which it would not: the Euclidean norm of the mean gradient for penalties on whole
+    channels, its largest absolute entry for elementwise ones. Only what exceeds three standard errors of the mean
+    counts, so noise revives nothing. For optimizers that divide by the size of the gradients, the unit of a mean
+    gradient is its root mean square.
 
-    Holds two copies of the penalised weights. Nothing here waits for the device.
+    The means take twice the memory of the shrunk weights. Nothing here waits for the device.
     """
 
-    def __init__(self, held: OwnedWeights, tensors: Mapping[str, Tensor], penalty: Penalty) -> None:
-        self._held, self._tensors, self._penalty = held, tensors, penalty
+    def __init__(self, shrunk: OwnedWeights, tensors: Mapping[str, Tensor], penalty: Penalty) -> None:
+        self._shrunk, self._tensors, self._penalty = shrunk, tensors, penalty
         self._seen = 0
-        self._means = {name: torch.zeros_like(tensors[name], dtype=held.dtype) for name in held.names}
+        self._means = {name: torch.zeros_like(tensors[name], dtype=shrunk.dtype) for name in shrunk.names}
         self._squares = {name: torch.zeros_like(mean) for name, mean in self._means.items()}
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Fold in the gradients that the weights have now; those that are not finite, or not there, count as 0."""
+        """Update the means by the present gradients. Those that are missing or not finite count as 0."""
         gradients = [
             torch.zeros_like(mean)
             if (gradient := self._tensors[name].grad) is None
@@ -51,11 +51,11 @@ class Revival:
 
     @torch.no_grad()
     def of_channels(self, *, relative: bool) -> Tensor:
-        """The loss's pull at each channel (n,), `relative` to the size of its gradients or in their own units."""
+        """Return the pull at each channel (n,), `relative` to the size of its gradients or in their own units."""
         if self._seen * _NEWEST < 1:
-            return torch.zeros_like(self._held.sizes)
-        left = (1 - _NEWEST) ** self._seen  # of the zeros that the means started with
-        # Variance of a mean with these weights, over the variance of one step.
+            return torch.zeros_like(self._shrunk.sizes)
+        left = (1 - _NEWEST) ** self._seen  # the weight of the zeros that the means started with
+        # The variance of a mean with these weights / the variance of one step.
         share = _NEWEST / (2 - _NEWEST) * (1 - left**2) / (1 - left) ** 2
         pulls = {}
         for name, mean in self._means.items():
@@ -64,10 +64,10 @@ class Revival:
             certain = mean.sign() * (mean.abs() - _ERRORS * error).clamp_min(0)
             size = square.sqrt().clamp_min(torch.finfo(mean.dtype).tiny)
             pulls[name] = certain / size if relative else certain
-        return distances_to_zero(self._held, pulls, self._penalty)
+        return distances_to_zero(self._shrunk, pulls, self._penalty)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on."""
+        """Return the state that a resumed run needs."""
         return {
             "seen": self._seen,
             "means": {name: mean.clone() for name, mean in self._means.items()},
@@ -75,7 +75,7 @@ class Revival:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Take the state that `state_dict` returned."""
         self._seen = state["seen"]
         for mine, theirs in ((self._means, state["means"]), (self._squares, state["squares"])):
             for name, value in mine.items():

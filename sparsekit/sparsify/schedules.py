@@ -1,4 +1,4 @@
-"""How strong a penalty is over a training phase: pure functions of the step number."""
+"""The strength of a penalty over a training phase, as a pure function of the progress."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass
 class PhaseShares:
     """A sparsifying phase in four parts: warm-up (strength 0), ramp (0 to full), hold, debias (0, zeros held).
 
-    `warmup`, `ramp` and `debias` are fractions of the phase in [0, 1] with a sum of at most 1; hold is the rest. Zeros
-    that come early leave the rest of the phase to train what stays.
-    Raises ValueError for others.
+    `warmup`, `ramp` and `debias` are fractions of the phase in [0, 1] with a sum of at most 1; hold is the rest. Debias
+    trains what stays. Raises ValueError for other fractions.
     """
 
     warmup: float = 0.05
@@ -24,7 +23,7 @@ class PhaseShares:
             raise ValueError(f"warmup, ramp and debias must be >= 0 with a sum of at most 1, got {shares}")
 
     def factor(self, progress: float) -> float:
-        """Share of the full strength at `progress` in [0, 1]: 0, then linear to 1, then 1, then 0.
+        """Return the share of the full strength at `progress` in [0, 1]: 0, then linear to 1, then 1, then 0.
 
         >>> [PhaseShares(0.2, 0.4, 0.2).factor(p) for p in (0.1, 0.4, 0.7, 0.9)]
         [0.0, 0.5, 1.0, 0.0]

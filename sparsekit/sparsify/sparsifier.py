@@ -1,4 +1,4 @@
-"""The hook for anyone's training loop: a proximal step after each optimizer step, so that zeros are exact zeros."""
+"""The Sparsifier, for any training loop: a proximal step after each optimizer step makes exact zeros."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsekit.sparsify.strength import AutoStrength, ConstantStrength, Strength
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 
-# The channels that are held back are not halved for ever: below this they would be zero one day.
+# Below this distance a channel that has to stay is not halved any more, or it would underflow to zero.
 _NEARLY_NOTHING = 1e-8
 
 
@@ -36,26 +36,25 @@ class Sparsifier:
 
         t_g = rate x strength x factor(progress) x w_g
 
-    `rate` is the optimizer's learning rate of the penalised weights (the mean over their tensors), for SGD times (1 -
-    dampening) / (1 - momentum), the length of a steady step. For Adam and its kin it is taken as it is, which is
-    decoupled shrinkage like AdamW's decay. `factor` is 1 or follows the parts of the phase (`PhaseShares`). The
-    multiplier w_g is, at a constant strength, the square root of the number of penalised weights (1 for "l1" and
-    "scale_l1"); with `adaptive` > 0
+    `rate` is the optimizer's learning rate of the penalised weights, the mean over their tensors. For SGD it is
+    multiplied by (1 - dampening) / (1 - momentum), the length of a steady step. `factor` follows the parts of the phase
+    (`PhaseShares`). At an automatic strength `Steering` decides the multiplier w_g. At a constant one it is the square
+    root of the number of penalised weights (1 for "l1" and "scale_l1"), or with `adaptive` > 0
 
         w_g = mean norm x clamp((mean filter norm / filter norm of g) ^ adaptive, 0.05, 20)
 
-    with norms at the start and means over the channel's group; and with costs times sqrt(cost / mean cost). At an
-    automatic strength it is what `Steering` decides.
+    with norms at the start and means over the channel's group. With costs it is multiplied by sqrt(cost / mean cost).
 
-    Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta cleared
-    ("scale_l1" then holds the norm's shift at 0 too), unless `ConstantStrength.revive` lets them come back. As many
-    channels of each group as its rounding keeps at least lose at most half of what is left of them in a step, those
-    furthest from zero: no layer dies out (`min_channels` = 0 turns that off). Weights that are zero before any penalty
-    acted are not held. Only groups whose penalised weights all require gradients, and are all in the optimizer, are
-    penalised.
+    Zeros stay zeros: once all penalised weights of a channel are 0 they are held there and their momenta are cleared,
+    unless `ConstantStrength.revive` lets them come back. "scale_l1" then holds the norm's shift at 0 too. Weights that
+    are zero before any penalty acted are not held.
+
+    No layer dies out: of each group the channels furthest from zero, as many as its rounding keeps at least, lose at
+    most half of their distance in a step (`min_channels` = 0 turns that off). Groups are penalised only if all their
+    penalised weights require gradients and are in the optimizer.
 
     Raises InputError for an unknown penalty, an automatic strength with "group_mcp", a target out of reach, groups of
-    another model, or groups with nothing free.
+    another model, or groups of which none is free.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Sparsifier:
         self._steps = 0
         self._met = False
         self._warned = False
-        # Over channels everything is one vector (n,), in the order of `PenalisedWeights.numbers`.
+        # Everything over channels is one vector (n,), in the order of `PenalisedWeights.numbers`.
         self._alive = torch.ones_like(self._penalised.norms())
         self._least = [_least_alive(group, groups) for group in self._penalised.groups]
         self._best = (
@@ -100,12 +99,12 @@ class Sparsifier:
 
     @property
     def strength(self) -> float:
-        """The strength that the last step used, schedule included; 0 before the first."""
+        """The strength that the last step used, with the factor of the phase; 0 before the first step."""
         return self._current_strength(self._steps - 1) if self._steps else 0.0
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Shrink once. Call right after `optimizer.step()` (after unscaling and clipping, once per update).
+        """Take one proximal step. Call it right after every `optimizer.step()`.
 
         Raises InputError if the optimizer has none of the penalised weights.
         """
@@ -125,24 +124,24 @@ class Sparsifier:
             distances = self._penalised.distances()
             thresholds = self._thresholds(rate * strength, distances)
             factors = self._penalised.shrink_(thresholds, distances, self._alive, rate)
-        if self._acted:  # before that nothing has died
+        if self._acted:  # nothing has died before
             self._penalised.hold_(factors)
-            if self._revival is None or strength == 0:  # what may come back goes on from its momenta
+            if self._revival is None or strength == 0:  # a channel that may come back keeps its momenta
                 self._penalised.clear_momenta_(optimizer, self._alive)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Take a step after every `optimizer.step()` from now on, in whoever's loop; `remove()` the handle to stop.
+        """Take a step after every `optimizer.step()` from now on. `remove()` the handle to stop.
 
-        Updates that a gradient scaler skips are skipped here too. Do not call `step` yourself then.
+        Steps that a gradient scaler skips are skipped here too. Do not call `step` yourself then.
         """
         return optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self.step(optimizer))
 
     @torch.no_grad()
     def check_processes(self) -> None:
-        """See that all processes of a distributed run hold the same zeros; does nothing in a single one.
+        """Check that all processes of a distributed run hold the same zeros. A single process does nothing.
 
         Every process has to call it, and waits for the others. Raises TrainingError if they differ: then the weights
-        do as well, and the processes no longer train one model.
+        differ too, and the processes no longer train one model.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
@@ -158,29 +157,30 @@ class Sparsifier:
 
     @torch.no_grad()
     def project_(self, model: nn.Module) -> None:
-        """Set the held zeros to zero in a copy of the model, for instance an average of its weights over time."""
+        """Set the held zeros to zero in a copy of the model, such as an average of its weights over time."""
         tensors = dict(_unwrapped(model).named_parameters())
         self._penalised.hold_(self._alive, tensors)
 
     def importance(self) -> Scores:
-        """With an automatic strength, how important the channels of each free group are by now; >= 0, comparable.
+        """Return the importance (n_channels,) of each free group's channels so far, comparable across groups.
 
-        On the CPU. Infinite for groups that the penalty does not act on: they stay. For `choose_channels` and
-        `search_speed`, whose masks `settle` takes. Waits for the device. Raises InputError at a constant strength.
+        It is on the CPU, and infinite for groups that the penalty does not act on: they stay. `choose_channels` and
+        `search_speed` take it, and `settle` takes their masks. Waits for the device. Raises InputError at a constant
+        strength.
         """
         learned = self._steered().importance(self._alive)
         return {g.name: learned.get(g.name, torch.full((g.n_channels,), math.inf)) for g in self._groups.free}
 
     def expected_masks(self) -> Masks:
-        """With an automatic strength, keep-masks of what would be left if the phase ended as it is decided now.
+        """Return keep-masks of what would be left if the phase ended as it is decided now.
 
-        Cut a copy of the model by them to see, early in a phase, how fast the outcome will be. Waits for the device.
-        Raises InputError at a constant strength.
+        A copy of the model that is cut by them shows early in a phase how fast the result will be. Waits for the
+        device. Raises InputError at a constant strength.
         """
         return self._steered().expected_masks(self._alive)
 
     def retarget(self, target: Mapping[Quantity, float]) -> None:
-        """With an automatic strength, go for another share of the same quantity from the next decision on.
+        """Aim for another share of the same quantity from the next decision on.
 
         Raises InputError at a constant strength, for another quantity, or for a share that is out of reach.
         """
@@ -188,26 +188,26 @@ class Sparsifier:
         self._met = False
 
     def settle(self, masks: Masks) -> None:
-        """With an automatic strength, let exactly the channels die that keep-masks drop, and choose no others.
+        """Shrink exactly the channels that the keep-masks drop, and choose no others from now on.
 
-        For an outcome that was cut and timed before it was trained: `expected_masks`, perhaps with some entries
-        changed, to `make_plan` and `apply_plan`, and here what was fast enough. The target becomes what the masks
-        leave. Raises InputError at a constant strength, or for masks of other groups.
+        So a result can be cut and timed before it is trained: by the masks of `expected_masks` or `search_speed`, which
+        are then given here. The target becomes what the masks leave. Raises InputError at a constant strength, or for
+        masks of other groups.
         """
         self._steered().settle(masks)
         self._met = False
 
     def shortfall(self) -> str:
-        """How far from its target the phase is; "" once it is met, or without one.
+        """Say how far from its target the phase is; "" once it is met, or without a target.
 
         Waits for the device.
         """
         return "" if self._steering is None else self._steering.shortfall(self._alive)
 
     def progress(self) -> dict[str, float]:
-        """`zero_share`: fraction of penalised channels that are exactly zero; `strength`: as used last.
+        """Return `zero_share`, the fraction of penalised channels at zero, and the last `strength`.
 
-        Waits for the device, so not for every step.
+        It waits for the device, so do not call it in every step.
         """
         alive = self._alive.cpu()
         if self._steering is None:
@@ -215,7 +215,7 @@ class Sparsifier:
         return {"zero_share": float((alive == 0).float().mean()), "strength": self.strength}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to be the same run, as plain numbers and tensors."""
+        """Return the state that a resumed run needs, as plain numbers and tensors."""
         split = self._penalised.numbers.split
         return {
             "steps": self._steps,
@@ -228,18 +228,20 @@ class Sparsifier:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises InputError if it was taken from a model with other groups."""
+        """Take the state that `state_dict` returned. Raises InputError for the state of another Sparsifier."""
         numbers = self._penalised.numbers
         sizes = dict(zip(numbers.names, numbers.sizes, strict=True))
         if {name: len(alive) for name, alive in state["alive"].items()} != sizes:
-            raise InputError("the sparsifier's state belongs to a model with other channel groups")
+            raise InputError(
+                "the state is of a Sparsifier for other channel groups; give the groups that it was made with"
+            )
         if bool(state["steering"]) != (self._steering is not None):
             raise InputError(
-                "the sparsifier's state belongs to one with an automatic strength, or this one has one and it had none"
+                "the state and this Sparsifier must both have an automatic strength, or neither; give the same strength"
             )
         if bool(state.get("revival")) != (self._revival is not None):
             raise InputError(
-                "the sparsifier's state belongs to one that revives channels, or this one does and it did not"
+                "only one of the state and this Sparsifier revives channels; give the same `revive`"
             )
         self._steps, self._strength, self._met = state["steps"], state["strength"], state["met"]
         self._alive.copy_(numbers.join(state["alive"]))
@@ -258,7 +260,7 @@ class Sparsifier:
             of_filters = filter_norms(model, self._groups)
             of_group, norms_of_group = split(multipliers), split(norms)
             for name, values in of_group.items():
-                # What has no filters is compared by its penalised weights.
+                # Channels without filters are compared by their penalised weights.
                 own = of_filters[name].to(norms) if of_filters[name].any() else norms_of_group[name]
                 relative = (own.mean() / own.clamp_min(1e-12)).pow(adaptive).clamp(0.05, 20)
                 values.copy_(norms_of_group[name].mean() * relative)
@@ -273,7 +275,7 @@ class Sparsifier:
         return self._strength * (self._shares.factor(step / self._total_steps) if self._total_steps else 1.0)
 
     def _thresholds(self, step_length: Tensor | float, distances: Tensor) -> Tensor:
-        """The channels' thresholds in this step; those of the channels that have to stay cannot take them to zero."""
+        """Return the thresholds of this step. Those of channels that have to stay cannot take them to zero."""
         thresholds = self._multipliers * step_length
         if self._best is None:
             return thresholds
@@ -289,7 +291,7 @@ class Sparsifier:
         return self._steering
 
     def _warn_if_absurd(self, alive: Mapping[str, Tensor]) -> None:
-        """Say so, once, if a constant strength has taken all to zero that it could."""
+        """Warn once if a constant strength has taken every channel to zero that it could."""
         if self._warned or any(int(a.sum()) > n for a, n in zip(alive.values(), self._least, strict=True)):
             return
         self._warned = True
@@ -311,12 +313,12 @@ def _check_penalty(penalty: str, strength: ConstantStrength | AutoStrength) -> N
 
 
 def _least_alive(group: ChannelGroup, groups: ChannelGroups) -> int:
-    """How many channels of a group the penalty may not take to zero."""
+    """Count the channels of a group that the penalty may not take to zero."""
     return 0 if group.bypass or groups.min_channels == 0 else min(group.rounding.least, group.n_channels)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """Return the model inside the wrappers of torch.compile and DistributedDataParallel."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -327,9 +329,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _relative_costs(groups: Sequence[ChannelGroup], costs: Mapping[str, float] | None) -> dict[str, float]:
-    """Cost / mean cost of a channel, in [1/400, 400] but for whole blocks; 1 without costs.
+    """Return cost / mean cost of a channel, in [1/400, 400]; 1 without costs. Residual blocks have no upper limit.
 
-    Raises InputError for impossible ones.
+    Raises InputError for costs that are missing, negative or not finite.
     """
     if costs is None:
         return {group.name: 1.0 for group in groups}

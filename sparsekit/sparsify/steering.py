@@ -1,4 +1,4 @@
-"""How an automatic strength is steered so that its target is met: which channels have to die for it, and how fast."""
+"""How an automatic strength meets its target: which channels have to die for it, and how fast."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from sparsekit.sparsify.strength import AutoStrength
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 
-# How often in the penalised part of a phase a new decision is made.
+# How many decisions are made in the penalised part of a phase.
 _DECISIONS = 100
-# The aim is to be done a little before the penalised part ends: what gradients held up dies in the rest.
+# Channels are to be dead at this share of the penalised part. What gradients held up dies in the rest.
 _AIMED_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be shrunk from now on: a channel's threshold in a step is rate x strength x its multiplier.
+    """What is shrunk from now on: the threshold of a channel in a step is rate x strength x its multiplier.
 
-    `multipliers` (n,), in the order of `PenalisedWeights.numbers`: 0 for channels that are to live. `strength` is 0
+    `multipliers` are (n,), in the order of `PenalisedWeights.numbers`, and 0 for channels that stay. `strength` is 0
     once the target is met.
     """
 
@@ -42,27 +42,25 @@ class Decision:
 
 
 class Steering:
-    """Decides what dies until what is left, rounded as a cut rounds it, meets the target of an automatic strength.
+    """Decides which channels die, and how fast, until a cut of the zeros would meet the target.
 
-    The steps of channels that are least important for what they cost have to die, and nothing else is shrunk. The
-    *shrink budget*: without a gradient a channel loses rate x strength x multiplier of its distance to zero in each
-    step. With its distance at the start as the multiplier, one that is the share d of that away dies in n more steps at
+    The steps of channels with the least importance for their cost have to die; nothing else is shrunk. Without a
+    gradient a step takes rate x strength x multiplier off a channel's distance to zero. The multiplier is the distance
+    at the start, so a channel that is the share d of it away dies in n more steps at
 
         strength = d / (n x rate)
 
-    so all that are chosen fall evenly, and together. Choice and pace are decided anew a hundred times between the
-    warm-up and the debias part. The pace never falls, because what is nearly zero would else be shrunk less and less
-    and stay in the noise of the gradients.
+    and all that are chosen die together. Choice and pace are decided anew a hundred times between the warm-up and the
+    debias part. The pace never falls, or channels near zero would stay in the noise of the gradients.
 
-    A channel's importance is, by `AutoStrength.importance`,
+    The importance of a channel is, by `AutoStrength.importance`,
 
-    - "magnitude": (norm of its filters / mean of its group)^2, as the model was at the start; of a block, (root mean
-      square of its scales / mean of that over the blocks)^2;
-    - "taylor": the running mean of its squared first-order effect on the loss, from the gradients that `observe` sees
-      (`learned_importance`).
+    - "magnitude": (norm of its filters / mean of its group)^2 at the start; for a residual block, (root mean square of
+      its scales / mean of that over the blocks)^2;
+    - "taylor": the running mean of its squared first-order effect on the loss (`learned_importance`).
 
-    The strength's `costs` divide it. `settle` ends the choosing: exactly what its masks drop goes, at the pace that is
-    left. Raises InputError if the target is out of reach.
+    The strength's `costs` divide it. After `settle` exactly the channels that its masks drop die. Raises InputError if
+    the target is out of reach.
     """
 
     def __init__(
@@ -92,16 +90,16 @@ class Steering:
             self._importance.zero_()
 
     def observe(self, step: int) -> None:
-        """Learn from the gradients of a step how important the channels are."""
+        """Learn importance from the gradients of a step."""
         if self._learns and not self._settled and step < self._first + self._length:
             note_effects_(self._importance, self._penalised.tensors, self._penalised.shrunk)
 
     @torch.no_grad()
     def decide(self, step: int, alive: Tensor, rates: Mapping[str, float]) -> Decision | None:
-        """What to do from this step on, or None if it is not the time to decide anew.
+        """Return what to do from this step on, or None if no decision is due.
 
-        `alive` (n,) is 0 for channels that are held at zero; `rates` are those of the groups that can be shrunk.
-        Raises TrainingError if there were no gradients to learn from.
+        `alive` (n,) is 0 for channels that are held at zero. `rates` are those of the groups that can be shrunk. Raises
+        TrainingError if there were no gradients to learn from.
         """
         past = step - self._first
         interval = max(int(self._length / _DECISIONS), 1)
@@ -122,18 +120,18 @@ class Steering:
         return Decision(multipliers, self._pace / rate if rate > 0 else 0.0)
 
     def importance(self, alive: Tensor) -> Scores:
-        """How important the channels of each group are by now, on the CPU; 0 of those at zero."""
+        """Return the importance of each group's channels so far, on the CPU; 0 for those at zero."""
         return self._split((self._importance * (alive > 0)).cpu())
 
     @torch.no_grad()
     def expected_masks(self, alive: Tensor) -> Masks:
-        """Keep-masks (on the CPU, rounded) of what would be left if the phase ended as it is decided now."""
+        """Return keep-masks, rounded, of what would be left if the phase ended as it is decided now."""
         doomed = self._doomed(self._penalised.numbers.names, alive)
         return self._rounded(self._split(((alive > 0) & ~doomed).cpu()))
 
     @torch.no_grad()
     def retarget(self, target: Mapping[Quantity, float], alive: Tensor) -> None:
-        """Go for another share of the same quantity. Raises InputError for another one, or a share out of reach."""
+        """Aim for another share of the quantity. Raises InputError for another quantity, or a share out of reach."""
         if set(target) != {self._quantity}:
             raise InputError(f"the phase has a target of {self._quantity}, got {dict(target)}")
         before = self._target, self._settled
@@ -145,9 +143,9 @@ class Steering:
             raise
 
     def settle(self, masks: Masks) -> None:
-        """Take to zero exactly what these keep-masks drop; the target is what they leave.
+        """Take to zero exactly the channels that these keep-masks drop. The target becomes what they leave.
 
-        Raises InputError if they are not those of the groups that are penalised, or drop channels of others as well.
+        Raises InputError for masks of other groups, or that drop channels which are not penalised.
         """
         sizes = {name: values.shape for name, values in self._split(self._importance).items()}
         if {name: mask.shape for name, mask in masks.items() if name in sizes} != sizes:
@@ -164,11 +162,11 @@ class Steering:
         self._target = self._share(self._settled)
 
     def share_left(self, alive: Tensor) -> float:
-        """What a cut of the zeros would leave of the target's quantity."""
+        """Return the share of the target's quantity that a cut of the zeros would leave."""
         return self._share(self._split((alive > 0).cpu()))
 
     def shortfall(self, alive: Tensor) -> str:
-        """ "" if the target is met; else how far the phase got."""
+        """Say how far from its target the phase is; "" once it is met."""
         if self._is_met(alive):
             return ""
         if self._settled:
@@ -185,7 +183,7 @@ class Steering:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to decide as if it had not stopped."""
+        """Return the state that a resumed run needs."""
         return {
             "importance": self._split(self._importance.clone()),
             "start": self._split(self._start.clone()),
@@ -196,7 +194,7 @@ class Steering:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Take the state that `state_dict` returned."""
         self._pace, self._target = state["pace"], state["target"]
         self._settled = {name: mask.cpu() for name, mask in state["settled"].items()}
         own = (("importance", self._importance), ("start", self._start), ("costs", self._costs))
@@ -208,7 +206,7 @@ class Steering:
         # Groups of bare parameters have no filters.
         known = {name: norms[name].to(d) if norms[name].any() else d for name, d in distances.items()}
         found = {name: relative_importance({name: norm})[name] for name, norm in known.items()}
-        # A block is alone in its group: blocks are compared with each other, and of equal ones the last goes first.
+        # A residual block is alone in its group, so blocks are compared with each other; of equal ones the last goes.
         blocks = [group.name for group in self._penalised.groups if group.bypass]
         if blocks:
             of_group = self._split(self._penalised.norms() / self._penalised.shrunk.sizes.sqrt())
@@ -221,14 +219,14 @@ class Steering:
         return self._penalised.numbers.join(found)
 
     def _choose(self, trained: Sequence[str], alive: Tensor) -> tuple[Tensor, float]:
-        """Multipliers of the channels, and how far the furthest of the chosen is, as a share of where it started."""
+        """Return multipliers, and the largest distance of a channel that has to die, as a share of its start."""
         distances, doomed = self._penalised.distances(), self._doomed(trained, alive)
         size = torch.maximum(distances, self._start).clamp_min(torch.finfo(distances.dtype).tiny)
         furthest = torch.where(doomed, distances / size, 0.0).max()
         return torch.where(doomed, size, 0.0), float(furthest)
 
     def _doomed(self, trained: Sequence[str], alive: Tensor) -> Tensor:
-        """Which channels (bool) have to die; none of groups that are not trained."""
+        """Return which channels (bool) have to die; none of groups that are not trained."""
         if self._settled:
             doomed = {name: ~self._settled[name] for name in trained}
         else:
@@ -241,15 +239,15 @@ class Steering:
         return self._penalised.numbers.join(doomed).to(alive.device) > 0
 
     def _rounded(self, masks: Masks) -> Masks:
-        """The masks as the cut will round them; which channels come back does not matter to the cost."""
+        """Round masks as the cut will. Which channels come back does not matter to the cost."""
         return {name: round_up(mask, mask.double(), self._rounding[name]) for name, mask in masks.items()}
 
     def _is_met(self, alive: Tensor) -> bool:
-        """Whether all is dead that has to be. What was settled on is cut as it is, so it is not rounded again."""
+        """Whether all channels are dead that have to be. Masks that were settled on are not rounded again."""
         return not self._undead(alive) if self._settled else self.share_left(alive) <= self._target
 
     def _undead(self, alive: Tensor) -> int:
-        """How many of the channels that were settled on are not zero yet."""
+        """Count the channels that the settled masks drop and that are not zero yet."""
         left = self._split((alive > 0).cpu())
         return sum(int((left[name] & ~mask).sum()) for name, mask in self._settled.items())
 

@@ -1,4 +1,4 @@
-"""How strong a penalty is: a constant strength, or one that is steered towards a target."""
+"""The strength of a penalty: a constant one, or one that is steered towards a target."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from sparsekit.sparsify.schedules import PhaseShares
 class ConstantStrength:
     """A strength that is a number.
 
-    With `total_steps` the phase has the parts of `shares` (by default those of `PhaseShares`); without, every step has
-    the full strength. With `adaptive` > 0 channels are shrunk faster the smaller their filters were at the start, by
-    (mean / norm) to this power (adaptive lasso, Zou 2006); 0 shrinks all alike. `costs` (what one channel of each group
-    costs: `channel_macs`, `channel_latencies`) make zeros appear where they save most.
-
-    With `revive` zeros are not for good: a channel that fell early, or in a noisy step, comes back when the loss pulls
-    at it harder than the penalty holds it there. That needs gradients when the Sparsifier steps, and costs some passes
-    over the penalised weights in every step. Behind BatchNorm and ReLU nothing comes back: with scale and shift at zero
-    there is no gradient.
+    - `total_steps`: with it the phase has the parts of `shares`, by default those of `PhaseShares`. Without it every
+      step has the full strength.
+    - `adaptive` > 0 shrinks channels by (mean / norm)^adaptive of their filters at the start, so small ones die first
+      (adaptive lasso, Zou 2006). 0 shrinks all alike.
+    - `costs` of one channel of each group (`channel_macs`, `channel_latencies`) make zeros appear where they save most.
+    - `revive` lets a channel at zero come back when the loss pulls at it harder than the penalty. It needs gradients
+      when the Sparsifier steps, and some passes over the penalised weights. Where BatchNorm and ReLU follow nothing
+      comes back: with scale and shift at zero there is no gradient.
 
     Raises InputError for a value that is not a finite number >= 0, or fewer than one step.
     """
@@ -53,14 +52,14 @@ class ConstantStrength:
 class AutoStrength:
     """A strength that is steered so that `target` is met by the end of a phase of `total_steps` optimizer steps.
 
-    `target` is one quantity with the share of it that is to be left: {"macs": 0.5} is half of the multiply-accumulates.
-    The steps of channels that are least important for what they cost are chosen, as many as the target takes, and only
-    they are shrunk, evenly, so that they are zero when the penalised part of the phase ends. Choice and strength are
-    made anew a hundred times. Once the target is met the strength is 0 and the zeros are held.
+    Only the steps of channels with the least importance for their cost are shrunk, as many as the target takes, so that
+    they are zero when the penalised part of the phase ends. Choice and strength are decided anew a hundred times. Once
+    the target is met the strength is 0 and the zeros are held.
 
-    `importance` is "taylor", the channels' effect on the loss, learned from the gradients, or "magnitude", the size of
-    their filters at the start. `costs` (what one channel of each group costs: `channel_macs`, `channel_latencies`)
-    divide it.
+    - `target` is one quantity with the share of it that is to be left: {"macs": 0.5} leaves half of the MACs.
+    - `importance` is "taylor", the effect on the loss, learned from the gradients, or "magnitude", the size of the
+      filters at the start.
+    - `costs` of one channel of each group (`channel_macs`, `channel_latencies`) divide the importance.
 
     Raises InputError for other quantities, no target, or fewer than one step.
     """
@@ -89,7 +88,7 @@ Strength = float | ConstantStrength | AutoStrength
 
 
 def as_strength(strength: Strength) -> ConstantStrength | AutoStrength:
-    """A number as the constant strength that it stands for. Raises InputError for anything else."""
+    """Return a strength as it is, and a number as a ConstantStrength. Raises InputError for anything else."""
     if isinstance(strength, (ConstantStrength, AutoStrength)):
         return strength
     return ConstantStrength(strength)

@@ -1,4 +1,4 @@
-"""Two plans as one."""
+"""Composing two plans into one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from sparsekit.structure.plan import GroupCut, PrunePlan, TensorCut
 
 
 def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """One plan that does to a model what applying `first`, and `second` to the model it leaves, would do.
+    """Return one plan that does what applying `first`, and then `second` to the cut model, would do.
 
-    `second` was made for the cut model; positions of the result are those of the uncut one. Its `groups` speak of
-    the uncut model as well: a group of both plans lists what stays after both. A group of one plan alone is listed as
-    it is there. One that the second plan found with another number of channels than the first left (units may join
-    or part when something else goes) is not listed: `cuts` say in any case what goes. The result has the input
-    shapes of `first`.
+    Positions of the result, and its input shapes, are those of the uncut model. A group of both plans lists the
+    channels that stay after both; a group of one plan is listed as it is there. A group is not listed if `second` has
+    it with another number of channels than `first` leaves, which happens when units join or part; `cuts` are complete
+    in any case.
 
-    Constants of dead channels are folded at one cut instead of two: as long as every one of them can be folded the
-    outputs are the same, though other biases or columns may hold them. Raises InputError if a tensor has not the
-    size in `second` that `first` leaves.
+    Constants of dead channels are folded once instead of twice. If all can be folded the outputs are the same, though
+    other biases or columns may hold them. Raises InputError if a tensor in `second` has not the size that `first`
+    leaves.
     """
     earlier = {(cut.tensor, cut.dim): cut for cut in first.cuts}
     cuts = dict(earlier)
@@ -30,7 +29,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
             cuts[key] = _cut_twice(earlier[key], cut)
         elif not _is_bias_of_a_fold(cut, earlier):
             cuts[key] = cut
-    # A place of both plans gets what the second writes there.
+    # A place that both plans rewrite gets what the second writes.
     rewrites = {replace(place, size=-1): place for place in (*first.rewrites, *second.rewrites)}
     blocks = (*first.blocks, *second.blocks)
 
@@ -62,7 +61,7 @@ def _cut_twice(first: TensorCut, second: TensorCut) -> TensorCut:
 
 
 def _is_bias_of_a_fold(cut: TensorCut, earlier: Mapping[tuple[str, int], TensorCut]) -> bool:
-    """Whether the first cut made the bias, for constants: it took rows of the layer's weight, and of no bias."""
+    """Whether the first cut made this bias to fold constants: it cut rows of the layer's weight, but no bias."""
     layer, _, name = cut.tensor.rpartition("bias")
     rows = (earlier.get((f"{layer}weight", dim)) for dim in (0, 1))
     return not name and any(row is not None and row.role == "producer" for row in rows)

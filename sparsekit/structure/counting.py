@@ -1,4 +1,4 @@
-"""MACs and parameters of a model, and what each of its layers costs."""
+"""MACs and params of a model, and the cost of each of its layers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, shared ones counted once."""
+    """Count the params of a model. Shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> int:
-    """Multiply-accumulates of one forward pass on `example_input`, divided by its batch size (FLOPs / 2).
+    """Count the MACs of one forward pass on `example_input`, divided by its batch size (FLOPs / 2).
 
-    Counts convolutions and every kind of matrix product, attention included, as `torch.utils.flop_counter` does.
-    Runs in eval mode without gradients; the model keeps its training flags and what requires gradients.
+    Convolutions and all matrix products count, attention included, as in `torch.utils.flop_counter`. The model runs in
+    eval mode without gradients; its flags are restored.
     """
-    # The counter follows modules by the gradients of what they are given, and stumbles over a parameter among that.
+    # The counter tracks modules by the gradients of their inputs, and fails if an input is a parameter.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inputs = [tensor.detach() for tensor in as_inputs(example_input)]
     try:
@@ -45,7 +45,7 @@ def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> 
 
 @contextmanager
 def attention_in_the_open() -> Iterator[None]:
-    """Compute attention as plain matrix products: the counter does not know what the fused kernels of a CPU do."""
+    """Compute attention as plain matrix products, because the counter does not know the fused kernels of a CPU."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -56,7 +56,7 @@ def attention_in_the_open() -> Iterator[None]:
 
 
 def layer_costs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
-    """Cost of every convolution and linear layer, observed in one forward pass on `example_input`."""
+    """Return the cost of every convolution and linear layer, observed in one forward pass on `example_input`."""
     batch = as_inputs(example_input)[0].shape[0]
     positions: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -82,7 +82,7 @@ def watch_layers(
     example_input: Tensor | tuple[Tensor, ...],
     record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
 ) -> None:
-    """Run the model once in eval mode; `record(name, layer, inputs, output)` for each call of a layer with MACs."""
+    """Run the model once in eval mode, and call `record(name, layer, inputs, output)` for each run of a layer."""
     hooks = [
         module.register_forward_hook(
             lambda m, args, kwargs, out, name=name: record(name, m, (*args, *kwargs.values()), out),

@@ -1,4 +1,4 @@
-"""What can be cut: coupled channels as plain data, by tensor name and index, never by module object."""
+"""What can be cut: groups of coupled channels as plain data, by tensor name and index."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class Rounding:
-    """In multiples of how many channels a group is kept, and how many of them stay at least.
+    """The numbers of channels that a group may keep: multiples of `multiple`, at least `least`, or all it has.
 
-    A group keeps a multiple of `multiple`, or all it has. `least` is 0 for a block, which can go as a whole.
+    `least` is 0 for a residual block, which can go as a whole.
     """
 
     multiple: int = 1
@@ -34,17 +34,21 @@ class Member:
     """One tensor of a group and the positions along one of its dimensions that the group's channels own.
 
     Channel `c` owns `positions[c * repeat : (c + 1) * repeat]` along dimension `dim` of the state-dict entry
-    `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer behind a flatten.
+    `tensor`. `repeat` is 1 for a convolution and the map's height x width for a linear layer after a flatten.
 
-    Roles: "producer" (output side: rows and bias), "norm" (scale, shift and running statistics), "depthwise"
-    (one filter a channel or a block of them, passed through), "consumer" (input side of the next layer: columns),
-    "parameter" (a bare one: position embedding, layer scale, a table of relative positions), "response" (the scale
-    of a norm that divides by the mean over all channels (RMS, global response) and is made up for it when some go),
-    "layer_norm" (scale and shift of a layer norm, whose statistics change with a cut: it is not lossless), "size"
-    (`tensor` is an integer attribute that gives the number of positions; `dim` is its place in a tuple of them),
-    "inside" (all of a tensor of a block that goes as a whole).
-    `penalised` says whether a penalty acts on it; `norm` names the normalisation that directly follows a
-    producer, because a row before it is scale-invariant and its magnitude says nothing on its own.
+    `penalised` says whether a penalty acts on it. `norm` names the normalisation that directly follows a producer: a
+    row before it is scale-invariant, so its magnitude says nothing on its own. The roles:
+
+    - "producer": output side of a layer (rows and bias)
+    - "norm": scale, shift and running statistics
+    - "depthwise": filters of a depthwise or grouped convolution that channels pass through
+    - "consumer": input side of the next layer (columns)
+    - "parameter": a bare parameter (position embedding, layer scale, table of relative positions)
+    - "response": the scale of a norm that divides by the mean over all channels (RMS, global response); a cut rescales
+      it
+    - "layer_norm": scale and shift of a layer norm, whose statistics change with a cut: it is not lossless
+    - "size": `tensor` is an integer attribute that gives the number of positions, or entry `dim` of a tuple of them
+    - "inside": all of a tensor of a residual block that goes as a whole
     """
 
     tensor: str
@@ -57,7 +61,7 @@ class Member:
 
     @property
     def module(self) -> str:
-        """Name of the module that holds the tensor."""
+        """Name of the module that has the tensor."""
         return self.tensor.rpartition(".")[0]
 
 
@@ -65,11 +69,12 @@ class Member:
 class ChannelGroup:
     """Channels coupled across layers: removing one removes it from every member.
 
-    `n_channels` counts what can go on its own; where several indices of a layer can only go together (a chunk
-    multiplied by another chunk), they count as one. `frozen` is empty, or says why nothing may be removed. `rewrites`
-    are the places in the model's code that have to leave a size to torch once something is removed. `bypass` is empty,
-    or names the residual block that the group's one channel is: without it the block passes its input on. `rounding`
-    says how many channels a cut may keep.
+    - `n_channels` counts what can go on its own. Indices of a layer that can only go together count as one.
+    - `frozen` says why nothing may be removed; empty if something may.
+    - `rewrites` are the places in the model's code that have to leave a size to torch once something is removed.
+    - `bypass` names the residual block that the group's only channel stands for; without it the block passes its input
+      on. Empty for all other groups.
+    - `rounding` says how many channels a cut may keep.
     """
 
     name: str
@@ -81,22 +86,22 @@ class ChannelGroup:
     rounding: Rounding = Rounding()
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
-        """The members with this role, in model order."""
+        """Return the members with this role, in model order."""
         return tuple(member for member in self.members if member.role == role)
 
     @property
     def width(self) -> int:
-        """How many channels of a layer go with one of the group's (at least): 64 for a head of 64, else mostly 1."""
+        """How many channels of its layers one channel of the group is, at least: 64 for a head of 64, mostly 1."""
         return gcd(*(m.repeat for m in self.members if m.role in ("producer", "depthwise", "consumer")))
 
     def units(self, n: int) -> int:
-        """How many of the group's channels make up `n` channels of its layers, rounded up."""
+        """Return how many of the group's channels make up `n` channels of its layers, rounded up."""
         return -(-n // max(self.width, 1))
 
     def rounded_to(self, multiple: int, min_channels: int) -> ChannelGroup:
-        """The group with a rounding that leaves its layers a multiple of `multiple` channels, `min_channels` at least.
+        """Return the group with a rounding to `multiple` channels of its layers, `min_channels` at least.
 
-        Both count channels of the layers: a head of 64 channels is one of the group's.
+        Both count channels of the layers: a head of 64 channels is one channel of the group.
         """
         if self.bypass:
             return replace(self, rounding=Rounding(1, 0))
@@ -104,20 +109,20 @@ class ChannelGroup:
         return replace(self, rounding=Rounding(own, max(self.units(min_channels), 1)))
 
     def lies_in(self, module: str) -> bool:
-        """Whether all tensors of the group are of that module, or of what it holds."""
+        """Whether all tensors of the group are inside that module."""
         return all(member.tensor.startswith(f"{module}.") for member in self.members)
 
     @property
     def lossless(self) -> bool:
-        """Whether removing channels that are zero changes nothing else: not where a layer norm runs over them."""
+        """Whether removing zero channels changes nothing. It does where a layer norm runs over them."""
         return not self.of_role("layer_norm")
 
     @property
     def penalised(self) -> tuple[Member, ...]:
-        """The members a penalty shrinks. All of them zero makes the channel exactly zero for every consumer.
+        """The members that a penalty shrinks. If all are zero the channel is zero for every consumer.
 
-        Unless something adds to it that is not its own, like the bias of a layer over tokens: the report's logit
-        change at the cut shows that.
+        The exception is a channel that something else adds to, like the bias of a layer over tokens. The change of
+        logits in the report shows it.
         """
         return tuple(member for member in self.members if member.penalised)
 
@@ -134,9 +139,9 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs of one layer: elements of its weight times the positions the weight is applied at (batch 1).
+    """The cost of one layer: the shape of its weight and the `positions` where it is applied, at batch 1.
 
-    `curve` is what it takes in ONNX Runtime, None until `measure_layers` has measured it.
+    `curve` is its latency in ONNX Runtime; None until `measure_layers` has measured it.
     """
 
     weight: str
@@ -146,12 +151,12 @@ class LayerCost:
 
     @property
     def ms(self) -> float | None:
-        """What the whole layer takes in ONNX Runtime, None until that has been measured."""
+        """Latency of the whole layer in ONNX Runtime; None until it is measured."""
         return None if self.curve is None else self.curve.dense_ms
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one forward pass at batch 1."""
+        """MACs of one forward pass at batch 1: elements of the weight x positions."""
         n = self.positions
         for size in self.shape:
             n *= size
@@ -160,12 +165,13 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """Everything `find_groups` learned about a model, as plain data. Iterates over its groups.
+    """Everything that `find_groups` learned about a model, as plain data. Iterating gives its groups.
 
-    `input_shapes` are those of the example inputs; `layers` has a cost for every convolution and linear layer;
-    `tensor_shapes` has the shape of every parameter and buffer, `parameters` the names of those that are trained,
-    `attributes` the value or values of each integer attribute that some group sizes. `round_to` and `min_channels` are
-    what the groups' rounding was made of.
+    - `input_shapes` are those of the example inputs.
+    - `layers` has the cost of every convolution and linear layer.
+    - `tensor_shapes` has the shape of every parameter and buffer; `parameters` names those that are trained.
+    - `attributes` has the value or values of each integer attribute whose size depends on a group.
+    - `round_to` and `min_channels` are what the groups' rounding was made of.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -178,11 +184,10 @@ class ChannelGroups:
     min_channels: int = 1
 
     def with_rounding(self, round_to: RoundTo, min_channels: int) -> ChannelGroups:
-        """The same groups, kept in multiples of `round_to` channels of their layers, `min_channels` at least.
+        """Return the same groups, rounded to `round_to` channels of their layers, `min_channels` at least.
 
-        "auto" is the step in which a group's layers were measured to get faster (`measure_layers`), and until then the
-        step of this processor: 16 channels with AVX-512, else 8. Raises InputError for a number below 1 (0 channels
-        may stay).
+        "auto" is the step that `measure_layers` found for the group's layers, else that of this processor: 16 channels
+        with AVX-512, else 8. Raises InputError for `round_to` below 1 or `min_channels` below 0.
         """
         if (round_to != "auto" and round_to < 1) or min_channels < 0:
             raise InputError(
@@ -212,7 +217,7 @@ class ChannelGroups:
         raise KeyError(name)
 
     def _measured_steps(self) -> dict[str, int]:
-        """By group the smallest number of channels that is a whole step of all its layers; {} if not measured."""
+        """Return by group the smallest number of channels that is whole steps of all its layers; {} if not measured."""
         steps: dict[tuple[str, int], int] = {}
         for layer in self.layers:
             if layer.curve is None:

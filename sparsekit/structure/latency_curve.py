@@ -1,4 +1,4 @@
-"""The time of one layer as a function of its channels."""
+"""The latency of one layer as a function of its channels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["LatencyCurve"]
 
 @dataclass(frozen=True)
 class LatencyCurve:
-    """Milliseconds of a layer, measured at some sizes of its weight's first two dimensions.
+    """Milliseconds of a layer, measured at some sizes of the first two dimensions of its weight.
 
-    `sizes` are those of each dimension, ascending, the last one the whole; `ms` has a row for each of the first, a
-    column for each of the second. In a dimension with steps of b > 1 channels only multiples of b count: a channel too
-    many costs as much as the whole step. Between two sizes the time is a straight line. A dimension with one size was
-    not expected to shrink; where it does, time shrinks in proportion. `beside_ms` is what other operators take (norms,
-    activations, attention scores): it is shared out by what the layers give them to do, and follows the first dimension
-    (`outputs`) of the layer.
+    - `sizes` are those of each dimension, ascending; the last is the whole. `ms` has a row for each of the first, a
+      column for each of the second. Between two sizes the time is a straight line. In a dimension with one size it is
+      proportional to the size.
+    - `steps` are those of each dimension: part of a step costs as much as the whole step.
+    - `beside_ms` is the layer's part of the time of other operators (norms, activations, attention). It is proportional
+      to the size of dimension `outputs`.
     """
 
     sizes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -32,11 +32,11 @@ class LatencyCurve:
 
     @property
     def dense_ms(self) -> float:
-        """Of the whole layer, with what is beside it."""
+        """Milliseconds of the whole layer, with its part of other operators."""
         return self.ms[-1][-1] + self.beside_ms
 
     def at(self, first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
-        """Milliseconds with so many indices left of the two dimensions, elementwise; 0 with none."""
+        """Return the milliseconds with so many indices left in the two dimensions, elementwise; 0 with none."""
         counts = np.broadcast_arrays(np.asarray(first, float), np.asarray(second, float))
         rows, row_share, row_scale = self._between(0, counts[0])
         columns, column_share, column_scale = self._between(1, counts[1])
@@ -53,11 +53,11 @@ class LatencyCurve:
 
     @cached_property
     def _table(self) -> NDArray[np.float64]:
-        # One more row and column, which nothing weighs: every interval has an end.
+        # One more row and column of weight 0, so that every interval has an end.
         return np.pad(np.array(self.ms), ((0, 1), (0, 1)), mode="edge")
 
     def _between(self, dim: int, counts: NDArray[np.float64]) -> tuple[NDArray[np.intp], Any, Any]:
-        """Which interval each count lies in, how far into it as a share, and what to multiply by."""
+        """Return the interval that each count lies in, how far into it (a share), and a factor for the time."""
         sizes, step = np.array(self.sizes[dim], float), self.steps[dim]
         if len(sizes) == 1:
             return np.zeros(counts.shape, np.intp), 0.0, counts / sizes[0]

@@ -6,5 +6,5 @@ from torch import Tensor
 
 # Bool (n_channels,) of each group, True = keep.
 Masks = dict[str, Tensor]
-# Float (n_channels,) >= 0 of each group: how important each channel is.
+# Float (n_channels,) >= 0 of each group: the importance of each channel.
 Scores = dict[str, Tensor]

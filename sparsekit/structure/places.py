@@ -1,4 +1,4 @@
-"""Where a size stands in a model: an integer attribute, or a place in the code of a method."""
+"""Places where a model has a size written down: an integer attribute, or an argument in the code of a method."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Attribute:
-    """An integer attribute of a module (`item` None), or one entry of a tuple or list attribute.
+    """An integer attribute of a module or, with `item`, one entry of a tuple or list.
 
-    An entry may also be a dictionary whose "num_chs" is meant: timm's `feature_info` is a list of those.
+    The entry may be a dictionary; then its "num_chs" is meant, as in timm's `feature_info`.
     """
 
     module: str
@@ -23,10 +23,10 @@ class Attribute:
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """A size in a reshape: argument `argument` of call number `call` (in the order of the source) of a module's method.
+    """A size in a reshape: an argument of a call (numbered in the order of the source) in a method of a module.
 
-    `source` is the hash of the method's text that the numbers belong to. `size` is what stands there instead: -1, or,
-    where the call leaves another size to torch already, the number it has to be (the width of a head, which stays).
+    `source` is the hash of the method's text that the numbers belong to. `size` is what is written there instead: -1,
+    or a number (such as the width of a head) where the call already leaves another size to torch.
     """
 
     module: str

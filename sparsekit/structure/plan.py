@@ -1,4 +1,4 @@
-"""What will be cut, as plain data: keep-masks become a PrunePlan, which has a JSON form and touches no tensor."""
+"""The PrunePlan: what will be cut, as plain data with a JSON form, made from keep-masks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sparsekit.structure.places import Place
 
 @dataclass(frozen=True)
 class TensorCut:
-    """Positions that stay (`keep`, ascending) and go (`drop`) along one dimension of one state-dict entry.
+    """The positions that stay (`keep`) and go (`drop`) along one dimension of a state-dict entry, ascending.
 
-    Of role "size": `tensor` is an integer attribute (entry `dim` of it, if it is a tuple) that becomes len(keep).
+    With role "size" `tensor` is an integer attribute, or entry `dim` of a tuple, that becomes len(keep).
     """
 
     tensor: str
@@ -31,7 +31,7 @@ class TensorCut:
 
 @dataclass(frozen=True)
 class GroupCut:
-    """How many channels a group had and which of them stay (ascending)."""
+    """How many channels a group had, and which of them stay (ascending)."""
 
     name: str
     n_channels: int
@@ -40,7 +40,7 @@ class GroupCut:
 
 @dataclass(frozen=True)
 class BlockCut:
-    """A residual block that goes as a whole: `module` passes its input on, as it does once `scales` are zero."""
+    """A residual block that goes as a whole: `module` passes its input on, as it does when `scales` are zero."""
 
     module: str
     scales: tuple[str, ...]
@@ -52,10 +52,10 @@ class BlockCut:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Every tensor that shrinks and every group that was decided on. `input_shapes` are the model's examples.
+    """What will be cut: `cuts` has every tensor that shrinks, `groups` every group that was decided on.
 
-    `rewrites` are the places in the model's code that have to leave a size to torch (see `rewriting`). Nothing of what
-    `blocks` hold is among them: it goes.
+    `input_shapes` are those of the example inputs. `rewrites` are the places in the model's code that have to leave a
+    size to torch. `blocks` go as a whole, so nothing inside them is in `cuts` or `rewrites`.
     """
 
     cuts: tuple[TensorCut, ...]
@@ -65,12 +65,12 @@ class PrunePlan:
     blocks: tuple[BlockCut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and lists; `from_json` gives back an equal plan."""
+        """Return the plan as dictionaries and lists. `from_json` gives back an equal plan."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
-        """Inverse of `to_json`, also after a round trip through JSON text. Raises FileError on other data."""
+        """Read what `to_json` returned, also after a round trip through JSON text. Raises FileError for other data."""
         try:
             plan = PrunePlan(
                 cuts=tuple(
@@ -93,11 +93,10 @@ class PrunePlan:
 
 
 def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
-    """Turn keep-masks (group name -> bool (n_channels,), True = keep) into a plan.
+    """Make the plan of keep-masks (group name -> bool (n_channels,), True = keep).
 
-    Groups without a mask stay whole. Equal decisions give equal plans, in whatever order masks and groups come.
-    Raises InputError for a mask of an unknown or frozen group, of the wrong length or dtype, or one that keeps
-    nothing.
+    Groups without a mask stay whole. The order of masks and groups does not matter. Raises InputError for a mask of an
+    unknown group, of the wrong length or dtype, that keeps nothing, or that removes channels of a frozen group.
     """
     known = {group.name: group for group in groups}
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
@@ -148,7 +147,7 @@ def _checked(mask: Tensor, group: ChannelGroup) -> list[bool]:
     name = group.name
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (group.n_channels,):
         raise InputError(
-            f"the mask of {name} must be bool with {group.n_channels} entries, one a channel of its group, "
+            f"the mask of {name} must be bool with {group.n_channels} entries, one for each channel, "
             f"got {_described(mask)}"
         )
     keep: list[bool] = mask.tolist()
@@ -166,7 +165,7 @@ def _described(mask: object) -> str:
 
 
 def _check_types(plan: PrunePlan) -> None:
-    """Raise TypeError for values that from_json took as they came."""
+    """Raise TypeError for values of another type than a plan has."""
     expected: list[tuple[Any, type]] = []
     for cut in plan.cuts:
         expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
@@ -187,7 +186,7 @@ def _check_types(plan: PrunePlan) -> None:
 
 
 def _check_positions(plan: PrunePlan) -> None:
-    """Raise ValueError for numbers that no plan can have."""
+    """Raise ValueError for positions, channels or shapes that no plan can have."""
     seen: set[tuple[str, int]] = set()
     for cut in plan.cuts:
         if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):

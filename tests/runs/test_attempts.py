@@ -126,7 +126,10 @@ def test_what_the_search_starts_from() -> None:
 
 @pytest.mark.parametrize(
     ("target", "most", "message"),
-    [({}, 1.2, "not worth a search"), ({"latency_ms": 3.9}, 8.0, "cut.target.latency_ms ask for so little")],
+    [
+        ({}, 1.2, "too little for a search"),
+        ({"latency_ms": 3.9}, 8.0, "cut.target.latency_ms ask for so little"),
+    ],
 )
 def test_what_leaves_nothing_to_search_is_refused(
     target: dict[str, float], most: float, message: str

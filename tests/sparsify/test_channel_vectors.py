@@ -30,7 +30,7 @@ def _tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
 
 
-def _holdings(tensors: dict[str, Tensor]) -> OwnedWeights:
+def _owned(tensors: dict[str, Tensor]) -> OwnedWeights:
     return OwnedWeights(tensors, GROUPS, lambda group: group.penalised)
 
 
@@ -56,23 +56,23 @@ def _vectors(tensors: dict[str, Tensor]) -> list[Tensor]:
 
 def test_numbers_over_what_each_channel_owns() -> None:
     tensors = _tensors()
-    held, vectors = _holdings(tensors), _vectors(tensors)
-    assert held.sizes.tolist() == [len(vector) for vector in vectors]
+    owned, vectors = _owned(tensors), _vectors(tensors)
+    assert owned.sizes.tolist() == [len(vector) for vector in vectors]
     expected = {
         "norms": [vector.norm() for vector in vectors],
         "largest": [vector.abs().max() for vector in vectors],
         "absolute_sums": [vector.abs().sum() for vector in vectors],
     }
     for name, values in expected.items():
-        torch.testing.assert_close(getattr(held, name)(tensors), torch.stack(values), msg=name)
-    sums = held.sums([tensors[name] for name in held.names])
+        torch.testing.assert_close(getattr(owned, name)(tensors), torch.stack(values), msg=name)
+    sums = owned.sums([tensors[name] for name in owned.names])
     torch.testing.assert_close(sums, torch.stack([vector.sum() for vector in vectors]))
 
 
 @pytest.mark.parametrize("change", ["scale", "soften"])
 def test_changes_reach_what_a_channel_owns_and_nothing_else(change: str) -> None:
     tensors, expected = _tensors(), _tensors()
-    held = _holdings(tensors)
+    owned = _owned(tensors)
     values = torch.tensor([0.0, 0.5, 1.0, 0.3, 100.0, torch.inf if change == "soften" else 3.0, 0.2, 0.7])
     for places, value in zip(_places(), values.double(), strict=True):
         for name, dim, position in places:
@@ -80,9 +80,9 @@ def test_changes_reach_what_a_channel_owns_and_nothing_else(change: str) -> None
             softer = part.sign() * (part.abs() - value).relu()
             part.copy_(softer if change == "soften" else part * value)
     if change == "scale":
-        held.scale_(tensors, values)
+        owned.scale_(tensors, values)
     else:
-        held.soften_(tensors, values)
+        owned.soften_(tensors, values)
     for name in tensors:
         torch.testing.assert_close(tensors[name], expected[name], rtol=0, atol=1e-14, msg=name)
     assert torch.equal(tensors["shared"][[3, 6]], _tensors()["shared"][[3, 6]])
@@ -92,7 +92,7 @@ def test_changes_reach_what_a_channel_owns_and_nothing_else(change: str) -> None
 def test_sums_of_low_precision_weights_are_made_in_float32() -> None:
     tensors = _tensors(torch.bfloat16)
     exact = [vector.double().norm() for vector in _vectors(tensors)]
-    norms = _holdings(tensors).norms(tensors)
+    norms = _owned(tensors).norms(tensors)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms.double(), torch.stack(exact), rtol=1e-6, atol=0)
 

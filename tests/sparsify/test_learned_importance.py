@@ -35,9 +35,9 @@ def test_a_sensitivity_is_the_squared_slope_of_the_loss_along_a_channel() -> Non
 
     loss().backward()
     running = torch.zeros(6, dtype=torch.float64)
-    held = PenalisedWeights(model, groups, "group_lasso").shrunk
+    shrunk = PenalisedWeights(model, groups, "group_lasso").shrunk
     for _ in range(2000):
-        note_effects_(running, tensors, held)
+        note_effects_(running, tensors, shrunk)
     with torch.no_grad():
         for channel in range(6):
             values = []
@@ -56,8 +56,8 @@ def test_weights_without_gradients_add_nothing() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
     running = torch.ones(6)
-    held = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
-    note_effects_(running, tensors, held)
+    shrunk = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
+    note_effects_(running, tensors, shrunk)
     assert torch.allclose(running, torch.full((6,), 0.98))
 
 
@@ -65,9 +65,9 @@ def test_gradients_that_overflowed_are_forgotten() -> None:
     model = _network()
     tensors = dict(model.named_parameters())
     values = torch.ones(6)
-    held = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
+    shrunk = PenalisedWeights(model, find_groups(model, EXAMPLE), "group_lasso").shrunk
     scale = tensors["1.weight"]
     scale.grad = torch.tensor([1.0, 2.0, float("inf"), float("nan"), 0.0, 1e30])
-    note_effects_(values, tensors, held)
+    note_effects_(values, tensors, shrunk)
     assert values[0] < values[1]
     assert values[2] == values[3] == values[4] == pytest.approx(0.98)

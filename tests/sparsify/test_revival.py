@@ -83,8 +83,8 @@ def test_the_pull_is_the_largest_threshold_that_does_not_hold_a_steady_gradient(
     penalty: Penalty, relative: bool
 ) -> None:
     model = Filters(3, 0.0)
-    held = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Revival(held, dict(model.named_parameters()), penalty)
+    shrunk = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
+    pull = Revival(shrunk, dict(model.named_parameters()), penalty)
     gradient = torch.tensor([[3.0], [-0.5], [0.0]]).expand(3, WIDTH)
     model.x.grad = gradient.clone()
     for _ in range(99):
@@ -106,8 +106,8 @@ def test_a_mean_within_its_error_does_not_pull() -> None:
     """Of 20,000 channels that feel noise alone; a mean of 0.3 in noise of 1 is beyond it, 0.1 is not."""
     n = 20_000
     model = Filters(n, 0.0)
-    held = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Revival(held, dict(model.named_parameters()), "group_lasso")
+    shrunk = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
+    pull = Revival(shrunk, dict(model.named_parameters()), "group_lasso")
     generator = torch.Generator().manual_seed(0)
     means = torch.zeros(n, 1)
     means[0] = 0.5
