@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tiny_run import in_this_process
 
 import sparsekit
 from sparsekit.cli import main
@@ -224,7 +225,7 @@ def test_inspect_as_a_process_fits_a_narrow_terminal() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "sparsekit/99"}', '{"format": "sparsekit/1"}'])
 def test_a_damaged_artifact_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "structure.json").write_text(text, encoding="utf-8")
-    done = run("export", tmp_path)
+    done = in_this_process("export", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'structure.json'} ")
@@ -236,7 +237,7 @@ def test_an_artifact_whose_notes_give_no_input_size_is_one_line(size: object, tm
 
     model = timm.create_model("test_resnet", num_classes=4)
     sparsekit.save(model, tmp_path / "pruned", info={"input_size": size})
-    done = run("export", tmp_path / "pruned")
+    done = in_this_process("export", tmp_path / "pruned")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path / 'pruned'}/structure.json does not say the input size")

@@ -60,8 +60,15 @@ def test_some_docstrings_have_examples() -> None:
     ],
 )
 def test_the_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order, in one namespace, so that a later block may go on where an earlier one ended."""
+    """In order, in one namespace, so that a later block may go on where an earlier one ended.
+
+    What blocks measure is measured in a hurry: no figure of it is looked at.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparsekit.latency.search._MAX_TRIALS", 2)
+    monkeypatch.setattr("sparsekit.latency.search._ROUNDS", 10)
+    monkeypatch.setattr("sparsekit.latency.layers._ROUNDS", 10)
+    monkeypatch.setattr("sparsekit.latency.operators._NARROW", 1.0)
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(_python_blocks((ROOT / page).read_text(encoding="utf-8"))):

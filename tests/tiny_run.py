@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
+
+from sparsekit.cli import main
 
 TINY = """
 model: {name: test_resnet}
@@ -37,3 +42,19 @@ def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         timeout=240,
     )
+
+
+def in_this_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same without starting a process, which takes seconds: for what is refused before anything is trained."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["sparsekit", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())

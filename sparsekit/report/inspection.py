@@ -15,12 +15,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
-from sparsekit.options import Quantity
 from sparsekit.selection.costs import CostModel
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
 
-_COUNTED: tuple[Quantity, ...] = ("macs", "params")
 # The table names the members by what they do, in this order. Members of role "size" are in the JSON only.
 _PARTS: dict[str, tuple[Role, ...]] = {
     "made by": ("producer",),
@@ -49,12 +47,13 @@ class Inspection:
         between two groups counts in both. A member owns `per_channel` positions along `dim`.
         """
         costs = CostModel(self.groups, frozen=True)
+        macs, params = costs.per_group("macs"), costs.per_group("params")
         return {
             "model": self.model,
             "input_shape": list(self.input_shape),
             "macs": self.macs,
             "params": self.params,
-            "groups": [self._row(group, costs) for group in self.groups],
+            "groups": [self._row(group, macs, params) for group in self.groups],
         }
 
     def table(self) -> RenderableType:
@@ -78,15 +77,16 @@ class Inspection:
         )
         return Group(table, Text(totals), Text(legend))
 
-    def _row(self, group: ChannelGroup, costs: CostModel) -> dict[str, Any]:
-        lost_macs, lost_params = (costs.of(q) - costs.of(q, {group.name: 0.0}) for q in _COUNTED)
+    def _row(
+        self, group: ChannelGroup, macs: Mapping[str, float], params: Mapping[str, float]
+    ) -> dict[str, Any]:
         return {
             "name": group.name,
             "channels": group.n_channels,
             "rows_per_channel": _rows_per_channel(group),
             "layers": list(dict.fromkeys(member.module for member in group.of_role("producer"))),
-            "macs_share": lost_macs / self.macs if self.macs else 0.0,
-            "params_share": lost_params / self.params if self.params else 0.0,
+            "macs_share": macs[group.name] / self.macs if self.macs else 0.0,
+            "params_share": params[group.name] / self.params if self.params else 0.0,
             "members": _members(group),
             "lossless": group.lossless,
             "block": bool(group.bypass),

@@ -7,7 +7,7 @@ constant plus what each kept channel adds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -41,24 +41,37 @@ class CostTerm:
 
     def at(self, counts: Counts) -> Array | float:
         """Return its value if so many channels of each group are kept. Counts may be arrays that broadcast."""
-        sizes = [
-            base + sum((brings[name] * counts[name] for name in brings), start=0.0)
-            for base, brings in self.dimensions
-        ]
-        value: Array | float = self.of(*sizes)
+        value: Array | float = self.of(*self._sizes(counts))
         for gate in self.gates:
             value = np.multiply(value, np.asarray(counts[gate]) > 0)
         return value
 
-    def per_channel(self, counts: Counts) -> dict[str, float]:
+    def per_channel(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Return by group one channel's part of the value: value x what it adds / size, summed over dimensions."""
-        value = float(self.at(counts))
+        value, sizes = float(self.at(counts)), self._sizes(counts)
         parts = dict.fromkeys(self.gates, value)
-        for base, brings in self.dimensions:
-            size = base + sum(float(each * counts[name]) for name, each in brings.items())
+        for (_, brings), size in zip(self.dimensions, sizes, strict=True):
             for name, each in brings.items():
-                parts[name] = parts.get(name, 0.0) + value * each / size
+                parts[name] = parts.get(name, 0.0) + value * each / float(size)
         return parts
+
+    def per_group(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Return by group how much the value falls if all its channels go."""
+        value, sizes = float(self.at(counts)), self._sizes(counts)
+        falls = dict.fromkeys(self.gates, value)
+        for name in self.names - set(self.gates):
+            left = [
+                size - brings.get(name, 0.0) * counts[name]
+                for (_, brings), size in zip(self.dimensions, sizes, strict=True)
+            ]
+            falls[name] = value - float(self.of(*left))
+        return falls
+
+    def _sizes(self, counts: Counts) -> list[Array | float]:
+        return [
+            base + sum((brings[name] * counts[name] for name in brings), start=0.0)
+            for base, brings in self.dimensions
+        ]
 
 
 class CostModel:
@@ -73,6 +86,7 @@ class CostModel:
         self._counted = groups.groups if frozen else groups.free
         self._all: dict[str, float] = {group.name: float(group.n_channels) for group in self._counted}
         self._terms: dict[Quantity, tuple[CostTerm, ...]] = {}
+        self._dense_costs: dict[Quantity, float] = {}
 
     def terms(self, quantity: Quantity) -> tuple[CostTerm, ...]:
         """Return the terms of a quantity. Raises InputError for a latency that has not been measured."""
@@ -93,11 +107,18 @@ class CostModel:
 
     def per_channel(self, quantity: Quantity) -> dict[str, float]:
         """Return by group name the cost of one channel at the present widths of the model."""
-        costs = dict.fromkeys(self._all, 0.0)
-        for term in self.terms(quantity):
-            for name, part in term.per_channel(self._all).items():
-                costs[name] += part
-        return costs
+        return self._summed(term.per_channel(self._all) for term in self.terms(quantity))
+
+    def per_group(self, quantity: Quantity) -> dict[str, float]:
+        """Return by group name what goes with all its channels, while all others stay."""
+        return self._summed(term.per_group(self._all) for term in self.terms(quantity))
+
+    def _summed(self, parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+        total = dict.fromkeys(self._all, 0.0)
+        for part in parts:
+            for name, cost in part.items():
+                total[name] += cost
+        return total
 
     @cached_property
     def is_measured(self) -> bool:
@@ -105,7 +126,9 @@ class CostModel:
         return all(layer.curve is not None for layer in self._groups.layers)
 
     def _dense(self, quantity: Quantity) -> float:
-        return self.of(quantity)
+        if quantity not in self._dense_costs:
+            self._dense_costs[quantity] = self.of(quantity)
+        return self._dense_costs[quantity]
 
     def _make(self, quantity: Quantity) -> list[CostTerm]:
         groups = self._groups

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,33 +256,6 @@ def test_by_magnitude_blocks_are_compared_with_each_other_and_equal_ones_do_not_
     with torch.no_grad():
         model.get_parameter(groups[blocks[1]].penalised[0].tensor).fill_(0.01)
     assert blocks[1] in gone(10_000)
-
-
-RECIPE = """
-seed: 0
-model: {name: deit3_small_patch16_224, args: {depth: 2, embed_dim: 48, num_heads: 3}}
-data: {name: digits, image_size: 16, batch_size: 128}
-training: {optimizer: adamw, lr: 0.001}
-dense: {epochs: 1}
-sparsify: {epochs: 3}
-cut: {target: {macs: 0.7}, min_channels: 192, blocks: true}
-finetune: {epochs: 1}
-benchmark: {threads: 1, rounds: 10}
-"""
-
-
-def test_a_recipe_takes_blocks_out(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    command = [sys.executable, "-m", "sparsekit", "prune", "recipe.yaml", "--output", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    kept = {layer["name"]: layer["kept"] for layer in report["layers"]}
-    gone = [name for name in ("blocks.0", "blocks.1") if kept[name] == 0]
-    assert len(gone) == 1
-    assert all(kept[name] == 0 for name in kept if name.startswith(f"{gone[0]}."))
-    assert report["sparse"]["accuracy_before_cut"] == report["sparse"]["accuracy_after_cut"]
-    assert bypassed(sk.load(tmp_path / "run" / "pruned")) == gone
 
 
 @pytest.mark.parametrize(

@@ -123,13 +123,13 @@ import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = sys.argv[1:]
 from test_trainers import EXAMPLE, F, convnet, images
-import sparsekit as sk, sparsekit.errors
+import sparsekit as sk
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = convnet()
-groups = find_groups(model, EXAMPLE)
+groups = sk.find_groups(model, EXAMPLE, round_to=1, min_channels=1)
 wrapped = DistributedDataParallel(model)
-hook = sparsifier_of(wrapped, groups, strength="auto", total_steps=30, target={"macs": 0.5})
+hook = sk.Sparsifier(wrapped, groups, strength=sk.AutoStrength({"macs": 0.5}, total_steps=30))
 optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
 hook.attach(optimizer)
 x, y = images()
@@ -146,7 +146,7 @@ if rank == 1:
     hook._alive[: groups.free[0].n_channels].zero_()
 try:
     hook.check_processes()
-except sk.errors.TrainingError as error:
+except sk.TrainingError as error:
     print(f"rank {rank}: {error}", flush=True)
 dist.barrier()
 os._exit(0)  # gloo's threads may abort a process that ends by itself

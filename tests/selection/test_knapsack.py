@@ -10,7 +10,7 @@ import torch
 from plain import find_groups
 
 from sparsekit.errors import InputError
-from sparsekit.selection.costs import kept_share
+from sparsekit.selection.costs import CostModel, kept_share
 from sparsekit.selection.knapsack import choose_channels
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, Member
 from sparsekit.structure.latency_curve import LatencyCurve
@@ -58,21 +58,20 @@ def _lost(importance: Scores, masks: Masks) -> float:
 
 
 def _brute_force(groups: ChannelGroups, importance: Scores, limits: dict[str, float]) -> float:
-    """The least that any number of blocks of each group loses under the limits."""
-    best = np.inf
+    """The least that any number of steps of each group loses under the limits."""
+    best, costs = np.inf, CostModel(groups)
     for counts in product(*(range(MULTIPLE, g.n_channels + 1, MULTIPLE) for g in groups.free)):
         masks = {
             g.name: importance[g.name] >= importance[g.name].sort(descending=True).values[count - 1]
             for g, count in zip(groups.free, counts, strict=True)
         }
-        share = kept_share(groups, masks)
-        if all(getattr(share, quantity) <= limit for quantity, limit in limits.items()):
+        if all(costs.share(quantity, masks) <= limit for quantity, limit in limits.items()):
             best = min(best, _lost(importance, masks))
     return best
 
 
 @pytest.mark.parametrize("limits", [{"latency": 0.5}, {"macs": 0.4}, {"latency": 0.7, "params": 0.6}])
-def test_hardly_more_worth_is_lost_than_by_brute_force(limits: dict[str, float]) -> None:
+def test_hardly_more_importance_is_lost_than_by_brute_force(limits: dict[str, float]) -> None:
     ratios = []
     for seed in range(30):
         generator = np.random.default_rng(seed)

@@ -20,10 +20,11 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tiny_run import TINY, sparsekit
+from tiny_run import TINY, in_this_process, sparsekit
 
 import sparsekit as sk
 from sparsekit.report.schema import read_report
+from sparsekit.surgery.bypass import bypassed
 from sparsekit.training.models import create_model, save_weights
 
 
@@ -146,13 +147,13 @@ def test_a_finished_run_is_not_overwritten_and_can_be_resumed_at_no_cost(run: Pa
 def test_a_done_stage_whose_files_are_gone_is_not_believed(run: Path, recipe: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     (tmp_path / "copy" / "pruned.onnx").unlink()
-    refused = sparsekit("prune", recipe, "--output", tmp_path / "copy", "--resume")
+    refused = in_this_process("prune", recipe, "--output", tmp_path / "copy", "--resume")
     assert refused.returncode == 2
     assert "pruned.onnx" in refused.stderr
 
 
 def test_resuming_with_another_recipe_is_refused_and_names_the_key(run: Path, recipe: Path) -> None:
-    refused = sparsekit("prune", recipe, "--output", run, "--resume", "--set", "training.lr=0.01")
+    refused = in_this_process("prune", recipe, "--output", run, "--resume", "--set", "training.lr=0.01")
     assert refused.returncode == 2
     assert "training.lr" in refused.stderr
     assert "lr: 0.05" in (run / "recipe.yaml").read_text()
@@ -213,7 +214,7 @@ def test_a_finished_checkpoint_is_only_evaluated_and_compared_without_a_baseline
 def test_a_checkpoint_with_another_number_of_classes_is_refused(recipe: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "seven.safetensors"
     save_weights(create_model("test_resnet", num_classes=7), checkpoint)
-    refused = sparsekit(
+    refused = in_this_process(
         "prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"
     )
     assert refused.returncode == 2
@@ -390,7 +391,7 @@ def test_one_shot_cuts_to_several_shares_at_once(recipe: Path, tmp_path: Path) -
 
 
 def test_inspect_shows_groups_and_reasons() -> None:
-    shown = sparsekit("inspect", "test_resnet", "--image-size", 64, "--json")
+    shown = in_this_process("inspect", "test_resnet", "--image-size", 64, "--json")
     assert shown.returncode == 0, shown.stderr
     groups = json.loads(shown.stdout)["groups"]
     assert any("output" in group["frozen"] for group in groups)
@@ -432,7 +433,7 @@ def test_a_folder_of_a_person_s_own_images_runs(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_learned_from_is_refused(
     classes: tuple[str, ...], images: int, message: str, tmp_path: Path
 ) -> None:
-    refused = sparsekit("prune", folder_recipe(tmp_path, classes, images), "--output", tmp_path / "run")
+    refused = in_this_process("prune", folder_recipe(tmp_path, classes, images), "--output", tmp_path / "run")
     assert refused.returncode == 2
     assert message in refused.stderr
     assert str(tmp_path / "images") in refused.stderr
@@ -452,7 +453,7 @@ def test_all_problems_with_the_world_are_told_at_once_and_nothing_is_written(
     recipe: Path, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "none.safetensors"
-    refused = sparsekit(
+    refused = in_this_process(
         *("prune", recipe, "--output", tmp_path / "run", "--set", "model.name=resnet81"),
         *(
             "--set",
@@ -489,7 +490,7 @@ def test_all_problems_with_the_world_are_told_at_once_and_nothing_is_written(
 def test_what_would_fail_after_training_is_refused_before_it(
     override: str, message: str, recipe: Path, tmp_path: Path
 ) -> None:
-    refused = sparsekit("prune", recipe, "--output", tmp_path / "run", "--set", override)
+    refused = in_this_process("prune", recipe, "--output", tmp_path / "run", "--set", override)
     assert refused.returncode == 2, refused.stderr
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -511,7 +512,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path: Path) -> None:
 
 def test_a_split_inside_another_is_refused(tmp_path: Path) -> None:
     recipe = folder_recipe(tmp_path, ("dark", "light"), 4)
-    refused = sparsekit("validate", recipe, "--set", "data.train=''", "--set", "data.test=test")
+    refused = in_this_process("validate", recipe, "--set", "data.train=''", "--set", "data.test=test")
     assert refused.returncode == 2
     assert "share" in refused.stderr
     assert "test" in refused.stderr
@@ -519,6 +520,32 @@ def test_a_split_inside_another_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_refused_before_training(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    refused = sparsekit("prune", recipe, "--output", tmp_path / "file" / "run")
+    refused = in_this_process("prune", recipe, "--output", tmp_path / "file" / "run")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+BLOCKS = """
+seed: 0
+model: {name: deit3_small_patch16_224, args: {depth: 2, embed_dim: 48, num_heads: 3}}
+data: {name: digits, image_size: 16, batch_size: 128}
+training: {optimizer: adamw, lr: 0.001}
+dense: {epochs: 1}
+sparsify: {epochs: 3}
+cut: {target: {macs: 0.7}, min_channels: 192, blocks: true}
+finetune: {epochs: 1}
+benchmark: {threads: 1, rounds: 10}
+"""
+
+
+def test_a_recipe_takes_blocks_out(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(BLOCKS)
+    done = sparsekit("prune", "recipe.yaml", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    kept = {layer["name"]: layer["kept"] for layer in report["layers"]}
+    gone = [name for name in ("blocks.0", "blocks.1") if kept[name] == 0]
+    assert len(gone) == 1
+    assert all(kept[name] == 0 for name in kept if name.startswith(f"{gone[0]}."))
+    assert report["sparse"]["accuracy_before_cut"] == report["sparse"]["accuracy_after_cut"]
+    assert bypassed(sk.load(tmp_path / "run" / "pruned")) == gone
