@@ -65,7 +65,7 @@ def _sparsifier(
 ) -> sk.Sparsifier:
     groups = find_groups(model, EXAMPLE.to(next(model.parameters()).device))
     settings: dict[str, Any] = {"strength": strength, "revive": revive}
-    if strength == "auto":  # of 100,000 steps none but every thousandth is planned anew
+    if strength == "auto":  # of 100,000 steps none but every thousandth decides anew
         settings |= {"total_steps": 100_000, "target": {"macs": 0.5}, "shares": NO_PARTS}
     return sparsifier_of(model, groups, penalty=penalty, **settings)
 

@@ -347,13 +347,13 @@ def test_files_in_fewer_bits_are_tested_and_timed_beside_the_others(fast_run: Pa
 def test_plan_shows_what_a_target_keeps_predicted_and_measured(recipe: Path, fast_run: Path) -> None:
     of_recipe = sparsekit("plan", recipe, "--json")
     assert of_recipe.returncode == 0, of_recipe.stderr
-    planned = json.loads(of_recipe.stdout)
-    assert planned["target"] == {"macs": 0.5}
-    assert planned["left"]["macs"] <= 0.5
-    assert planned["left"]["latency"] == pytest.approx(1 / planned["found"]["predicted"])
-    assert all(0 < group["kept"] <= group["channels"] for group in planned["groups"])
-    assert all(group["kept"] % 4 == 0 for group in planned["groups"] if not group["frozen"])
-    assert "weights are random" in planned["remark"]
+    found = json.loads(of_recipe.stdout)
+    assert found["target"] == {"macs": 0.5}
+    assert found["left"]["macs"] <= 0.5
+    assert found["left"]["latency"] == pytest.approx(1 / found["found"]["predicted"])
+    assert all(0 < group["kept"] <= group["channels"] for group in found["groups"])
+    assert all(group["kept"] % 4 == 0 for group in found["groups"] if not group["frozen"])
+    assert "weights are random" in found["remark"]
     of_run = sparsekit("plan", fast_run)
     assert of_run.returncode == 0, of_run.stderr
     assert "target speedup 1.2, params 0.9" in of_run.stdout

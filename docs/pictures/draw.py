@@ -144,7 +144,7 @@ def _grid(
 
 
 def speed() -> Figure:
-    """What fewer MACs are worth on the clock, for a network that it is simple for and one that it is not."""
+    """What fewer MACs save on the clock, for a network that it is simple for and one that it is not."""
     rows: list[dict[str, Any]] = json.loads((RESULTS / "speed.json").read_text(encoding="utf-8"))
     figure = Figure(figsize=(8.4, 3.5), layout="constrained")
     for axes, model in zip(

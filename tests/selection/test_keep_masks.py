@@ -42,7 +42,7 @@ def kept(masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
 # norms
 
 
-def test_a_score_is_the_norm_of_the_filter_with_its_batch_norm_folded_in() -> None:
+def test_a_filter_norm_is_that_of_the_filter_with_its_batch_norm_folded_in() -> None:
     model, inputs = build("Residual")
     groups = find_groups(model, inputs)
     norms = filter_norms(model, groups)
@@ -59,7 +59,7 @@ def test_a_score_is_the_norm_of_the_filter_with_its_batch_norm_folded_in() -> No
     torch.testing.assert_close(by_size[8], stream)
 
 
-def test_the_score_of_a_gated_unit_folds_each_half_with_its_own_scale() -> None:
+def test_the_filter_norm_of_a_gated_unit_folds_each_half_with_its_own_scale() -> None:
     model, inputs = build("SplitGate")
     with torch.no_grad():
         model.norm.weight[:6] *= 100
@@ -85,7 +85,7 @@ def test_a_batch_norm_without_scale_or_without_statistics_folds_what_it_has() ->
         torch.testing.assert_close(filter_norms(model, groups)["0"], expected.detach())
 
 
-def test_without_a_norm_the_score_is_the_norm_of_the_rows_also_of_a_transposed_convolution() -> None:
+def test_without_a_batch_norm_it_is_the_norm_of_the_rows_also_of_a_transposed_convolution() -> None:
     model, inputs = build("Transposed")
     groups = find_groups(model, inputs)
     norms = filter_norms(model, groups)
@@ -104,7 +104,7 @@ def test_the_gate_of_squeeze_and_excite_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("name", list(BY_HAND))
-def test_scores_are_non_negative_float64_one_a_channel_of_each_free_group(name: str) -> None:
+def test_filter_norms_are_non_negative_float64_one_a_channel_of_each_free_group(name: str) -> None:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
     norms = filter_norms(model.float(), groups)
@@ -115,7 +115,7 @@ def test_scores_are_non_negative_float64_one_a_channel_of_each_free_group(name: 
         assert (norms[group.name] > 0).all()
 
 
-def test_worth_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> None:
+def test_magnitude_is_each_layer_s_output_shared_out_in_multiply_accumulates() -> None:
     """The residual stream is made by two layers; filters count with their BatchNorm folded in, so relative sizes do."""
     model, inputs = build("Residual")
     groups = find_groups(model, inputs)

@@ -1,4 +1,4 @@
-"""The knapsack over blocks of channels: against brute force, and its costs against what masks are said to leave."""
+"""The knapsack over steps of channels: against brute force, and its costs against what masks are said to leave."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_limit_is_met_as_the_masks_are_counted_elsewhere(quantity: str) -> Non
             assert bool(mask[importance[name] >= importance[name][mask].min()].all())
 
 
-def test_what_costs_nothing_stays_even_if_it_is_worth_little() -> None:
+def test_what_costs_nothing_stays_even_if_it_is_of_little_importance() -> None:
     """Time falls with every eighth channel only."""
     curve = LatencyCurve(((8, 16), (8,)), ((1.0,), (2.0,)), (8, 1))
     head = LatencyCurve(((10,), (8, 16)), ((0.0, 0.0),), (1, 8))

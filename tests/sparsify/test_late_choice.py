@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import sparsekit as sk
 from sparsekit.sparsify.late_choice import LateChoice
 from sparsekit.sparsify.schedules import PhaseShares
-from sparsekit.structure.masks import Masks
+from sparsekit.structure.masks import Masks, Scores
 from sparsekit.training.checkpoint import load_state, save_state
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -25,7 +25,7 @@ STEPS = 30
 def _start(
     calls: list[Masks], penalty: Any = "group_lasso"
 ) -> tuple[nn.Module, torch.optim.Optimizer, LateChoice]:
-    """A phase that is to lose every second channel, whatever they are worth."""
+    """A phase that is to lose every second channel, however important they are."""
     torch.manual_seed(0)
     model = nn.Sequential(
         *(
@@ -48,10 +48,10 @@ def _start(
         target={"macs": 1.0},
     )
 
-    def choose(worth: Masks) -> tuple[Masks, dict[str, Any]]:
-        calls.append(worth)
-        masks = {name: torch.arange(len(values)) % 2 == 0 for name, values in worth.items()}
-        return {n: m if bool(worth[n].isfinite().all()) else m | True for n, m in masks.items()}, {
+    def choose(importance: Scores) -> tuple[Masks, dict[str, Any]]:
+        calls.append(importance)
+        masks = {name: torch.arange(len(values)) % 2 == 0 for name, values in importance.items()}
+        return {n: m if bool(importance[n].isfinite().all()) else m | True for n, m in masks.items()}, {
             "asked": 2.0
         }
 
@@ -75,9 +75,9 @@ def test_exactly_what_was_chosen_goes_and_the_choice_saw_what_was_learned() -> N
     assert not calls
     assert hook.masks == {}
     _train(model, optimizer, hook, range(6, STEPS))
-    (worth,) = calls
-    assert set(worth) == {"0", "3"}
-    assert all(bool((values >= 0).all()) and bool(values.any()) for values in worth.values())
+    (importance,) = calls
+    assert set(importance) == {"0", "3"}
+    assert all(bool((values >= 0).all()) and bool(values.any()) for values in importance.values())
     assert hook.notes == {"asked": 2.0}
     assert hook.shortfall() == ""
     assert hook.progress()["zero_share"] == 0.5
@@ -102,7 +102,7 @@ def test_the_phase_is_not_over_before_all_that_was_chosen_is_zero() -> None:
         round_to=16,
     )
     masks = {"0": torch.arange(64) < 20}
-    hook = LateChoice(sparsifier, 6, lambda worth: (masks, {}))
+    hook = LateChoice(sparsifier, 6, lambda importance: (masks, {}))
     _train(model, optimizer, hook, range(8))
     assert "44 of the 44 channels that were to go are not zero" in hook.shortfall()
     _train(model, optimizer, hook, range(8, 60))

@@ -1,4 +1,4 @@
-"""Sensitivities against finite differences of a loss."""
+"""Learned importance against finite differences of a loss."""
 
 from __future__ import annotations
 

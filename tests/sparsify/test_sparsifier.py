@@ -541,15 +541,15 @@ def test_a_penalty_that_has_met_its_target_stays_off_when_it_is_loaded() -> None
     assert torch.equal(again.x, model.x)
 
 
-def test_adaptive_thresholds_follow_the_scores_at_the_start() -> None:
+def test_adaptive_thresholds_follow_the_filter_norms_at_the_start() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 2)).double()
     model[0].weight.data *= torch.tensor([[0.05], [1.0], [1.0], [1.0], [1.0], [20.0]])
     groups = find_groups(model, torch.zeros(1, 3).double())
     (group,) = groups.free
-    scores = filter_norms(model, groups)[group.name]
+    of_filters = filter_norms(model, groups)[group.name]
     norms = model[0].weight.detach().norm(dim=1)
-    expected = 1e-4 * norms.mean() * (scores.mean() / scores).pow(2).clamp(0.05, 20)
+    expected = 1e-4 * norms.mean() * (of_filters.mean() / of_filters).pow(2).clamp(0.05, 20)
     relative = expected / (1e-4 * norms.mean())
     assert (relative.min(), relative.max()) == (pytest.approx(0.05), 20)  # both bounds are in play
     sparsifier = sparsifier_of(model, groups, strength=1e-3, adaptive=2.0)
@@ -853,8 +853,8 @@ def test_a_phase_that_has_settled_takes_exactly_the_masks_channels_to_zero() -> 
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     _train(model, optimizer, range(5), sparsifier)
     # Not what would have been chosen: the filters that are largest.
-    scores = filter_norms(model, groups)
-    masks = {name: score <= score.median() for name, score in scores.items()}
+    of_filters = filter_norms(model, groups)
+    masks = {name: norm <= norm.median() for name, norm in of_filters.items()}
     sparsifier.settle(masks)
     assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.expected_masks().items())
     assert sparsifier.shortfall()

@@ -83,7 +83,7 @@ def test_a_frozen_group_may_be_named_as_long_as_it_stays_whole() -> None:
     [
         ({"inner": keep(5, 0)}, r"mask of inner must be bool with 6 entries.*\(5,\)"),
         ({"inner": torch.ones(6, 1, dtype=torch.bool)}, r"6 entries.*got bool of shape \(6, 1\)"),
-        ({"inner": torch.rand(6)}, r"must be bool.*got float32"),  # scores, not masks
+        ({"inner": torch.rand(6)}, r"must be bool.*got float32"),  # importance, no mask
         ({"inner": torch.tensor([0, 2, 4, 1, 1, 1])}, r"must be bool.*got int64"),  # indices, not masks
         ({"inner": keep(6)}, r"keeps no channel"),
         ({"head": keep(4, 0)}, r"frozen: it reaches the model's output"),
