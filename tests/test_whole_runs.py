@@ -380,8 +380,9 @@ def test_a_speed_that_is_met_or_out_of_reach_is_told_before_anything_is_trained(
     assert not (tmp_path / "run" / "checkpoints" / "dense.safetensors").exists()
 
 
-def test_one_shot_cuts_to_several_shares_at_once(recipe: Path, tmp_path: Path) -> None:
+def test_one_shot_cuts_to_several_shares_at_once_by_another_importance(recipe: Path, tmp_path: Path) -> None:
     overrides = ["cut.target={macs: 0.6, params: 0.5}", "cut.method=budget", "sparsify.epochs=0"]
+    overrides += ["cut.importance=taylor", "cut.importance_images=64"]
     options = [part for override in overrides for part in ("--set", override)]
     done = sparsekit("prune", recipe, "--output", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr

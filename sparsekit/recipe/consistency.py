@@ -186,6 +186,13 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             f"cut.method {cut.method} finds nothing to cut when sparsify.epochs is 0: no channel "
             "becomes zero; use threshold, gap or budget",
         )
+    yield from _importance_contradictions(sparsify, cut)
+    yield from _threshold_contradictions(cut)
+    if cut.target is not None:
+        yield from _target_contradictions(recipe, cut.target)
+
+
+def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
     learned = sparsify.strength == "auto" and sparsify.epochs > 0
     if cut.importance != "magnitude" and (learned or cut.method == "zeros"):
         reason = (
@@ -198,9 +205,6 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             f"cut.importance is read where masks are chosen at the cut, got {cut.importance} although {reason}; see "
             "sparsify.importance, or leave cut.importance out",
         )
-    yield from _threshold_contradictions(cut)
-    if cut.target is not None:
-        yield from _target_contradictions(recipe, cut.target)
 
 
 def _threshold_contradictions(cut: CutSpec) -> Iterator[Contradiction]:

@@ -356,6 +356,7 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
+    ("cut.importance=fpgm", "cut.importance is read where masks are chosen at the cut, got fpgm although "),
     (
         "cut.target={}",
         "cut.target must have one of speedup, latency_ms, macs, params, channels, max_accuracy_drop, got none",

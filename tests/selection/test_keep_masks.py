@@ -20,18 +20,18 @@ from sparsekit.selection.rounding import keep_too, round_up
 from sparsekit.structure.groups import ChannelGroups, Rounding
 
 
-def chain(*norms: list[float]) -> tuple[nn.Module, ChannelGroups]:
+def chain(*wanted: list[float]) -> tuple[nn.Module, ChannelGroups]:
     """1x1 convolutions one after another, without biases; each row's norm is the norm named for it."""
     torch.manual_seed(0)
-    widths = [3, *(len(s) for s in norms), 2]
+    widths = [3, *(len(s) for s in wanted), 2]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):
         layers += [nn.Conv2d(before, after, 1, bias=False), nn.ReLU()]
     model = nn.Sequential(*layers[:-1]).double().eval()
     with torch.no_grad():
-        for layer, wanted in zip(model[::2], norms, strict=False):
+        for layer, own in zip(model[::2], wanted, strict=False):
             norms = layer.weight.flatten(1).norm(dim=1)
-            layer.weight *= (torch.tensor(wanted, dtype=torch.float64) / norms)[:, None, None, None]
+            layer.weight *= (torch.tensor(own, dtype=torch.float64) / norms)[:, None, None, None]
     return model, find_groups(model, torch.randn(1, 3, 4, 4, dtype=torch.float64))
 
 
@@ -406,3 +406,26 @@ def test_steps_are_counted_from_the_most_important_channel_down(
         step_importance({"g": torch.tensor(values)}, {"g": Rounding(multiple, least)})["g"].tolist()
         == importance
     )
+
+
+@pytest.mark.parametrize("method", ["threshold", "gap", "budget"])
+def test_importance_that_is_given_ranks_and_groups_without_any_stay_whole(method: Any) -> None:
+    model, groups = chain([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 2.0, 3.0, 4.0])
+    first, second = (group.name for group in groups.free)
+    given = {first: torch.tensor([60.0, 50.0, 40.0, 1e-3, 2e-3, 3e-3]), second: torch.full((4,), torch.inf)}
+    masks = keep_masks(
+        model,
+        groups,
+        method=method,
+        importance=given,
+        threshold=0.5 if method == "threshold" else None,
+        target={"channels": 0.7} if method == "budget" else None,
+    )
+    assert kept(masks) == {first: [0, 1, 2], second: [0, 1, 2, 3]}
+
+
+def test_importance_of_other_groups_is_refused() -> None:
+    model, groups = chain([1.0, 2.0, 3.0, 4.0])
+    for given, got in (({}, "none"), ({groups.free[0].name: torch.ones(3)}, r"shape \(3,\)")):
+        with pytest.raises(InputError, match=f"importance must be 4 numbers .* got {got}"):
+            keep_masks(model, groups, method="gap", importance=given)
