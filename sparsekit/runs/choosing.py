@@ -99,7 +99,7 @@ def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks,
     settled = run.files.checkpoints / "settled.safetensors"
     if target.takes_knapsack and settled.exists():
         return load_state(settled), run.files.result("sparsify", SparsifyResult).choice
-    importance = cut_importance(run.recipe, run.inputs, model, groups)
+    importance = run.by_the_first(lambda: cut_importance(run.recipe, run.inputs, model, groups))
     if target.takes_knapsack:
         importance = output_shares(model, groups) if importance is None else importance
         return choose_masks(run, model, with_latencies(run, model, groups), importance)
