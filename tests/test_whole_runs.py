@@ -1,4 +1,4 @@
-"""Whole runs, as a person starts them: the command line as a process, on the embedded digits."""
+"""Whole runs, as a person starts them, on the embedded digits: each command as a process at least once."""
 
 from __future__ import annotations
 
@@ -232,13 +232,13 @@ def test_bench_export_and_report_work_on_a_run(run: Path, tmp_path: Path) -> Non
     session = onnxruntime.InferenceSession(tmp_path / "again.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: np.zeros((3, 3, 32, 32), np.float32)})
     assert logits.shape == (3, 10)
-    beside = sparsekit("export", run, "--batch-size", 8)
+    beside = in_this_process("export", run, "--batch-size", 8)
     assert beside.returncode == 0, beside.stderr
     assert (run / "pruned.b8.onnx").exists()
-    assert sparsekit("export", run, "--batch-size", 8).returncode == 2
+    assert in_this_process("export", run, "--batch-size", 8).returncode == 2
     before = (run / "report.json").read_text()
     (run / "report.html").unlink()
-    reported = sparsekit("report", run)
+    reported = in_this_process("report", run)
     assert reported.returncode == 0, reported.stderr
     assert (run / "report.html").exists()
     assert (run / "report.json").read_text() == before
@@ -354,12 +354,12 @@ def test_plan_shows_what_a_target_keeps_predicted_and_measured(recipe: Path, fas
     assert all(0 < group["kept"] <= group["channels"] for group in found["groups"])
     assert all(group["kept"] % 4 == 0 for group in found["groups"] if not group["frozen"])
     assert "weights are random" in found["remark"]
-    of_run = sparsekit("plan", fast_run)
+    of_run = in_this_process("plan", fast_run)
     assert of_run.returncode == 0, of_run.stderr
     assert "target speedup 1.2, params 0.9" in of_run.stdout
     assert "measured:" in of_run.stdout
     assert "weights are random" not in of_run.stdout
-    nothing = sparsekit("plan", recipe, "--set", "cut.target=null", "--set", "sparsify.strength=0.1")
+    nothing = in_this_process("plan", recipe, "--set", "cut.target=null", "--set", "sparsify.strength=0.1")
     assert nothing.returncode == 2
     assert "no cut.target to plan for" in nothing.stderr
 

@@ -1,4 +1,4 @@
-"""The smallest run there is, on the embedded digits, and the command line as a process."""
+"""The smallest run there is, on the embedded digits, and the command line as a process or in this one."""
 
 from __future__ import annotations
 
