@@ -22,7 +22,7 @@ from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.evaluation import evaluating
 from sparsekit.options import RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, check_rounding
 from sparsekit.surgery.attributes import read_sizes
 
 
@@ -59,6 +59,7 @@ def find_groups(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check_types(model, inputs)
+    check_rounding(round_to, min_channels)
     with torch.random.fork_rng():
         model = _copied(model)
         costs = _run_once(model, inputs)

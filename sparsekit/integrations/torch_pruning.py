@@ -219,14 +219,14 @@ def _layers(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Positions:
     found = {}
     for (name, side), own in _positions(group).items():
         if _pruning_function(modules[name], side) is not None:
-            found[name, side] = _in_all_blocks(modules[name], own) if side == "in" else own
+            found[name, side] = _in_all_conv_groups(modules[name], own) if side == "in" else own
     makes = {member.module for member in (*group.of_role("producer"), *group.of_role("depthwise"))}
     if group.bypass or not any(name in makes for name, side in found if side == "out"):
         return {}
     return dict(sorted(found.items(), key=lambda layer: len(layer[1][0])))
 
 
-def _in_all_blocks(module: nn.Module, own: list[list[int]]) -> list[list[int]]:
+def _in_all_conv_groups(module: nn.Module, own: list[list[int]]) -> list[list[int]]:
     """Repeat the columns of a grouped convolution for each of its conv_groups: Torch-Pruning counts input channels."""
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or module.groups == 1:
         return own

@@ -65,7 +65,8 @@ def measure_layers(
     table.ms([operator for sweep in sweeps for operator in sweep.operators], progress=progress)
     own = [sweep.curve(table) for sweep in sweeps]
     layers = _shared_out(groups.layers, own, runs, _whole_ms(model, threads, example_input))
-    return replace(groups, layers=layers).with_rounding(groups.round_to, groups.min_channels)
+    measured = replace(groups, layers=layers)
+    return measured.with_rounding("auto", groups.min_channels) if groups.round_to == "auto" else measured
 
 
 @dataclass(frozen=True)

@@ -361,8 +361,9 @@ class CutSpec(StrictSpec):
     )
     importance: Importance = Field(
         default="magnitude",
-        description="what channels are ranked by where masks are chosen at the cut: magnitude, the norms of their "
-        "filters; or a criterion of Torch-Pruning: group_magnitude, bn_scale, lamp, fpgm, taylor, hessian, random",
+        description="what channels are ranked by where masks are chosen at the cut: magnitude, the size of their "
+        "filters (weighed by MACs unless one share is the target); or a criterion of Torch-Pruning: group_magnitude, "
+        "bn_scale, lamp, fpgm, taylor, hessian, random",
     )
     importance_images: int = Field(
         default=256, ge=1, description="training images whose gradients taylor and hessian take"

@@ -22,7 +22,7 @@ from sparsekit.runs.rehearsal import Inputs
 from sparsekit.runs.results import ChoiceFound, SparsifyResult
 from sparsekit.runs.run import Run, on_cpu
 from sparsekit.selection.costs import channel_latencies, channel_macs
-from sparsekit.selection.importance import all_alike, output_shares
+from sparsekit.selection.importance import all_alike, output_shares, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.knapsack import Knapsack, choose_channels
 from sparsekit.structure.groups import ChannelGroups
@@ -45,7 +45,9 @@ def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: Cha
     device = next(model.parameters()).device
     loader = make_loader(images.subset(chosen), inputs.config, training=False, batch_size=size)
     batches = ((batch.to(device), labels.to(device)) for batch, labels in loader)
-    return importance_by(model, groups, criterion, batches=batches, seed=recipe.seed)
+    found = importance_by(model, groups, criterion, batches=batches, seed=recipe.seed)
+    # A channel that the penalty took to zero goes first, whatever its filter is.
+    return {name: found[name].masked_fill(dead, 0.0) for name, dead in zero_channels(model, groups).items()}
 
 
 def check_speed(run: Run) -> tuple[float, float]:

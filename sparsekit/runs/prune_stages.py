@@ -39,7 +39,7 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
     groups = run.find_groups(model)
     hook = _hook(run, model, groups) if run.recipe.sparsify.epochs else None
     run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook)
-    late = hook if isinstance(hook, LateChoice) else None
+    late = hook if isinstance(hook, LateChoice) and hook.masks else None
     if late is not None and run.files.writes:
         save_state(run.files.checkpoints / "settled.safetensors", late.masks)
     run.keep_weights(model, "sparse")

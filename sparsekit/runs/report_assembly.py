@@ -223,7 +223,7 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
     if pushed_out > 0:
         yield (
             f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, where they are slow: "
-            "their channels are no multiple of 4, or their narrow conv_groups cannot be merged; set cut.round_to: auto."
+            "their channels are no multiple of 4, or their narrow groups cannot be merged; set cut.round_to: auto."
         )
     if (n := files.result("dense", DenseResult).data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."

@@ -114,6 +114,10 @@ class CutResult:
     choice: ChoiceFound | None
     layers: tuple[LayerKept, ...]
 
+    def __str__(self) -> str:
+        """What the run's log says of it."""
+        return f"{self.removed} of {self.channels} channels removed"
+
 
 @dataclass(frozen=True)
 class CutEffect:
@@ -136,7 +140,7 @@ class TestedCut:
         """One line for the log of the run."""
         effect = self.effect
         return (
-            f"{self.cut.removed} of {self.cut.channels} channels removed, test accuracy "
+            f"{self.cut}, test accuracy "
             f"{effect.accuracy_before_cut:.4f} -> {effect.accuracy_after_cut:.4f}, largest logit change "
             f"{effect.max_abs_logit_change:.1e}"
         )

@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sparsekit.errors import FileError
+from sparsekit.errors import FileError, first_line
 from sparsekit.files import write_json, write_text
 from sparsekit.runs.results import Result, as_json, from_json
 
@@ -190,7 +190,8 @@ def _refusing_damage(file: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(
-            f"{file} is damaged ({error}); the run cannot be resumed, start it in another --output"
+            f"{file} is damaged, or of another version of sparsekit ({first_line(error)}); the run cannot be resumed, "
+            "start it in another --output"
         ) from error
 
 

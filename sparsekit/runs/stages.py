@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsekit.errors import FileError
-from sparsekit.runs.results import TestedCut
+from sparsekit.runs.results import CutResult, TestedCut
 from sparsekit.runs.run import Run
 
 
@@ -72,5 +72,5 @@ def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None
         for state in run.files.training_states(name):
             state.unlink()  # only an unfinished stage needs it
     run.accelerator.wait_for_everyone()
-    told = f"; {result}" if isinstance(result, TestedCut) else ""
+    told = f"; {result}" if isinstance(result, (CutResult, TestedCut)) else ""
     run.say(f"{name}: {record.seconds:.1f} s{told}")

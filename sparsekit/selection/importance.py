@@ -43,7 +43,7 @@ def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
             share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
             own = share[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
             total += macs[member.tensor] * own
-        shares[group.name] = torch.where(zeros[group.name], 0.0, total)
+        shares[group.name] = torch.where(zeros[group.name], 0.0, total) if makers else total
     return shares
 
 

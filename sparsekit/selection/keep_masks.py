@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -40,8 +41,9 @@ def keep_masks(
 ) -> Masks:
     """Return a keep-mask (bool (n_channels,), True = keep) for every free group.
 
-    `importance` (n_channels,) of each free group ranks its channels; by default it is the norm of their filters. Groups
-    of infinite importance stay whole. The methods:
+    `importance` (n_channels,) of each free group ranks its channels; by default it is the norm of their filters
+    (`sparsekit.importance` weighs that by MACs). Groups of infinite importance keep all channels that are not zero. The
+    methods:
 
     - "zeros" removes channels whose penalised weights are all exactly 0.
     - "threshold" removes those whose importance is below `threshold` (times the group's largest, if `relative`).
@@ -61,16 +63,16 @@ def keep_masks(
     ranked = {name: torch.where(dead, -1.0, given[name]) for name, dead in zeros.items()}
 
     rounding = {group.name: group.rounding for group in groups.free}
-    # Residual blocks have no filters. Those whose scales are zero go, whatever the method; the others stay.
-    blocks = {group.name: zeros[group.name] for group in groups.free if group.bypass}
-    for name, dead in blocks.items():
-        rounding[name] = Rounding(1, 0 if bool(dead) else 1)
+    # Nothing ranks residual blocks, which have no filters, and groups of infinite importance: of these only zeros go.
+    unranked = {
+        group.name: zeros[group.name]
+        for group in groups.free
+        if group.bypass or not bool(ranked[group.name].isfinite().all())
+    }
+    for name, dead in unranked.items():
+        least = max(int((~dead).sum()), 0 if groups[name].bypass else rounding[name].least)
+        rounding[name] = replace(rounding[name], least=least)
         ranked[name] = torch.where(dead, -1.0, 1.0).double()
-
-    for name, values in ranked.items():
-        if not bool(values.isfinite().all()):  # nothing ranks these
-            rounding[name] = Rounding(1, len(values))
-            ranked[name] = torch.ones_like(values)
 
     def finish(masks: Masks) -> Masks:
         return {name: round_up(masks[name], ranked[name], rounding[name]) for name in rounding}
@@ -83,14 +85,14 @@ def keep_masks(
             raise InputError("the mask method 'threshold' needs a threshold >= 0, got none")
         return finish(_above(ranked, threshold, relative))
     if method == "gap":
-        return finish(_above_gap(ranked, blocks))
+        return finish(_above_gap(ranked, unranked))
     if method == "budget" and not target:
         raise InputError("the mask method 'budget' needs a target such as {'macs': 0.5}, got none")
     if target:
         start = without_zeros if method == "auto" else None
         return _within_budget(groups, ranked, target, finish, start, rounding)
     some = any(bool(dead.any()) for dead in zeros.values())
-    return without_zeros if some else finish(_above_gap(ranked, blocks))
+    return without_zeros if some else finish(_above_gap(ranked, unranked))
 
 
 def check_target(groups: ChannelGroups, target: Mapping[Quantity, float] | None) -> None:
@@ -125,14 +127,14 @@ def _above(ranked: Scores, threshold: float, relative: bool) -> Masks:
     }
 
 
-def _above_gap(ranked: Scores, blocks: Masks) -> Masks:
+def _above_gap(ranked: Scores, unranked: Masks) -> Masks:
     """Keep all above the widest gap in the sorted log10 of importance, or everything if there is no clear gap.
 
-    Of the residual `blocks` (True = all zero), those that are not zero stay.
+    Of the groups that nothing ranks (`unranked`, True = zero), the channels that are not zero stay.
     """
-    normalised = {name: values for name, values in over_group_mean(ranked).items() if name not in blocks}
+    normalised = {name: values for name, values in over_group_mean(ranked).items() if name not in unranked}
     keep_all = {name: torch.ones_like(values, dtype=torch.bool) for name, values in ranked.items()}
-    keep_all |= {name: ~dead for name, dead in blocks.items()}
+    keep_all |= {name: ~dead for name, dead in unranked.items()}
     if not normalised:
         return keep_all
     logs = torch.cat([values.clamp_min(1e-12).log10() for values in normalised.values()]).sort().values

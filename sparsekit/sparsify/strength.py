@@ -76,6 +76,8 @@ class AutoStrength:
         if self.importance not in get_args(LearnedImportance):
             names = ", ".join(get_args(LearnedImportance))
             raise InputError(f"importance must be one of {names}, got {self.importance!r}")
+        if self.total_steps is None:
+            raise InputError("AutoStrength needs total_steps, the optimizer steps of the phase, got None")
         _check_steps(self.total_steps)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd, lcm
-from typing import Literal
+from typing import Any, Literal
 
 from sparsekit.errors import InputError
 from sparsekit.machine import channel_multiple
@@ -189,11 +189,7 @@ class ChannelGroups:
         "auto" is the step that `measure_layers` found for the group's layers, else that of this processor: 16 channels
         with AVX-512, else 8. Raises InputError for `round_to` below 1 or `min_channels` below 0.
         """
-        if (round_to != "auto" and round_to < 1) or min_channels < 0:
-            raise InputError(
-                "round_to must be 'auto' or at least 1, and min_channels at least 0, got "
-                f"{round_to!r} and {min_channels}"
-            )
+        check_rounding(round_to, min_channels)
         steps = self._measured_steps() if round_to == "auto" else {}
         default = channel_multiple() if round_to == "auto" else round_to
         rounded = tuple(g.rounded_to(steps.get(g.name, default), min_channels) for g in self.groups)
@@ -224,3 +220,13 @@ class ChannelGroups:
                 return {}
             steps |= {(layer.weight, dim): step for dim, step in enumerate(layer.curve.steps)}
         return {g.name: lcm(*(steps.get((m.tensor, m.dim), 1) for m in g.members)) for g in self.groups}
+
+
+def check_rounding(round_to: Any, min_channels: Any) -> None:
+    """Raise InputError unless `round_to` is "auto" or a whole number >= 1, and `min_channels` one >= 0."""
+    whole = round_to == "auto" or (type(round_to) is int and round_to >= 1)
+    if not whole or type(min_channels) is not int or min_channels < 0:
+        raise InputError(
+            "round_to must be 'auto' or at least 1, and min_channels at least 0, both whole numbers, got "
+            f"{round_to!r} and {min_channels!r}"
+        )

@@ -541,3 +541,11 @@ def test_within_a_head_nothing_goes_if_the_scale_is_left_to_torch() -> None:
 
     units = [find_groups(OneHead(scale), torch.randn(2, 5, 6))["q"].n_channels for scale in (None, 0.3)]
     assert units == [1, 8]
+
+
+@pytest.mark.parametrize(
+    "rounding", [{"round_to": "16"}, {"round_to": 0}, {"round_to": None}, {"min_channels": -1}]
+)
+def test_a_rounding_that_makes_no_sense_is_refused_before_the_analysis(rounding: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="round_to must be 'auto' or at least 1"):
+        find_groups(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 4, 4), **rounding)  # type: ignore[arg-type]

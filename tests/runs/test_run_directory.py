@@ -147,7 +147,7 @@ def test_a_damaged_run_cannot_be_resumed_and_is_left_as_it_was(
     run.add_metrics({"phase": "dense", "epoch": 0})
     (tmp_path / name).write_text(content, encoding="latin-1")
     before = _files(tmp_path)
-    with pytest.raises(FileError, match=rf"{name} is damaged .*start it in another --output"):
+    with pytest.raises(FileError, match=rf"{name} is damaged, .*start it in another --output"):
         _opened(tmp_path, resume=True)
     assert _files(tmp_path) == before
 

@@ -429,3 +429,12 @@ def test_importance_of_other_groups_is_refused() -> None:
     for given, got in (({}, "none"), ({groups.free[0].name: torch.ones(3)}, r"shape \(3,\)")):
         with pytest.raises(InputError, match=f"importance must be 4 numbers .* got {got}"):
             keep_masks(model, groups, method="gap", importance=given)
+
+
+@pytest.mark.parametrize("method", ["zeros", "auto", "gap"])
+def test_of_a_group_that_nothing_ranks_only_zeros_go(method: Any) -> None:
+    model, groups = chain([1.0, 0.0, 3.0, 0.0], [1.0, 2.0, 3.0, 4.0])
+    first, second = (group.name for group in groups.free)
+    given = {first: torch.full((4,), torch.inf), second: torch.ones(4)}
+    masks = keep_masks(model, groups, method=method, importance=given)
+    assert kept(masks) == {first: [0, 2], second: [0, 1, 2, 3]}

@@ -897,3 +897,15 @@ def test_a_channel_without_a_scale_has_no_shift_either() -> None:
     assert all(bool((norm.bias[norm.weight == 0] == 0).all()) for norm in norms)
     assert all(bool((norm.bias[norm.weight != 0] != 0).all()) for norm in norms)
     assert any(bool((norm.weight == 0).any()) for norm in norms)
+
+
+@pytest.mark.parametrize("strength", [sk.AutoStrength, "auto", None])
+def test_a_strength_is_a_number_or_one_of_two_objects(strength: Any) -> None:
+    model = _convnet()
+    with pytest.raises(InputError, match="a finite number >= 0, a ConstantStrength or an AutoStrength"):
+        sk.Sparsifier(model, find_groups(model, EXAMPLE), strength=strength)
+
+
+def test_an_automatic_strength_has_to_know_the_length_of_the_phase() -> None:
+    with pytest.raises(InputError, match="needs total_steps"):
+        sk.AutoStrength({"macs": 0.5}, None)  # type: ignore[arg-type]
