@@ -84,22 +84,22 @@ def test_the_pull_is_the_largest_threshold_that_does_not_hold_a_steady_gradient(
 ) -> None:
     model = Filters(3, 0.0)
     shrunk = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Revival(shrunk, dict(model.named_parameters()), penalty)
+    revival = Revival(shrunk, dict(model.named_parameters()), penalty)
     gradient = torch.tensor([[3.0], [-0.5], [0.0]]).expand(3, WIDTH)
     model.x.grad = gradient.clone()
     for _ in range(99):
-        pull.observe()
-    assert not pull.of_channels(relative=relative).any()  # too early to say
-    pull.observe()
+        revival.observe()
+    assert not revival.of_channels(relative=relative).any()  # too early to say
+    revival.observe()
     expected = torch.tensor([1.0, 1.0, 0.0]) if relative else torch.tensor([3.0, 0.5, 0.0])
     if penalty not in ("l1", "scale_l1"):
         expected = expected * WIDTH**0.5
-    assert torch.allclose(pull.of_channels(relative=relative), expected, rtol=1e-3)
+    assert torch.allclose(revival.of_channels(relative=relative), expected, rtol=1e-3)
     model.x.grad[0] = torch.inf  # a scaler's first steps
-    pull.observe()
+    revival.observe()
     model.x.grad = None
-    pull.observe()
-    assert bool(pull.of_channels(relative=relative).isfinite().all())
+    revival.observe()
+    assert bool(revival.of_channels(relative=relative).isfinite().all())
 
 
 def test_a_mean_within_its_error_does_not_pull() -> None:
@@ -107,14 +107,14 @@ def test_a_mean_within_its_error_does_not_pull() -> None:
     n = 20_000
     model = Filters(n, 0.0)
     shrunk = OwnedWeights(dict(model.named_parameters()), model.groups.groups, lambda group: group.members)
-    pull = Revival(shrunk, dict(model.named_parameters()), "group_lasso")
+    revival = Revival(shrunk, dict(model.named_parameters()), "group_lasso")
     generator = torch.Generator().manual_seed(0)
     means = torch.zeros(n, 1)
     means[0] = 0.5
     for _ in range(400):
         model.x.grad = means + torch.randn(n, WIDTH, generator=generator)
-        pull.observe()
-    pulls = pull.of_channels(relative=False)
+        revival.observe()
+    pulls = revival.of_channels(relative=False)
     # Without the allowance a mean over a hundred steps would be 0.07 in each of the eight.
     assert pulls[1:].quantile(0.99).item() < 0.1 * WIDTH**0.5
     assert pulls[0].item() == pytest.approx(0.5 * WIDTH**0.5 * (1 - 3 * 0.071 / 0.5), rel=0.3)
