@@ -105,7 +105,7 @@ def _sections(spec: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[Ba
 
 
 def _keys(spec: type[BaseModel], prefix: str) -> list[str]:
-    rows = ["| key | value | default | |", "|---|---|---|---|"]
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for key, info in spec.model_fields.items():
         section = nested_spec(info)
         anchor = f"{prefix}{key}".replace(".", "")
@@ -158,7 +158,7 @@ def command_line_page() -> str:
         rows = [_Row.of(parameter, hint) for parameter, hint in _parameters(command)]
         usage = " ".join([f"sparsekit {name}", *(row.name for row in rows if row.is_argument), "[OPTIONS]"])
         lines += ["", f"## sparsekit {name}", "", inspect.getdoc(command) or "", "", f"    {usage}", ""]
-        lines += ["| | default | |", "|---|---|---|"]
+        lines += ["| name | default | meaning |", "|---|---|---|"]
         lines += [f"| {_cell(f'`{row.name}`')} | {row.default} | {_cell(row.help)} |" for row in rows]
     return "\n".join([*lines, "", _written_by(), ""])
 
