@@ -75,7 +75,9 @@ def test_the_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch:
     text = (ROOT / page).read_text(encoding="utf-8")
     for asked, less in (("speedup=1.5", "speedup=1.1"), ('{"latency": 0.6}', '{"latency": 0.9}')):
         text = text.replace(asked, less)
-    for number, block in enumerate(_python_blocks(text)):
+    blocks = _python_blocks(text)
+    assert blocks
+    for number, block in enumerate(blocks):
         exec(compile(block, f"{page}, Python block {number}", "exec"), namespace)
 
 

@@ -402,7 +402,11 @@ def test_the_importance_chooses_and_the_cut_is_right() -> None:
     ranked = importance(model, groups, "taylor", batches=BATCHES)
     masks = {name: numbers >= numbers.median() for name, numbers in ranked.items()}
     plan = sk.make_plan(groups, masks)
-    sk.verify_cut(model, sk.apply_plan(model, plan), plan)
+    pruned = sk.apply_plan(model, plan)
+    sk.verify_cut(model, pruned, plan)
+    kept = masks["conv"]
+    assert 0 < kept.sum() < len(kept)
+    assert torch.equal(pruned.get_parameter("conv.weight"), model.get_parameter("conv.weight")[kept])
 
 
 @pytest.mark.parametrize(
