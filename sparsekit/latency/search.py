@@ -98,11 +98,36 @@ def search_speed(
 
     Raises InputError for a speed that even the fewest channels do not reach, and names the one that they do.
     """
+    return search_with(
+        Knapsack(groups, importance),
+        model,
+        groups,
+        example_input,
+        speedup=speedup,
+        latency_ms=latency_ms,
+        limits=limits,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def search_with(
+    knapsack: Knapsack,
+    model: nn.Module,
+    groups: ChannelGroups,
+    example_input: Tensor | tuple[Tensor, ...],
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    limits: Mapping[Quantity, float] | None = None,
+    threads: int = 1,
+    progress: Callable[[SpeedTrial], None] | None = None,
+) -> SpeedSearch:
+    """As `search_speed`, with masks from a knapsack."""
     if (speedup is None) == (latency_ms is None):
         raise InputError("search_speed needs one of speedup and latency_ms")
     if not 0 < (asked_value := speedup or latency_ms or 0.0) < math.inf:
         raise InputError(f"a speed-up or a latency must be a finite number > 0, got {asked_value}")
-    knapsack = Knapsack(groups, importance)
     with TemporaryDirectory() as folder:
         stopwatch = _Stopwatch(model, groups, example_input, threads, Path(folder))
         return _Search(knapsack, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from sparsekit.errors import InputError
 from sparsekit.options import Quantity
 from sparsekit.selection.costs import Array, CostModel, CostTerm
+from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 
@@ -58,22 +59,51 @@ class Knapsack:
     """
 
     def __init__(self, groups: ChannelGroups, importance: Scores) -> None:
+        self._start(groups)
+        for group in groups.free:
+            values = _checked(group, importance).double().cpu()
+            order = values.argsort(descending=True, stable=True)
+            sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
+            options = counts_of(group)
+            if not bool(values.isfinite().all()):
+                options, sums = options[-1:], np.zeros_like(sums)
+            self._add(group, order, options, _objective(sums[options]))
+
+    @staticmethod
+    def of_curves(groups: ChannelGroups, curves: Mapping[str, LossCurve]) -> Knapsack:
+        """Return the knapsack that keeps the sum of measured losses least; groups without a curve stay whole."""
+        made = Knapsack.__new__(Knapsack)
+        made._start(groups)
+        for group in groups.free:
+            options = counts_of(group)
+            curve = curves.get(group.name)
+            if curve is None:
+                made._add(group, torch.arange(group.n_channels), options[-1:], np.zeros(1))
+            else:
+                # The least loss possible is 0, so that an objective is >= 0 as importance is.
+                made._add(group, curve.order, options, curve.losses[0] - curve.losses[options])
+        return made
+
+    def _start(self, groups: ChannelGroups) -> None:
         self._groups = groups
         self._costs = CostModel(groups)
         self._order: dict[str, torch.Tensor] = {}
         self._options: dict[str, NDArray[np.int64]] = {}
         self._objective: dict[str, Array] = {}  # of each option
-        for group in groups.free:
-            values = _checked(group, importance).double().cpu()
-            order = values.argsort(descending=True, stable=True)
-            sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
-            options = _counts(group)
-            if not bool(values.isfinite().all()):
-                options, sums = options[-1:], np.zeros_like(sums)
-            self._order[group.name], self._options[group.name] = order, options
-            self._objective[group.name] = _objective(sums[options])
-        self._dense = {name: len(options) - 1 for name, options in self._options.items()}
-        self._all = sum(float(objective[-1]) for objective in self._objective.values())
+
+    def _add(
+        self, group: ChannelGroup, order: torch.Tensor, options: NDArray[np.int64], objective: Array
+    ) -> None:
+        self._order[group.name], self._options[group.name] = order, options
+        self._objective[group.name] = objective
+
+    @property
+    def _dense(self) -> dict[str, int]:
+        return {name: len(options) - 1 for name, options in self._options.items()}
+
+    @property
+    def _all(self) -> float:
+        return sum(float(objective[-1]) for objective in self._objective.values())
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
         """Return keep-masks under limits (shares of the dense model). Raises InputError for limits out of reach."""
@@ -250,7 +280,7 @@ def _objective(kept: Array) -> Array:
     return objective
 
 
-def _counts(group: ChannelGroup) -> NDArray[np.int64]:
+def counts_of(group: ChannelGroup) -> NDArray[np.int64]:
     """List how many channels a group may keep, ascending: multiples from the least on, and all."""
     n, multiple, least = group.n_channels, group.rounding.multiple, group.rounding.least
     multiple = max(multiple, -(-n // _MAX_OPTIONS // multiple) * multiple)

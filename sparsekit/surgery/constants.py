@@ -31,23 +31,35 @@ _AS_IS = {"timm.layers.linear.Linear.forward", "timm.layers.conv2d_same.Conv2dSa
 def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
     """Detach the channels that `plan` drops from the layers that read them, and keep their constants; in place.
 
-    The columns that read dropped channels become zero. The constants a_i of the dropped channels i go
+    Constants are those of two random batches; see `move_constants_`. Returns how many were folded, by module.
+    """
+    tensors = (cut.tensor for cut in plan.cuts if cut.role == "consumer" and cut.drop)
+    layers = plain_layers(model, tensors)
+    folded = move_constants_(model, plan, observe_inputs(model, plan.input_shapes, layers))
+    blank_columns_(model, plan)
+    return folded
+
+
+def move_constants_(model: nn.Module, plan: PrunePlan, readings: Mapping[str, Reading]) -> dict[str, int]:
+    """Move the constants of channels that `plan` drops into what stays, in place, and set their columns to zero.
+
+    `readings` say, by the weight's name, which input channels of a layer are constant. The constants a_i of the dropped
+    channels i go
 
     - into the bias, as the sum over i and the kernel of a_i W[:, i]. That is exact where every output position reads
       the whole kernel: linear layers, 1x1 convolutions, and convolutions without zero padding;
     - elsewhere into the column of the largest constant a_j that stays, the carrier: W[:, j] += sum over i of
       (a_i / a_j) W[:, i]. That is exact because all input channels are padded alike.
 
-    Both need an ungrouped layer that uses its weight as it is and shares it with no other (`plain_layers`). Of other
-    layers, and without a carrier (see `keep_carriers`), constants other than 0 are lost. Returns how many were folded,
-    by module.
+    Both need an ungrouped layer that uses its weight as it is and shares it with no other (`plain_layers`). Constants
+    of other layers, and constants without a carrier (see `keep_carriers`), stay where they are. Returns how many were
+    moved, by module.
     """
-    cuts = [cut for cut in plan.cuts if cut.role == "consumer" and cut.drop]
+    cuts = [cut for cut in plan.cuts if cut.role == "consumer" and cut.drop and cut.tensor in readings]
     layers = plain_layers(model, (cut.tensor for cut in cuts))
-    readings = observe_inputs(model, plan.input_shapes, layers)
     folded: dict[str, int] = {}
     with torch.no_grad():
-        for cut in (cut for cut in cuts if cut.tensor in readings):
+        for cut in (cut for cut in cuts if cut.tensor in layers):
             module, reading = layers[cut.tensor], readings[cut.tensor]
             stays = torch.ones(len(reading.low), dtype=torch.bool)
             stays[list(cut.drop)] = False
@@ -56,13 +68,15 @@ def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
             if not lost.any():
                 continue
             if bias_is_exact(module):
-                _add_to_bias_(module, lost)
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                add_to_bias_(module, weight.reshape(*weight.shape[:2], -1).sum(2) @ lost.to(weight))
             elif carrier is not None:
                 _merge_(module, cut.dim, carrier, lost / reading.constants[carrier])
             else:
                 continue
+            _blank_(module, cut.dim, lost.nonzero()[:, 0])
             folded[cut.tensor.rpartition(".")[0]] = int(lost.count_nonzero())
-    blank_columns_(model, plan)
     return folded
 
 
@@ -76,21 +90,25 @@ def blank_columns_(model: nn.Module, plan: PrunePlan) -> None:
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
 
 
-def readers_of(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
-    """The linear layers and ungrouped convolutions that hold these tensors, by tensor.
+def readers_of(
+    model: nn.Module, tensors: Iterable[str], *, conv_groups: bool = False
+) -> dict[str, nn.Module]:
+    """The linear layers and ungrouped convolutions that hold these tensors, by tensor; with `conv_groups` all.
 
-    Their weight has one column for each input channel, in order.
+    The weight of an ungrouped one has one column for each input channel, in order.
     """
     modules = dict(model.named_modules())
     found = ((tensor, modules[tensor.rpartition(".")[0]]) for tensor in tensors)
     return {
         tensor: module
         for tensor, module in found
-        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1
+        if isinstance(module, _LAYERS) and (conv_groups or getattr(module, "groups", 1) == 1)
     }
 
 
-def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Module]:
+def plain_layers(
+    model: nn.Module, tensors: Iterable[str], *, conv_groups: bool = False
+) -> dict[str, nn.Module]:
     """Those of `readers_of` that use their weight as it is and share it with no other module."""
     held = [tensor for module in model.modules() for tensor in module._parameters.values()]
 
@@ -99,7 +117,8 @@ def plain_layers(model: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Modul
         alone = weight is not None and sum(tensor is weight for tensor in held) == 1
         return alone and (_is_torch_own(module) or _forward_name(module) in _AS_IS)
 
-    return {tensor: module for tensor, module in readers_of(model, tensors).items() if is_plain(module)}
+    found = readers_of(model, tensors, conv_groups=conv_groups)
+    return {tensor: module for tensor, module in found.items() if is_plain(module)}
 
 
 def bias_is_exact(module: nn.Module) -> bool:
@@ -152,7 +171,7 @@ def observe_inputs(
     def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             read = args[0] if args else keywords["input"]
-            values = read.movedim(_channel_dim(module), 0).flatten(1)
+            values = read.movedim(channel_dim(module), 0).flatten(1)
             low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
             if key in readings:
                 low, high = torch.minimum(low, readings[key].low), torch.maximum(high, readings[key].high)
@@ -176,15 +195,21 @@ def observe_inputs(
     return readings
 
 
-def _add_to_bias_(module: nn.Module, constants: Tensor) -> None:
-    """Add to the bias what input channels with these constants (n_inputs,) contribute."""
+def add_to_bias_(module: nn.Module, amount: Tensor) -> None:
+    """Add to the bias (outputs,) of a layer, in place; it is made if there is none."""
     bias, weight = getattr(module, "bias", None), module.weight
     assert isinstance(weight, Tensor)
-    amount = weight.reshape(*weight.shape[:2], -1).sum(2) @ constants.to(weight)
     if bias is None:
-        bias = nn.Parameter(torch.zeros_like(amount), requires_grad=weight.requires_grad)
+        bias = nn.Parameter(torch.zeros_like(amount, dtype=weight.dtype), requires_grad=weight.requires_grad)
         module.bias = bias
-    bias.add_(amount)
+    with torch.no_grad():
+        bias.add_(amount.to(bias))
+
+
+def _blank_(module: nn.Module, dim: int, positions: Tensor) -> None:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    weight.index_fill_(dim, positions.to(weight.device), 0)
 
 
 def _merge_(module: nn.Module, dim: int, carrier: int, shares: Tensor) -> None:
@@ -210,6 +235,6 @@ def _forward_name(module: nn.Module) -> str:
     return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
 
 
-def _channel_dim(module: nn.Module) -> int:
+def channel_dim(module: nn.Module) -> int:
     """The dimension of the channels in the input of a linear layer or convolution, counted from the end."""
     return -1 - len(module.kernel_size) if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) else -1

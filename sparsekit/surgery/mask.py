@@ -29,6 +29,14 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return _masked(model, plan, blank_columns_)
 
 
+def with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """A copy in which standardised convolutions that lose columns are plain."""
+    copied = copy.deepcopy(model)
+    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
+    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
+    return copied
+
+
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for scale in (scale for block in plan.blocks for scale in block.scales):
@@ -58,20 +66,12 @@ def _masked(
     model: nn.Module, plan: PrunePlan, detach_: Callable[[nn.Module, PrunePlan], object]
 ) -> nn.Module:
     """A copy in which `detach_` takes the dropped channels from the layers that read them."""
-    masked = _with_plain_readers(model, plan)
+    masked = with_plain_readers(model, plan)
     _silence_blocks_(masked, plan)
     detach_(masked, plan)
     _silence_(masked, plan)
     _confine_layer_norms_(masked, plan)
     return masked
-
-
-def _with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """A copy in which standardised convolutions that lose columns are plain."""
-    copied = copy.deepcopy(model)
-    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
-    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
-    return copied
 
 
 def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:

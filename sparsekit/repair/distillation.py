@@ -1,0 +1,207 @@
+"""Learn from the dense model for a while: gently, without labels, and keep what was best on images kept apart."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from sparsekit.errors import TrainingError
+from sparsekit.evaluation import eval_mode, flat_tensors
+from sparsekit.repair.divergence import Divergence, kl
+from sparsekit.repair.held_out import HeldOut
+from sparsekit.structure.plan import PrunePlan
+
+# Ten times as much destroys what the repair has won.
+_LR = 1e-4
+_WARMUP_STEPS = 10
+_BATCH = 16
+# Mild: the few images there are stay what they are.
+_CROP = (0.6, 1.0)
+_CHECKS = 8
+_SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class DistillProgress:
+    """One moment of learning: steps taken, the share of the time that is over, and the loss now."""
+
+    steps: int
+    share: float
+    loss: float
+
+
+def distill(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PrunePlan,
+    images: Tensor,
+    held_out: HeldOut,
+    *,
+    seconds: float = math.inf,
+    steps: int | None = None,
+    stages: Sequence[str] = (),
+    lr: float = _LR,
+    seed: int = 0,
+    progress: Callable[[DistillProgress], None] | None = None,
+) -> tuple[nn.Module, Divergence]:
+    """Return the pruned model after learning from the dense one, and its divergence on the images kept apart.
+
+    The loss is the divergence of the outputs, KL(dense || pruned), and for each of `stages` the squared difference of
+    the channels that stayed, over their variance. Adam, with ten steps of warm-up and a cosine; norms and dropout as in
+    evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It ends after `seconds`
+    or `steps`, whichever comes first. Both models stay as they are; the result is the best seen, the start included.
+
+    Raises TrainingError if the loss is not finite from the first step on.
+    """
+    student = copy.deepcopy(pruned)
+    best, best_state = held_out.of(student), _state(student)
+    flags = [(p, p.requires_grad) for p in student.parameters()]
+    trained = [p for p in student.parameters() if p.is_floating_point()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    started, n, check = time.monotonic(), 0, 1
+    with ExitStack() as open_, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        open_.enter_context(eval_mode(dense))
+        open_.enter_context(eval_mode(student))
+        theirs = open_.enter_context(_noting(dense, stages))
+        ours = open_.enter_context(_noting(student, stages))
+        rows = _kept_rows(student, plan, stages)
+        for batch in _batches(images, generator):
+            share = max(
+                (time.monotonic() - started) / seconds if math.isfinite(seconds) else 0.0,
+                n / steps if steps else 0.0,
+            )
+            if share >= check / _CHECKS:
+                check = int(share * _CHECKS) + 1
+                best, best_state = _better(student, held_out, best, best_state)
+            if share >= 1:
+                break
+            for settings in optimizer.param_groups:
+                warm = min((n + 1) / _WARMUP_STEPS, 1.0)
+                settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
+            with torch.no_grad():
+                target = flat_tensors(dense(batch))
+            loss = _loss(target, flat_tensors(student(batch)), theirs, ours, rows)
+            if not bool(loss.isfinite()):
+                if n == 0:
+                    raise TrainingError("learning from the dense model: the loss is not finite at the first step")
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            n += 1
+            if progress is not None:
+                progress(DistillProgress(n, min(share, 1.0), float(loss)))
+    student.load_state_dict(best_state)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    return student, best
+
+
+def _loss(
+    target: Sequence[Tensor],
+    output: Sequence[Tensor],
+    theirs: Mapping[str, Tensor],
+    ours: Mapping[str, Tensor],
+    rows: Mapping[str, Sequence[Tensor]],
+) -> Tensor:
+    loss = sum(
+        (kl(t, o) for t, o in zip(target, output, strict=True) if t.is_floating_point() and t.numel()),
+        torch.zeros((), device=output[0].device),
+    )
+    for name, features in ours.items():
+        wanted = _of_what_stays(theirs[name].detach(), features, rows[name])
+        if wanted is not None:
+            loss = loss + (features - wanted).square().mean() / wanted.var().clamp_min(_SMALLEST)
+    return loss
+
+
+def _better(
+    student: nn.Module, held_out: HeldOut, best: Divergence, state: dict[str, Tensor]
+) -> tuple[Divergence, dict[str, Tensor]]:
+    found = held_out.of(student)
+    return (found, _state(student)) if found.kl < best.kl else (best, state)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _batches(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw batches without end: all images once, in another order each time, slightly changed."""
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        for start in range(0, max(len(order) - _BATCH + 1, 1), _BATCH):
+            batch = images[order[start : start + _BATCH].to(images.device)]
+            yield _changed(batch) if batch.dim() == 4 else batch
+
+
+def _changed(batch: Tensor) -> Tensor:
+    size = (batch.shape[2], batch.shape[3])
+    change = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=_CROP, ratio=(0.9, 1.1), antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    changed = torch.stack([change(image) for image in batch])
+    if batch.is_contiguous(memory_format=torch.channels_last):
+        changed = changed.contiguous(memory_format=torch.channels_last)
+    return changed
+
+
+@contextmanager
+def _noting(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Hold what each named module gives, as of the latest run."""
+    noted: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: noted.update({name: output.clone()})
+
+    hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        yield noted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _kept_rows(model: nn.Module, plan: PrunePlan, stages: Sequence[str]) -> dict[str, list[Tensor]]:
+    """Return by stage what its layers keep of their outputs, where they lose any; the last layer first."""
+    cuts = {
+        cut.tensor.rpartition(".")[0]: cut
+        for cut in plan.cuts
+        if cut.role == "producer" and cut.tensor.endswith("weight")
+    }
+    return {
+        stage: [
+            torch.tensor(cuts[name].keep)
+            for name, _ in reversed(list(model.named_modules()))
+            if name in cuts and (name == stage or name.startswith(f"{stage}."))
+        ]
+        for stage in stages
+    }
+
+
+def _of_what_stays(wanted: Tensor, features: Tensor, rows: Sequence[Tensor]) -> Tensor | None:
+    """Return the channels of a dense stage's output that the pruned one still has; None if they are not found."""
+    if wanted.shape == features.shape:
+        return wanted
+    dim = 1 if wanted.dim() == 4 and wanted.shape[2:] == features.shape[2:] else -1
+    for keep in rows:
+        if len(keep) == features.shape[dim] and int(keep.max()) < wanted.shape[dim]:
+            stays = wanted.index_select(dim, keep.to(wanted.device))
+            return stays if stays.shape == features.shape else None
+    return None

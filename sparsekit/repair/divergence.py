@@ -1,0 +1,77 @@
+"""How far the outputs of two models are apart on the same images, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's outputs are from the dense model's, over some images.
+
+    - `kl` is the mean Kullback-Leibler divergence KL(dense || model) of the predicted classes, in nats.
+    - `agreement` is the share of images, in [0, 1], whose most likely class is the same.
+
+    An output that is no table of (images, classes) counts as a Gaussian with the dense output's variance: its kl is
+    half the mean squared difference over that variance, and it has no part in `agreement` (NaN if there is no other).
+    Several outputs are added up.
+    """
+
+    kl: float
+    agreement: float
+
+
+def is_logits(output: Tensor) -> bool:
+    """Whether an output is a table of (images, classes)."""
+    return output.dim() == 2 and output.shape[1] > 1 and output.is_floating_point()
+
+
+def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence:
+    """Compare all outputs of two models on the same images; see `Divergence`."""
+    total, agreements = 0.0, []
+    for target, output in zip(dense, outputs, strict=True):
+        if target.is_floating_point() and target.numel():
+            total += float(kl(target, output))
+        if is_logits(target):
+            agreements.append(float((target.argmax(1) == output.argmax(1)).double().mean()))
+    return Divergence(total, sum(agreements) / len(agreements) if agreements else float("nan"))
+
+
+def kl(dense: Tensor, output: Tensor) -> Tensor:
+    """Return KL(dense || output) of one output, averaged over the images; a gradient can be taken."""
+    if is_logits(dense):
+        return F.kl_div(
+            output.float().log_softmax(1),
+            dense.float().log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
+    variance = dense.float().var().clamp_min(torch.finfo(torch.float32).tiny)
+    return (output.float() - dense.float()).square().mean() / (2 * variance)
+
+
+def sampled_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Return a loss whose gradient's square has, on average, the curvature of the divergence (Fisher).
+
+    The label of each image is drawn from the model's own prediction: confident images have almost no gradient at their
+    most likely class. Source: Kunstner et al., "Limitations of the empirical Fisher approximation", 2019.
+    """
+    total = torch.zeros((), device=outputs[0].device)
+    for output in outputs:
+        if not output.is_floating_point() or not output.requires_grad or not output.numel():
+            continue
+        if is_logits(output):
+            probabilities = output.detach().float().softmax(1).cpu()
+            labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(output.device)
+            total = total + F.cross_entropy(output.float(), labels, reduction="sum")
+        else:
+            spread = output.detach().float().std(correction=0).clamp_min(1e-12)
+            per_image = output[0].numel()
+            noise = torch.randn(output.shape, generator=generator).to(output.device)
+            total = total + (output.float() * noise).sum() / (spread * per_image**0.5)
+    return total

@@ -1,0 +1,70 @@
+"""The judge of every step: images kept apart, and how far a model's outputs on them are from the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from sparsekit.evaluation import evaluating, flat_tensors
+from sparsekit.repair.divergence import Divergence, divergence
+from sparsekit.repair.replay import Recording, Stations, batches_of
+from sparsekit.structure.groups import ChannelGroups
+
+# What the recordings of a dense model may take.
+_MOST_BYTES = 512 * 2**20
+# Images that the curves are measured on, where memory allows.
+_MOST_RECORDED = 64
+_BATCH = 16
+
+
+class HeldOut:
+    """Images kept apart, with the outputs of the dense model for them.
+
+    `inputs` have the images along their first dimension, on the model's device. What each part of the model gave is
+    recorded for the first 64 of them, or as many as fit in 512 MB.
+    """
+
+    def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = inputs
+        self._dense = [outputs_of(model, batch) for batch in batches_of(inputs, _BATCH)]
+        first = next(batches_of(inputs, _BATCH))
+        self._stations = Stations.of(model, groups, tuple(x[:1] for x in first))
+        self._recordings: list[Recording] = []
+        used = 0
+        for batch in batches_of(tuple(x[:_MOST_RECORDED] for x in inputs), _BATCH):
+            recording = Recording(model, self._stations, batch)
+            if self._recordings and used + recording.n_bytes > _MOST_BYTES:
+                break
+            used += recording.n_bytes
+            self._recordings.append(recording)
+
+    def of(self, model: nn.Module) -> Divergence:
+        """Compare a model with the dense one, on all images kept apart."""
+        ours = [outputs_of(model, batch) for batch in batches_of(self._inputs, _BATCH)]
+        return _weighted(
+            [(divergence(d, o), len(d[0])) for d, o in zip(self._dense, ours, strict=True)]
+        )
+
+    def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
+        """Compare the recorded model, of which only `tensors` were changed, with itself before, on recorded images."""
+        first = self._stations.first_of(tensors)
+        found = [
+            (divergence(one.outputs, one.outputs_from(model, first)), len(one.inputs[0]))
+            for one in self._recordings
+        ]
+        return _weighted(found)
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return all tensors that a model gives in eval mode."""
+    with evaluating(model):
+        return flat_tensors(model(*inputs))
+
+
+def _weighted(parts: list[tuple[Divergence, int]]) -> Divergence:
+    n = sum(count for _, count in parts)
+    return Divergence(
+        sum(one.kl * count for one, count in parts) / n,
+        sum(one.agreement * count for one, count in parts) / n,
+    )

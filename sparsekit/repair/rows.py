@@ -1,0 +1,168 @@
+"""How a layer reads its input: as rows, one for each position, of columns, one for each weight of an output.
+
+- "full": all that one output position reads. For a convolution these are channels x kernel columns, with its padding.
+- "pointwise": one column for each input channel, at each position of the input. One prediction then serves every
+  place of the kernel. It needs less memory, and is not exact at the border of a padded map. It is taken for
+  convolutions with too many columns or over three dimensions, for transposed ones, for layers that pad in a way of
+  their own, and for linear layers that read many flattened maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
+from sparsekit.structure.groups import ChannelGroups
+
+# A covariance of so many columns takes 46 MB.
+MOST_COLUMNS = 2400
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the layer with the weight `tensor` is read.
+
+    - `columns` of each of its `conv_groups`.
+    - `taps`: how many columns one index along the weight's input dimension has.
+    - `maps`: how many indices of that dimension are one channel at several positions (a linear layer after a flatten).
+    """
+
+    tensor: str
+    pointwise: bool
+    conv_groups: int
+    columns: int
+    taps: int
+    maps: int = 1
+
+    @property
+    def module(self) -> str:
+        """Name of the layer."""
+        return self.tensor.rpartition(".")[0]
+
+    def columns_of(self, positions: Tensor) -> Tensor:
+        """Return the columns (n, taps) of indices (n,) along the weight's input dimension."""
+        if self.maps > 1:
+            return (positions // self.maps)[:, None]
+        return positions[:, None] * self.taps + torch.arange(self.taps, device=positions.device)
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """Return the layer's weight as (conv_groups, outputs, columns), float64.
+
+        Where one column serves several weights, each of them counts as an output.
+        """
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        w = weight.detach().double()
+        if isinstance(layer, TRANSPOSED):
+            w = w.transpose(0, 1)
+        if not self.pointwise:
+            return w.reshape(self.conv_groups, w.shape[0] // self.conv_groups, -1)
+        if self.maps > 1:
+            return w.reshape(w.shape[0], -1, self.maps).permute(0, 2, 1).reshape(1, -1, self.columns)
+        by_group = w.reshape(self.conv_groups, w.shape[0] // self.conv_groups, w.shape[1], -1)
+        return by_group.permute(0, 1, 3, 2).reshape(self.conv_groups, -1, self.columns)
+
+    def set_weight_(self, layer: nn.Module, new: Tensor) -> None:
+        """Write back what `weight` returned, in place."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        shape = weight.transpose(0, 1).shape if isinstance(layer, TRANSPOSED) else weight.shape
+        if not self.pointwise:
+            w = new.reshape(shape)
+        elif self.maps > 1:
+            w = new.reshape(shape[0], self.maps, self.columns).permute(0, 2, 1).reshape(shape)
+        else:
+            outputs = shape[0] // self.conv_groups
+            w = new.reshape(self.conv_groups, outputs, -1, self.columns).permute(0, 1, 3, 2).reshape(shape)
+        with torch.no_grad():
+            weight.copy_((w.transpose(0, 1) if isinstance(layer, TRANSPOSED) else w).to(weight))
+
+    def bias_of(self, shift: Tensor, layer: nn.Module) -> Tensor:
+        """Return what to add to the bias (outputs of the layer,), from (conv_groups, outputs)."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        outputs = weight.shape[1] if isinstance(layer, TRANSPOSED) else weight.shape[0]
+        if isinstance(layer, TRANSPOSED):  # how many places of the kernel meet at a position differs
+            return torch.zeros(outputs).to(shift)
+        return shift.reshape(outputs, -1).sum(1)
+
+    def per_output(self, matrix: Tensor, conv_group: int) -> Tensor:
+        """Return the block of an (outputs, outputs) matrix that is of one conv_group."""
+        n = matrix.shape[0] // self.conv_groups
+        return matrix[conv_group * n : (conv_group + 1) * n, conv_group * n : (conv_group + 1) * n]
+
+    def rows(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what the layer reads of x, as (images, positions, conv_groups, columns)."""
+        if isinstance(layer, nn.Linear):
+            rows = x.reshape(x.shape[0], -1, x.shape[-1])
+            if self.maps > 1:
+                rows = rows.reshape(x.shape[0], -1, self.columns, self.maps).transpose(2, 3)
+                rows = rows.reshape(x.shape[0], -1, self.columns)
+            return rows[:, :, None]
+        if self.pointwise:
+            rows = x.flatten(2).transpose(1, 2)
+        else:
+            rows = _patches(layer, x)
+        return rows.reshape(*rows.shape[:2], self.conv_groups, -1)
+
+
+def readers(
+    groups: ChannelGroups, layers: dict[str, nn.Module], *, most_columns: int = MOST_COLUMNS
+) -> dict[str, Reader]:
+    """Return a reader by weight name for each of `layers` that can be repaired.
+
+    `layers` are those that read channels of `groups` and use their weight as it is.
+    """
+    found = {}
+    for tensor, layer in layers.items():
+        repeats = {
+            m.repeat for g in groups for m in g.members if m.role == "consumer" and m.tensor == tensor
+        }
+        found[tensor] = _reader(tensor, layer, repeats, most_columns)
+    return found
+
+
+def _reader(tensor: str, layer: nn.Module, repeats: set[int], most_columns: int) -> Reader:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.Linear):
+        n = weight.shape[1]
+        maps = min(repeats, default=1)
+        if n > most_columns and len(repeats) == 1 and maps > 1 and n % maps == 0:
+            return Reader(tensor, True, 1, n // maps, 1, maps)
+        return Reader(tensor, False, 1, n, 1)
+    conv_groups = int(getattr(layer, "groups", 1))
+    if isinstance(layer, TRANSPOSED):
+        return Reader(tensor, True, conv_groups, weight.shape[0] // conv_groups, 1)
+    taps = prod(weight.shape[2:])
+    in_full = (
+        isinstance(layer, (nn.Conv1d, nn.Conv2d))
+        and weight.shape[1] * taps <= most_columns
+        and type(layer).forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+    )
+    if in_full or (taps == 1 and isinstance(layer, CONVOLUTIONS)):
+        return Reader(tensor, False, conv_groups, weight.shape[1] * taps, taps)
+    return Reader(tensor, True, conv_groups, weight.shape[1], 1)
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what each output position of a convolution reads: (images, positions, channels x kernel)."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if all(size == 1 for size in layer.kernel_size):
+        pads = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else list(layer.padding)
+        x = F.pad(x, [n for pad in reversed(pads) for n in (pad, pad)])
+        steps = (slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))
+        return x[steps].flatten(2).transpose(1, 2)
+    both_sides: Sequence[int] = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, list(both_sides), mode=mode)
+    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    if isinstance(layer, nn.Conv1d):
+        x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
+    return F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
