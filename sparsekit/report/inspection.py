@@ -143,7 +143,7 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
             "not lossless: every channel removed changes the statistics of a layer norm", style="italic"
         )
     if row["block"]:
-        scales = [member["tensor"] for member in row["members"] if member["role"] == "parameter"]
+        scales = [m["tensor"] for m in row["members"] if m["role"] in ("parameter", "silenced")]
         yield Text(f"the whole block, once {_compact(scales)} is zero", style="dim")
         return
     parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []
