@@ -154,6 +154,13 @@ class Gate(nn.Module):
         return x * self.factor * torch.sigmoid(self.write(F.relu(self.read(x))))
 
 
+class Terse(Branch):
+    """Its `train` returns nothing, as that of some timm modules."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+
 class Mixed(nn.Module):
     """Two branches: one with a layer scale, one without."""
 
@@ -199,6 +206,7 @@ def test_a_trial_decides_what_is_a_block_not_a_name() -> None:
         batch_normed=Branch(nn.BatchNorm1d(8)),
         with_statistics_only=Branch(nn.BatchNorm1d(8, affine=False)),
         dropping=Branch(nn.Dropout(0.5)),
+        terse=Terse(),
         gate=Gate(2.0),
         halving=Gate(1.0),
         stage=nn.Sequential(Branch(), Branch()),
@@ -212,6 +220,7 @@ def test_a_trial_decides_what_is_a_block_not_a_name() -> None:
         "blocks.normed": ["norm"],
         "blocks.batch_normed": ["norm"],
         "blocks.dropping": ["down"],
+        "blocks.terse": ["down"],
         "blocks.gate": ["write"],
         "blocks.stage.0": ["down"],
         "blocks.stage.1": ["down"],
