@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
+from sparsekit.options import Blocks
 from sparsekit.selection.costs import CostModel
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
@@ -101,7 +102,7 @@ def inspect_module(
     ignore: tuple[str, ...] = (),
     *,
     through_layer_norm: bool = False,
-    blocks: bool = False,
+    blocks: Blocks = False,
 ) -> Inspection:
     """Inspect a model on one example input (1, channels, height, width)."""
     groups = find_groups(
