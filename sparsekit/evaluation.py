@@ -16,7 +16,10 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         # Through train() first: it drops tensors that some timm models compute in eval mode and keep.
-        yield model.train().eval()
+        # In steps: the `train` of some timm modules returns nothing.
+        model.train()
+        model.eval()
+        yield model
     finally:
         model.train(flags[0][1])
         for module, training in flags:

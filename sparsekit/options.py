@@ -13,6 +13,8 @@ Importance = Literal[
 MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
 # In multiples of how many channels of a layer are kept; "auto" is the step of the latency staircase.
 RoundTo = int | Literal["auto"]
+# Which whole residual blocks are groups: none, those with layer scales, and "all" those with an identity shortcut.
+Blocks = bool | Literal["all"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
 Precision = Literal["int8", "fp16"]

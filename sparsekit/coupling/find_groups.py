@@ -20,7 +20,7 @@ from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.evaluation import evaluating
-from sparsekit.options import RoundTo
+from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, check_rounding
 from sparsekit.surgery.attributes import read_sizes
@@ -32,7 +32,7 @@ def find_groups(
     *,
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
-    blocks: bool = False,
+    blocks: Blocks = False,
     round_to: RoundTo = "auto",
     min_channels: int = 8,
 ) -> ChannelGroups:
@@ -48,7 +48,11 @@ def find_groups(
     (`ChannelGroup.lossless`), and has to be fine-tuned.
 
     With `blocks` whole residual blocks are groups as well, of one channel each (`ChannelGroup.bypass`): those whose
-    layer scales are all that stands between them and the identity. Their penalised weights are those scales.
+    layer scales are all that stands between them and the identity. Their penalised weights are those scales. "all" adds
+    the blocks with a plain identity shortcut, such as those of ResNets without a downsampling layer, of MobileNets with
+    a skip and of vision transformers: they pass their input on once the last layer of each branch is zero, weight and
+    bias (`ChannelGroup.silenced`). No penalty shrinks these layers; a mask has to say which blocks go, and what goes
+    then is no zero, so the model has to be fine-tuned.
 
     `round_to` and `min_channels` say how many channels of a layer may be kept: multiples, and at least so many
     (`ChannelGroups.with_rounding`). Everything that chooses channels reads them off the groups.
@@ -60,6 +64,8 @@ def find_groups(
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check_types(model, inputs)
     check_rounding(round_to, min_channels)
+    if blocks not in (False, True, "all"):
+        raise InputError(f"blocks must be False, True or 'all', got {blocks!r}")
     with torch.random.fork_rng():
         model = _copied(model)
         costs = _run_once(model, inputs)
@@ -84,7 +90,10 @@ def find_groups(
         )
         proved = prove(model, groups)
         if blocks:
-            whole = tuple(_frozen_if_ignored(group, ignore) for group in find_blocks(model, groups))
+            whole = tuple(
+                _frozen_if_ignored(group, ignore)
+                for group in find_blocks(model, groups, plain=blocks == "all")
+            )
             proved = replace(proved, groups=proved.groups + whole)
         return proved.with_rounding(round_to, min_channels)
 

@@ -138,7 +138,7 @@ def to_pruning_history(model: nn.Module, plan: PrunePlan, groups: ChannelGroups)
     if plan.blocks:
         raise InputError(
             f"the plan takes out the block {plan.blocks[0].module}, and torch_pruning cuts channels only; make one "
-            "without find_groups(blocks=True)"
+            "from groups without whole blocks"
         )
     masks = _masks(plan, groups)
     if make_plan(groups, masks).cuts != plan.cuts:

@@ -103,7 +103,8 @@ class _Sweep:
         module = runs[0].layer
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
-        shrinking = {m.dim for g in groups.free for m in g.members if m.tensor == layer.weight}
+        widths = [group for group in groups.free if not group.bypass]
+        shrinking = {m.dim for g in widths for m in g.members if m.tensor == layer.weight}
         step, in_places = steps["product" if isinstance(module, nn.Linear) else "conv"], False
         multiples = own_steps = (step, step)
         conv_groups, merged = getattr(module, "groups", 1), 1

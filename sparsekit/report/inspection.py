@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
+from sparsekit.options import Blocks
 from sparsekit.selection.costs import CostModel
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
@@ -101,7 +102,7 @@ def inspect_module(
     ignore: tuple[str, ...] = (),
     *,
     through_layer_norm: bool = False,
-    blocks: bool = False,
+    blocks: Blocks = False,
 ) -> Inspection:
     """Inspect a model on one example input (1, channels, height, width)."""
     groups = find_groups(
@@ -143,7 +144,7 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
             "not lossless: every channel removed changes the statistics of a layer norm", style="italic"
         )
     if row["block"]:
-        scales = [member["tensor"] for member in row["members"] if member["role"] == "parameter"]
+        scales = [m["tensor"] for m in row["members"] if m["role"] in ("parameter", "silenced")]
         yield Text(f"the whole block, once {_compact(scales)} is zero", style="dim")
         return
     parts = [f"units of {row['rows_per_channel']} rows"] if row["rows_per_channel"] > 1 else []

@@ -14,7 +14,16 @@ from sparsekit.structure.latency_curve import LatencyCurve
 from sparsekit.structure.places import Place
 
 Role = Literal[
-    "producer", "norm", "depthwise", "consumer", "parameter", "response", "layer_norm", "size", "inside"
+    "producer",
+    "norm",
+    "depthwise",
+    "consumer",
+    "parameter",
+    "response",
+    "layer_norm",
+    "size",
+    "inside",
+    "silenced",
 ]
 
 
@@ -49,6 +58,8 @@ class Member:
     - "layer_norm": scale and shift of a layer norm, whose statistics change with a cut: it is not lossless
     - "size": `tensor` is an integer attribute that gives the number of positions, or entry `dim` of a tuple of them
     - "inside": all of a tensor of a residual block that goes as a whole
+    - "silenced": as "inside", of the last layers of the block's branches: the block passes its input on once they are
+      zero
     """
 
     tensor: str
@@ -125,6 +136,16 @@ class ChannelGroup:
         logits in the report shows it.
         """
         return tuple(member for member in self.members if member.penalised)
+
+    @property
+    def silenced(self) -> tuple[Member, ...]:
+        """The members of a residual block that are zero once it passes its input on; none for all other groups.
+
+        They are the penalised ones, its layer scales, or else those of role "silenced".
+        """
+        if not self.bypass:
+            return ()
+        return self.penalised or self.of_role("silenced")
 
     @property
     def scales(self) -> tuple[Member, ...]:

@@ -40,7 +40,10 @@ class GroupCut:
 
 @dataclass(frozen=True)
 class BlockCut:
-    """A residual block that goes as a whole: `module` passes its input on, as it does when `scales` are zero."""
+    """A residual block that goes as a whole: `module` passes its input on, as it does when `scales` are zero.
+
+    They are its layer scales, or all parameters of the last layers of its branches.
+    """
 
     module: str
     scales: tuple[str, ...]
@@ -112,7 +115,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         if all(keep):
             continue
         if group.bypass:
-            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.penalised)))
+            blocks.append(BlockCut(group.bypass, tuple(member.tensor for member in group.silenced)))
             continue
         for member in group.members:
             key = (member.tensor, member.dim)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
 from sparsekit.structure.plan import PrunePlan
@@ -40,9 +40,9 @@ def with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     for scale in (scale for block in plan.blocks for scale in block.scales):
-        if scale not in tensors:
+        if scale not in tensors and not _may_be_made(scale, tensors):
             raise ModelError(
-                f"the plan does not fit the model: there is no {scale}, which scales a block that goes; apply a plan "
+                f"the plan does not fit the model: there is no {scale}, which silences a block that goes; apply a plan "
                 "to the model whose groups it was made from"
             )
     for cut in plan.cuts:
@@ -62,6 +62,11 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
             raise ModelError(f"the plan keeps nothing of {cut.tensor}; a layer must not be emptied")
 
 
+def _may_be_made(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it is the bias of a layer without one: in a composed plan the first cut may make it, for a constant."""
+    return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in tensors
+
+
 def _masked(
     model: nn.Module, plan: PrunePlan, detach_: Callable[[nn.Module, PrunePlan], object]
 ) -> nn.Module:
@@ -75,11 +80,13 @@ def _masked(
 
 
 def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
-    """Set the layer scales of residual blocks that go to zero, in place."""
+    """Set what silences residual blocks that go to zero, in place."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for block in plan.blocks:
             for scale in block.scales:
-                model.get_parameter(scale).zero_()
+                if scale in tensors:  # else it is a bias that would be made
+                    tensors[scale].zero_()
 
 
 def _silence_(model: nn.Module, plan: PrunePlan) -> None:

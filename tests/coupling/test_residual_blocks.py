@@ -182,7 +182,7 @@ def test_a_plan_with_blocks_survives_json_and_refuses_what_no_plan_says() -> Non
     other = sk.make_plan(groups, {"once.up": torch.arange(12) < 6}).to_json()
     with pytest.raises(FileError, match=r"it cuts once\.down\.weight, and takes out once"):
         PrunePlan.from_json(other | {"blocks": data["blocks"]})
-    with pytest.raises(ModelError, match=r"there is no once\.gamma, which scales a block that goes"):
+    with pytest.raises(ModelError, match=r"there is no once\.gamma, which silences a block that goes"):
         sk.apply_plan(nn.Sequential(nn.Linear(6, 4)), plan)
 
 

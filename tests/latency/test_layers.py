@@ -107,6 +107,26 @@ def test_the_sizes_that_groups_can_leave_are_timed_and_no_others(monkeypatch: py
     assert shapes == {((2, i), (o, i)) for i in (3, 4, 8) for o in (4, 8)}
 
 
+class Block(nn.Module):
+    """A residual block whose widths a group norm holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(self.norm(x))
+
+
+def test_a_block_that_can_go_leaves_no_sizes_to_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _whole_takes(1e9, monkeypatch)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(), nn.Conv2d(8, 4, 3))
+    groups = find_groups(model, EXAMPLE, blocks="all")
+    assert [group.name for group in groups.free] == ["1"]
+    curves = [x.curve for x in sk.measure_layers(model, groups, EXAMPLE, table=Stopwatch()).layers]
+    assert [curve and curve.sizes for curve in curves] == [((8,), (3,)), ((8,), (8,)), ((4,), (8,))]
+
+
 def test_the_whole_models_time_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, table = _network(), Stopwatch()
     groups = find_groups(model, EXAMPLE)

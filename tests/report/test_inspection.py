@@ -137,6 +137,13 @@ def test_the_table_says_what_a_unit_is_and_who_belongs_to_a_group() -> None:
     assert "along with cls_token, pos_embed; read by blocks.0-5.attn.qkv, blocks.0-5.mlp.fc1, head" in text
 
 
+def test_the_table_says_what_has_to_be_zero_for_a_block_to_go() -> None:
+    model = timm.create_model("test_vit", num_classes=5, img_size=32)
+    text = _words(_shown(inspect_module("vit", model, torch.zeros(1, 3, 32, 32), blocks="all"), 120))
+    last = ", ".join(f"blocks.0.{name}" for name in ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight"))
+    assert f"the whole block, once {last}, blocks.0.mlp.fc2.bias is zero" in text
+
+
 @pytest.mark.parametrize(
     ("names", "shown"),
     [
