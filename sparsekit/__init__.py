@@ -35,7 +35,13 @@ if TYPE_CHECKING:
     from sparsekit.latency.table import LatencyTable as LatencyTable
     from sparsekit.machine import describe_machine as describe_machine
     from sparsekit.machine import library_versions as library_versions
+    from sparsekit.prune_model import PruneResult as PruneResult
+    from sparsekit.prune_model import PruneStep as PruneStep
+    from sparsekit.prune_model import prune as prune
+    from sparsekit.repair.closed_form import repair_weights as repair_weights
     from sparsekit.repair.recalibration import recalibrate_batchnorms as recalibrate_batchnorms
+    from sparsekit.repair.statistics import InputStatistics as InputStatistics
+    from sparsekit.repair.statistics import input_statistics as input_statistics
     from sparsekit.report.schema import RunReport as RunReport
     from sparsekit.report.schema import read_report as read_report
     from sparsekit.selection.carriers import keep_carriers as keep_carriers
@@ -80,6 +86,7 @@ __all__ = [
     "FileError",
     "GraphSummary",
     "InputError",
+    "InputStatistics",
     "Interval",
     "Latency",
     "LatencyComparison",
@@ -88,6 +95,8 @@ __all__ = [
     "Parity",
     "PhaseShares",
     "PrunePlan",
+    "PruneResult",
+    "PruneStep",
     "RecipeError",
     "Rounding",
     "RunError",
@@ -114,15 +123,18 @@ __all__ = [
     "find_groups",
     "fit",
     "importance",
+    "input_statistics",
     "keep_carriers",
     "keep_masks",
     "library_versions",
     "load",
     "make_plan",
     "measure_layers",
+    "prune",
     "read_report",
     "rebind_scheduler",
     "recalibrate_batchnorms",
+    "repair_weights",
     "save",
     "search_speed",
     "summarise_graph",
@@ -144,6 +156,7 @@ _HOMES = {
     "FileError": "errors",
     "GraphSummary": "export.graph_summary",
     "InputError": "errors",
+    "InputStatistics": "repair.statistics",
     "Interval": "latency.compare",
     "Latency": "latency.compare",
     "LatencyComparison": "latency.compare",
@@ -152,6 +165,8 @@ _HOMES = {
     "Parity": "export.parity",
     "PhaseShares": "sparsify.schedules",
     "PrunePlan": "structure.plan",
+    "PruneResult": "prune_model",
+    "PruneStep": "prune_model",
     "RecipeError": "errors",
     "Rounding": "structure.groups",
     "RunError": "errors",
@@ -178,15 +193,18 @@ _HOMES = {
     "find_groups": "coupling.find_groups",
     "fit": "training.loop",
     "importance": "integrations.torch_pruning",
+    "input_statistics": "repair.statistics",
     "keep_carriers": "selection.carriers",
     "keep_masks": "selection.keep_masks",
     "library_versions": "machine",
     "load": "artifact.load",
     "make_plan": "structure.plan",
     "measure_layers": "latency.layers",
+    "prune": "prune_model",
     "read_report": "report.schema",
     "rebind_scheduler": "surgery.transplant",
     "recalibrate_batchnorms": "repair.recalibration",
+    "repair_weights": "repair.closed_form",
     "save": "artifact.save",
     "search_speed": "latency.search",
     "summarise_graph": "export.graph_summary",

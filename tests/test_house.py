@@ -13,16 +13,18 @@ import sparsekit
 HOUSE = """
 __main__
 cli
+prune_model
 runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal accuracy_search
     run_directory arguments results
 report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
 latency: search layers table operators compare
 artifact: save load dense_model format
-repair: recalibration
+repair: curves distillation held_out replay closed_form statistics rows images display divergence least_squares
+    recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox
-selection: keep_masks bisection knapsack carriers costs importance rounding
+selection: keep_masks bisection knapsack loss_curves carriers costs importance rounding
 coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.norms rules.movement
     rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder
     named_integers labels

@@ -1,7 +1,6 @@
-"""Repair in closed form: what dropped channels brought to the layers that read them goes into the channels that stay."""
+"""Repair in closed form: what dropped channels brought to their readers goes into the channels that stay."""
 
 from __future__ import annotations
-
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from sparsekit.surgery.constants import add_to_bias_, blank_columns_, move_const
 from sparsekit.surgery.mask import with_plain_readers
 
 
-def repair(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> nn.Module:
+def repair_weights(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> nn.Module:
     """Return a copy of `model`, of its full size, that no longer needs what `plan` drops; then cut it by the plan.
 
     Each layer that reads dropped channels gets the weights that change its output least, in the sense of least squares
@@ -21,7 +20,7 @@ def repair(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> nn
     that stay. A dropped channel that is constant is folded exactly, as every cut does. What a layer in
     `statistics.left_out` loses is lost.
 
-        repaired = sk.repair(model, plan, statistics)
+        repaired = sk.repair_weights(model, plan, statistics)
         pruned = sk.apply_plan(repaired, plan)
         sk.verify_cut(repaired, pruned, plan)
 
@@ -33,7 +32,7 @@ def repair(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> nn
 
 
 def repair_(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> None:
-    """As `repair`, in place."""
+    """As `repair_weights`, in place."""
     readings = {tensor: layer.reading for tensor, layer in statistics.layers.items()}
     move_constants_(model, plan, readings)
     for cut in plan.cuts:
@@ -49,5 +48,3 @@ def repair_(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> N
         reader.set_weight_(layer, new)
         add_to_bias_(layer, reader.bias_of(shift, layer))
     blank_columns_(model, plan)
-
-

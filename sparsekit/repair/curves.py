@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,14 +68,17 @@ def _columns(
             root = _root(reader.per_output(known.sensitivity, g).to(matrix))
             places = matrix.shape[0] // root.shape[0]
             matrix = torch.einsum("pq,qtk->ptk", root, matrix.reshape(len(root), places, -1)).flatten(0, 1)
-        yield Columns(matrix, Moments(moments.mean[g : g + 1], moments.covariance[g : g + 1], moments.rows), own)
+        yield Columns(
+            matrix, Moments(moments.mean[g : g + 1], moments.covariance[g : g + 1], moments.rows), own
+        )
 
 
 def _root(sensitivity: Tensor) -> Tensor:
     """Return a matrix whose square is `sensitivity`, with its smallest eigenvalues raised."""
     values, vectors = torch.linalg.eigh(sensitivity)
     values = values.clamp_min(_LEAST_SENSITIVITY * float(values.mean().clamp_min(1e-30)))
-    return vectors.T * values.sqrt()[:, None]
+    root: Tensor = vectors.T * values.sqrt()[:, None]
+    return root
 
 
 def loss_curves(
@@ -117,8 +121,9 @@ def _widths(group: ChannelGroup) -> list[int]:
     allowed = [int(n) for n in counts_of(group)][:-1]
     if not allowed:
         return []
-    near = {min(allowed, key=lambda n, s=share: abs(n - s * group.n_channels)) for share in _SHARES}
-    return sorted(near, reverse=True)
+    wanted = [share * group.n_channels for share in _SHARES]
+    distances = abs(np.array(allowed)[:, None] - np.array(wanted)[None])
+    return sorted({allowed[i] for i in distances.argmin(0)}, reverse=True)
 
 
 def _loss(

@@ -95,14 +95,16 @@ def distill(
             loss = _loss(target, flat_tensors(student(batch)), theirs, ours, rows)
             if not bool(loss.isfinite()):
                 if n == 0:
-                    raise TrainingError("learning from the dense model: the loss is not finite at the first step")
+                    raise TrainingError(
+                        "learning from the dense model: the loss is not finite at the first step"
+                    )
                 break
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             n += 1
             if progress is not None:
-                progress(DistillProgress(n, min(share, 1.0), float(loss)))
+                progress(DistillProgress(n, min(share, 1.0), float(loss.detach())))
     student.load_state_dict(best_state)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)

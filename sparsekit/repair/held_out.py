@@ -16,6 +16,7 @@ _MOST_BYTES = 512 * 2**20
 # Images that the curves are measured on, where memory allows.
 _MOST_RECORDED = 64
 _BATCH = 16
+_STAGES = 5
 
 
 class HeldOut:
@@ -39,12 +40,18 @@ class HeldOut:
             used += recording.n_bytes
             self._recordings.append(recording)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Up to five modules spread over the second half of the network, whose outputs may be compared too."""
+        names = self._stations.names[:-1]
+        half = names[len(names) // 2 :]
+        step = max(len(half) // _STAGES, 1)
+        return tuple(half[::-1][::step][:_STAGES][::-1])
+
     def of(self, model: nn.Module) -> Divergence:
         """Compare a model with the dense one, on all images kept apart."""
         ours = [outputs_of(model, batch) for batch in batches_of(self._inputs, _BATCH)]
-        return _weighted(
-            [(divergence(d, o), len(d[0])) for d, o in zip(self._dense, ours, strict=True)]
-        )
+        return _weighted([(divergence(d, o), len(d[0])) for d, o in zip(self._dense, ours, strict=True)])
 
     def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
         """Compare the recorded model, of which only `tensors` were changed, with itself before, on recorded images."""

@@ -89,7 +89,7 @@ def greedy_order(layers: Sequence[Columns], *, at_once: int = 1) -> tuple[Tensor
     order: list[int] = []
     costs = [0.0]
     while len(order) < n:
-        cost = sum((state.costs(alive) for state in states), torch.zeros(n).to(layers[0].weight))
+        cost = torch.stack([state.costs(alive) for state in states]).sum(0)
         cost = cost.masked_fill(~alive, torch.inf)
         take = min(at_once, n - len(order))
         # Of several at once each is taken by its cost alone; what they cost together is counted exactly.
@@ -118,7 +118,8 @@ class _Surgeon:
         if q == 1:
             columns = self._own[:, 0]
             diagonal = self._inverse.diagonal()[columns]
-            return self._weight[:, columns].square().sum(0) / diagonal.where(alive, 1.0)
+            singly: Tensor = self._weight[:, columns].square().sum(0) / diagonal.where(alive, 1.0)
+            return singly
         found = torch.zeros(len(self._own)).to(self._weight)
         living = alive.nonzero()[:, 0]
         own = self._own[living]
@@ -146,4 +147,5 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed):
         return torch.cholesky_solve(right, factor)
-    return torch.linalg.pinv(matrix, hermitian=True) @ right
+    solved: Tensor = torch.linalg.pinv(matrix, hermitian=True) @ right
+    return solved

@@ -105,10 +105,7 @@ class Reader:
                 rows = rows.reshape(x.shape[0], -1, self.columns, self.maps).transpose(2, 3)
                 rows = rows.reshape(x.shape[0], -1, self.columns)
             return rows[:, :, None]
-        if self.pointwise:
-            rows = x.flatten(2).transpose(1, 2)
-        else:
-            rows = _patches(layer, x)
+        rows = x.flatten(2).transpose(1, 2) if self.pointwise else _patches(layer, x)
         return rows.reshape(*rows.shape[:2], self.conv_groups, -1)
 
 
@@ -121,9 +118,7 @@ def readers(
     """
     found = {}
     for tensor, layer in layers.items():
-        repeats = {
-            m.repeat for g in groups for m in g.members if m.role == "consumer" and m.tensor == tensor
-        }
+        repeats = {m.repeat for g in groups for m in g.members if m.role == "consumer" and m.tensor == tensor}
         found[tensor] = _reader(tensor, layer, repeats, most_columns)
     return found
 

@@ -20,8 +20,9 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Scores
 from sparsekit.surgery.constants import Reading, channel_dim, plain_layers
 
-# Of a map, so many positions an image are enough: neighbours are alike.
-_MOST_POSITIONS = 256
+# Of a map, so many positions an image are enough: neighbours are alike. Layers with more columns need more rows.
+_MOST_POSITIONS = 64
+_COLUMNS_PER_POSITION = 8
 # What the rows of one layer may take while a batch is worked on.
 _MOST_BYTES = 64 * 2**20
 
@@ -66,10 +67,10 @@ def input_statistics(
 ) -> InputStatistics:
     """Gather what the layers of a model read on `batches` of images, which need no labels.
 
-    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
-    loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each image at most
-    `most_positions` positions of a map are taken, at random by `seed`. The memory it takes is that of a batch, and 8
-    bytes for each pair of columns of a layer: at most 46 MB each.
+    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the loss
+    is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
+    positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
+    is that of a batch, and 8 bytes for each pair of columns of a layer: at most 46 MB each.
 
     Raises InputError if there is no batch, and ModelError if the model does not run on one.
     """
@@ -105,7 +106,8 @@ class _Sums:
         self.high = high if self.high is None else torch.maximum(high, self.high)
 
     def result(self, n_images: int) -> LayerStatistics:
-        assert self.low is not None and self.high is not None
+        assert self.low is not None
+        assert self.high is not None
         mean = self.first / self.rows
         covariance = self.second / self.rows - mean[:, :, None] * mean[:, None]
         moments = Moments(mean, (covariance + covariance.mT) / 2, self.rows)
@@ -129,9 +131,7 @@ class _Gathering:
         self._sums = {
             tensor: _Sums(reader, plain[tensor]) for tensor, reader in readers(groups, plain).items()
         }
-        self._gates: Scores = {
-            g.name: torch.zeros(g.n_channels, dtype=torch.float64) for g in groups.free
-        }
+        self._gates: Scores = {g.name: torch.zeros(g.n_channels, dtype=torch.float64) for g in groups.free}
         self._left_out = {
             t: "its weight is computed, shared, or not that of a convolution or linear layer"
             for t in tensors
@@ -186,28 +186,28 @@ class _Gathering:
         sums = self._sums[tensor]
         sums.see(x)
         bytes_each = 4 * sums.reader.columns * sums.reader.conv_groups * max(x[0].numel() // x.shape[1], 1)
-        for part in x.split(max(_MOST_BYTES // max(bytes_each, 1), 1)):
-            sums.add(self._some(sums.reader.rows(sums.layer, part)).flatten(0, 1))
+        for part in torch.split(x, max(_MOST_BYTES // max(bytes_each, 1), 1)):
+            rows = sums.reader.rows(sums.layer, part)
+            sums.add(self._some(rows, sums.reader.columns).flatten(0, 1))
 
-    def _some(self, rows: Tensor) -> Tensor:
+    def _some(self, rows: Tensor, columns: int) -> Tensor:
         """Pick positions of (images, positions, ...) at random, if there are too many."""
-        if rows.shape[1] <= self._most:
+        most = max(self._most, columns // _COLUMNS_PER_POSITION)
+        if rows.shape[1] <= most:
             return rows
-        picked = torch.randperm(rows.shape[1], generator=self._generator)[: self._most]
+        picked = torch.randperm(rows.shape[1], generator=self._generator)[:most]
         return rows[:, picked.to(rows.device)]
 
     def _add_gradients(self, found: tuple[Tensor | None, ...], n_images: int) -> None:
         by_group = {
             g.name: torch.zeros(n_images, g.n_channels, dtype=torch.float64) for g in self._groups.free
         }
-        for (tensor, x, _), of_input, of_output in zip(
-            self._held, found[0::2], found[1::2], strict=True
-        ):
+        for (tensor, x, _), of_input, of_output in zip(self._held, found[0::2], found[1::2], strict=True):
             sums = self._sums[tensor]
             if of_output is not None:
                 rows = of_output.movedim(channel_dim(sums.layer), -1)
                 rows = rows.reshape(len(of_output), -1, rows.shape[-1])
-                some = self._some(rows)
+                some = self._some(rows, sums.reader.columns)
                 part = some.flatten(0, 1)
                 sums.gradients = sums.gradients + (part.T @ part).double() * (rows.shape[1] / some.shape[1])
             if of_input is None or len(x) != n_images:
@@ -255,12 +255,9 @@ class _Gathering:
             sums.layer.register_forward_pre_hook(before(tensor), with_kwargs=True)
             for tensor, sums in self._sums.items()
         ]
-        hooks += [
-            sums.layer.register_forward_hook(after(tensor)) for tensor, sums in self._sums.items()
-        ]
+        hooks += [sums.layer.register_forward_hook(after(tensor)) for tensor, sums in self._sums.items()]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,15 +27,14 @@ class LossCurve:
     def through(order: Tensor, costs: Tensor, measured: dict[int, float]) -> LossCurve:
         """Draw a curve through the losses `measured` at some numbers of channels left.
 
-        `order` is that of removal, the first to go first; `costs` (n_channels + 1,) are predicted with the first so many
-        gone, and shape the curve between two measurements. Where nothing was measured below, it goes on with their
-        slope.
+        `order` is that of removal, the first to go first. `costs` (n_channels + 1,) are predicted with the first so
+        many gone, and shape the curve between two measurements, and below the last.
         """
         n = len(order)
         predicted = costs.flip(0).numpy().astype(np.float64)  # by how many are left
         losses = np.zeros(n + 1)
         known = sorted({n: 0.0, **measured}.items(), reverse=True)
-        for (more, above), (fewer, below) in zip(known, known[1:], strict=False):
+        for (more, above), (fewer, below) in itertools.pairwise(known):
             rise = predicted[fewer] - predicted[more]
             counts = np.arange(fewer, more + 1)
             share = (
