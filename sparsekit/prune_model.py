@@ -31,6 +31,7 @@ from sparsekit.repair.distillation import distill
 from sparsekit.repair.divergence import Divergence
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.images import collect_images
+from sparsekit.repair.refit import refit
 from sparsekit.repair.statistics import InputStatistics, input_statistics
 from sparsekit.selection.costs import CostModel
 from sparsekit.selection.importance import all_alike
@@ -186,6 +187,19 @@ def prune(
         if best.offer("closed form", started, candidate, held_out.of(candidate)):
             proof = proof_of_repaired
         remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],)), len(found))
+        show.begin("refitting layer by layer")
+        started = time.monotonic()
+        candidate = refit(
+            dense,
+            best.model,
+            plan,
+            statistics.readers,
+            used,
+            held_out.stations,
+            seed=seed,
+            progress=show.share,
+        )
+        best.offer("refit layer by layer", started, candidate, held_out.of(candidate))
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()
@@ -427,8 +441,8 @@ def _few_images(best: _Best, on_used: HeldOut, count: int) -> list[str]:
     if apart <= _OPTIMISM * seen + _OPTIMISM_KL:
         return []
     return [
-        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's on images "
-        f"kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
+        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's "
+        f"on images kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
     ]
 
 

@@ -20,7 +20,7 @@ report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
 latency: search layers table operators compare
 artifact: save load dense_model format
-repair: curves distillation held_out replay closed_form statistics rows images display divergence least_squares
+repair: curves distillation refit held_out replay closed_form statistics rows images display divergence least_squares
     recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.evaluation import evaluating, flat_tensors
@@ -75,8 +76,20 @@ class Recording:
         """Return the outputs of the model, with all stations before number `first` giving what they gave."""
         with evaluating(model), ExitStack() as replaced:
             for name, given in zip(self._stations.names[:first], self._given, strict=False):
-                replaced.enter_context(_answering(model.get_submodule(name), given))
+                replaced.enter_context(answering(model.get_submodule(name), given))
             return flat_tensors(model(*self.inputs))
+
+    def is_needed(self, model: nn.Module, first: int, numbers: Iterable[int]) -> bool:
+        """Whether the rest of the network, from station `first` on, needs what one of these stations gave."""
+        kept, poisoned = self._given, list(self._given)
+        for number in numbers:
+            poisoned[number] = torch.full_like(kept[number], torch.nan)
+        self._given = poisoned
+        try:
+            outputs = self.outputs_from(model, first)
+        finally:
+            self._given = kept
+        return any(bool(output.isnan().any()) for output in outputs)
 
     @property
     def n_bytes(self) -> int:
@@ -118,7 +131,7 @@ def _noting(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(module: nn.Module, given: Tensor) -> Iterator[None]:
+def answering(module: nn.Module, given: Tensor) -> Iterator[None]:
     """Let the module give a copy of `given`, whatever it is called with."""
     before = vars(module).get("forward")
     vars(module)["forward"] = lambda *args, **keywords: given.clone()

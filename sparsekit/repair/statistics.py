@@ -55,6 +55,11 @@ class InputStatistics:
     left_out: Mapping[str, str]
     n_images: int
 
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """How each layer is read, by the name of its weight."""
+        return {tensor: layer.reader for tensor, layer in self.layers.items()}
+
 
 def input_statistics(
     model: nn.Module,
@@ -67,8 +72,8 @@ def input_statistics(
 ) -> InputStatistics:
     """Gather what the layers of a model read on `batches` of images, which need no labels.
 
-    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the loss
-    is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
+    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
+    loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
     is that of a batch, and 8 bytes for each pair of columns of a layer: at most 46 MB each.
 
