@@ -71,8 +71,8 @@ class PruneStep:
 class PruneResult:
     """What `prune` returns.
 
-    - `model` is the pruned model, `plan` what was cut, `proof` how exactly the cut model computed what the masked one
-      does.
+    - `model` is the pruned model, `plan` what was cut, made of the keep-masks `masks` of `groups`; `proof` says how
+      exactly the cut model computed what the masked one does.
     - `speed` is the search that measured the speed-up; None if no speed was asked for.
     - `kl` and `agreement` compare the outputs with the dense model's on images kept apart; those images decided between
       steps too, so measure the accuracy on others. See `Divergence`.
@@ -82,6 +82,8 @@ class PruneResult:
 
     model: nn.Module
     plan: PrunePlan
+    groups: ChannelGroups
+    masks: Masks
     proof: Agreement
     speed: SpeedSearch | None
     kl: float
@@ -100,6 +102,7 @@ def prune(
     keep: Mapping[Quantity, float] | None = None,
     ignore: Sequence[str] = (),
     threads: int = 1,
+    batch_size: int = 1,
     distill_seconds: float = 120.0,
     distill_steps: int | None = None,
     blocks: bool = True,
@@ -114,9 +117,9 @@ def prune(
 
     `images` are normalised as the model expects them: a tensor, an iterable of batches, or a DataLoader, whose labels
     are ignored; up to `max_images` are read. At least one target is needed, and all that are given hold: `speedup` or
-    `latency_ms` in ONNX Runtime on this machine at batch 1 with `threads`; `keep`, fractions of "macs", "params" or
-    "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole residual blocks go too, and
-    `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
+    `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions of "macs", "params"
+    or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole residual blocks go too,
+    and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
 
     The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
     network run to see what that costs; the knapsack takes what costs least for its time; the model is cut and proved,
@@ -137,6 +140,7 @@ def prune(
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    timed = found[:1].expand(batch_size, *found.shape[1:])
     with StepDisplay(console) as show:
         show.begin("finding groups")
         groups = find_groups(
@@ -150,8 +154,8 @@ def prune(
         )
         if speed.asked:
             show.begin("measuring layers")
-            on_cpu = copy.deepcopy(model).cpu()
-            groups = measure_layers(on_cpu, groups, found[:1], threads=threads, progress=show.share)
+            on_cpu = _on_cpu(model)
+            groups = measure_layers(on_cpu, groups, timed, threads=threads, progress=show.share)
             _check_reach(groups, speed)
         dense = _working_copy(model)
         used, apart = (_laid_out(part.to(device), dense) for part in _split(found, seed))
@@ -168,7 +172,7 @@ def prune(
         started = time.monotonic()
         by_gates = Knapsack(groups, order_by_gates(groups, statistics.gates))
         knapsack = judge.nearer(Knapsack.of_curves(groups, curves), by_gates, limits | speed.limit(groups))
-        masks, search = _masks(knapsack, model, groups, found[:1], speed, limits, threads)
+        masks, search = _masks(knapsack, model, groups, timed, speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
@@ -219,6 +223,8 @@ def prune(
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
+        groups=groups,
+        masks=masks,
         proof=proof,
         speed=search,
         kl=best.divergence.kl,
@@ -337,7 +343,7 @@ def _masks(
         return knapsack.under(limits), None
     search = search_with(
         knapsack,
-        copy.deepcopy(model).cpu(),
+        _on_cpu(model),
         groups,
         example,
         speedup=speed.speedup,
@@ -374,6 +380,11 @@ class _Best:
 
 
 # -------------------------------------------------------------------------------------------------- small matters
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32, as it is exported."""
+    return copy.deepcopy(model).cpu().float()
 
 
 def _working_copy(model: nn.Module) -> nn.Module:

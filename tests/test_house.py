@@ -13,9 +13,9 @@ import sparsekit
 HOUSE = """
 __main__
 cli
-prune_model
 runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal accuracy_search
     run_directory arguments results
+prune_model
 report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
 latency: search layers table operators compare

@@ -26,7 +26,7 @@ from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.constants import add_to_bias_
 
 # What the outputs of stations may take that are carried from one station to the next.
-_MOST_BYTES = 640 * 2**20
+_MOST_BYTES = 768 * 2**20
 _BATCH = 16
 # With fewer rows than this times the columns a layer keeps what the closed form gave it.
 _FEWEST_ROWS = 2
@@ -48,7 +48,7 @@ def refit(
     """Return a copy of the pruned model whose layers that lost inputs are refitted, in running order.
 
     `readers` are those of the dense model's layers. Layers that are read "pointwise", stand in no station, or see too
-    few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 640 MB.
+    few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 768 MB.
     """
     refitted = copy.deepcopy(pruned)
     lost = {
@@ -141,10 +141,11 @@ class _Pair:
         }
         self._needed = _needed(dense, stations, images[:1])
         self._shapes = [_shapes(model, stations, images[:1]) for model in (dense, pruned)]
-        most = max(sum(4 * prod(self._shapes[0][name]) for name in names) for names in self._needed)
+        most = max(sum(2 * prod(self._shapes[0][name]) for name in names) for names in self._needed)
         count = max(min(len(images), _MOST_BYTES // max(2 * most, 1)), 1)
         self._batches = list(batches_of((images[:count],), _BATCH))
         # By batch and station, what the two models gave there.
+        self._blanks: dict[tuple[int, ...], Tensor] = {}
         self._given: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._batches]
 
     def in_running_order(self, number: int, layers: Sequence[str]) -> list[str]:
@@ -216,7 +217,8 @@ class _Pair:
         """Run the station in both models, keep what it gives, and forget what no later station needs."""
         name = self._stations.names[number]
         for b, given in enumerate(self._given):
-            given[name] = (self._run(self.dense, 0, b, number), self._run(self.pruned, 1, b, number))
+            ends = self._run(self.dense, 0, b, number), self._run(self.pruned, 1, b, number)
+            given[name] = (_packed(ends[0]), _packed(ends[1]))
             for old in set(given) - self._needed[number]:
                 del given[old]
 
@@ -239,10 +241,20 @@ class _Pair:
 
     def _answer(self, which: int, b: int, name: str) -> Tensor:
         pair = self._given[b].get(name)
+        images = self._batches[b][0]
         if pair is not None:
-            return pair[which]
+            return pair[which].to(images.dtype)
         # Nothing that runs needs it, but its shape may matter to code in between.
-        return self._batches[b][0].new_zeros((len(self._batches[b][0]), *self._shapes[which][name][1:]))
+        shape = (len(images), *self._shapes[which][name][1:])
+        if shape not in self._blanks:
+            self._blanks[shape] = images.new_zeros(shape)
+        return self._blanks[shape]
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor in half the memory, if its numbers fit: they are rounded to 3 digits."""
+    half = tensor.half()
+    return half if tensor.dtype == torch.float32 and bool(half.isfinite().all()) else tensor
 
 
 class _Stop(Exception):
