@@ -215,6 +215,24 @@ def test_a_finished_checkpoint_is_only_evaluated_and_compared_without_a_baseline
     assert (tmp_path / "run" / "pruned.dynamic.onnx").exists()
 
 
+def test_a_finished_checkpoint_is_repaired_without_training_and_stays_near_to_itself(
+    run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    checkpoint = run / "checkpoints" / "baseline.safetensors"
+    done = in_this_process(
+        *("prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"),
+        *options("dense.epochs=0", "sparsify.epochs=0", "finetune.epochs=0", "finetune.distill=null"),
+        *options("cut.target={macs: 0.6}", "cut.repair={images: 128, distill_seconds: 1}", "cut.blocks=true"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path / "run" / "report.json")
+    assert report.macs_ratio >= 1 / 0.6
+    assert "closed form" in (tmp_path / "run" / "run.log").read_text()
+    # One-shot cuts of this size lose most of it.
+    assert report.sparse.accuracy_after_cut >= report.sparse.accuracy_before_cut - 0.2
+    assert report.pruned.accuracy == report.sparse.accuracy_after_cut
+
+
 def test_a_checkpoint_with_another_number_of_classes_is_refused(recipe: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "seven.safetensors"
     save_weights(create_model("test_resnet", num_classes=7), checkpoint)

@@ -231,7 +231,10 @@ class _Pair:
             for earlier in self._stations.names[:number]:
                 module = _submodule(model, earlier)
                 if module is not None:
-                    changed.enter_context(answering(module, self._answer(which, b, earlier)))
+                    given = self._given[b].get(earlier)
+                    answer = self._blank(which, b, earlier) if given is None else given[which]
+                    answer = answer.to(self._batches[b][0].dtype)
+                    changed.enter_context(answering(module, answer, copied=given is not None))
             changed.enter_context(_stopping_after(station))
             try:
                 model(*self._batches[b])
@@ -239,12 +242,9 @@ class _Pair:
                 return stop.given
         raise RuntimeError(f"{self._stations.names[number]} did not run")
 
-    def _answer(self, which: int, b: int, name: str) -> Tensor:
-        pair = self._given[b].get(name)
+    def _blank(self, which: int, b: int, name: str) -> Tensor:
+        """Something of the right shape: nothing that runs needs it, but code in between may look at its size."""
         images = self._batches[b][0]
-        if pair is not None:
-            return pair[which].to(images.dtype)
-        # Nothing that runs needs it, but its shape may matter to code in between.
         shape = (len(images), *self._shapes[which][name][1:])
         if shape not in self._blanks:
             self._blanks[shape] = images.new_zeros(shape)

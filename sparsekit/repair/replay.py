@@ -131,10 +131,10 @@ def _noting(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def answering(module: nn.Module, given: Tensor) -> Iterator[None]:
-    """Let the module give a copy of `given`, whatever it is called with."""
+def answering(module: nn.Module, given: Tensor, *, copied: bool = True) -> Iterator[None]:
+    """Let the module give `given`, whatever it is called with; a copy, because models work in place."""
     before = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **keywords: given.clone()
+    vars(module)["forward"] = lambda *args, **keywords: given.clone() if copied else given
     try:
         yield
     finally:
