@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsekit.evaluation import evaluating
 from sparsekit.repair.least_squares import Moments, fit
-from sparsekit.repair.replay import Recording, Stations, answering, batches_of
+from sparsekit.repair.replay import Recording, Stations, answering
 from sparsekit.repair.rows import Reader
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.constants import add_to_bias_
@@ -61,6 +61,7 @@ def refit(
     for number, name in enumerate(stations.names):
         if progress is not None:
             progress(number, len(stations.names))
+        pair.enter(number)
         inside = [t for t in lost if t.startswith(f"{name}.")]
         by_module = {readers[t].module: readers[t] for t in inside}
         for layer in pair.in_running_order(number, list(by_module)):
@@ -139,14 +140,32 @@ class _Pair:
             for cut in plan.cuts
             if cut.role == "producer" and cut.dim == 0
         }
+        self._images = images
         self._needed = _needed(dense, stations, images[:1])
         self._shapes = [_shapes(model, stations, images[:1]) for model in (dense, pruned)]
-        most = max(sum(2 * prod(self._shapes[0][name]) for name in names) for names in self._needed)
-        count = max(min(len(images), _MOST_BYTES // max(2 * most, 1)), 1)
-        self._batches = list(batches_of((images[:count],), _BATCH))
+        self._batches: list[tuple[Tensor, ...]] = []
         # By batch and station, what the two models gave there.
+        self._given: list[dict[str, tuple[Tensor, Tensor]]] = []
         self._blanks: dict[tuple[int, ...], Tensor] = {}
-        self._given: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in self._batches]
+
+    def enter(self, number: int) -> None:
+        """Get ready for a station: take as many images as what is held before and after it leaves memory for."""
+        held = [self._needed[n] for n in (number - 1, number) if n >= 0]
+        most = max(sum(2 * prod(self._shapes[0][name]) for name in names) for names in held)
+        # Half a float for each number, of two models.
+        count = max(min(len(self._images), _MOST_BYTES // max(2 * most, 1)), 1)
+        while len(self._batches) > 1 and sum(len(batch[0]) for batch in self._batches) > count:
+            self._batches.pop()
+            self._given.pop()
+        while (start := sum(len(batch[0]) for batch in self._batches)) < count:
+            if start > 0 and count - start < _BATCH and count < len(self._images):
+                break
+            self._batches.append((self._images[start : min(start + _BATCH, count)],))
+            self._given.append({})
+            if number:
+                ends = self._needed[number - 1]
+                both = [self._run_to(model, number - 1, ends) for model in (self.dense, self.pruned)]
+                self._given[-1] = {name: (both[0][name], both[1][name]) for name in ends}
 
     def in_running_order(self, number: int, layers: Sequence[str]) -> list[str]:
         """Sort layers of a station by when they run in the pruned model."""
@@ -221,6 +240,23 @@ class _Pair:
             given[name] = (_packed(ends[0]), _packed(ends[1]))
             for old in set(given) - self._needed[number]:
                 del given[old]
+
+    def _run_to(self, model: nn.Module, number: int, names: set[str]) -> dict[str, Tensor]:
+        """Run the newest batch from the start to a station; returns what stations of these names gave."""
+        found = dict.fromkeys(names, torch.zeros(0))
+        with evaluating(model), ExitStack() as hooks:
+            for name in names:
+                module = _submodule(model, name)
+                if module is not None:
+                    hook = module.register_forward_hook(
+                        lambda m, args, out, name=name: found.update({name: _packed(out.clone())})
+                    )
+                    hooks.callback(hook.remove)
+            last = next(n for n in reversed(range(number + 1)) if _submodule(model, self._stations.names[n]))
+            hooks.enter_context(_stopping_after(model.get_submodule(self._stations.names[last])))
+            with suppress(_Stop):
+                model(*self._batches[-1])
+        return found
 
     def _run(self, model: nn.Module, which: int, b: int, number: int) -> Tensor:
         """Run one station of a model on a batch: what is before answers from memory, what is after does not run."""
