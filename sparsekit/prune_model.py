@@ -427,8 +427,8 @@ def _few_images(best: _Best, on_used: HeldOut, count: int) -> list[str]:
     if apart <= _OPTIMISM * seen + _OPTIMISM_KL:
         return []
     return [
-        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's on images "
-        f"kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
+        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's "
+        f"on images kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
     ]
 
 

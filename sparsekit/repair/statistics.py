@@ -19,6 +19,7 @@ from sparsekit.repair.rows import Reader, readers
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Scores
 from sparsekit.surgery.constants import Reading, channel_dim, plain_layers
+from sparsekit.surgery.norms import make_readers_plain_
 
 # Of a map, so many positions an image are enough: neighbours are alike. Layers with more columns need more rows.
 _MOST_POSITIONS = 64
@@ -31,8 +32,9 @@ _MOST_BYTES = 64 * 2**20
 class LayerStatistics:
     """What one layer reads.
 
-    `moments` are those of its rows. `sensitivity` (outputs, outputs) is the sum over positions, averaged over the
-    images, of the products of the gradients of the layer's outputs. `reading` has the range of each input channel.
+    `moments` are those of its rows, about 0 where no bias can take over a constant. `sensitivity` (outputs, outputs) is
+    the sum over positions, averaged over the images, of the products of the gradients of the layer's outputs.
+    `reading` has the range of each input channel.
     """
 
     reader: Reader
@@ -67,8 +69,8 @@ def input_statistics(
 ) -> InputStatistics:
     """Gather what the layers of a model read on `batches` of images, which need no labels.
 
-    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the loss
-    is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
+    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
+    loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
     is that of a batch, and 8 bytes for each pair of columns of a layer: at most 46 MB each.
 
@@ -109,6 +111,8 @@ class _Sums:
         assert self.low is not None
         assert self.high is not None
         mean = self.first / self.rows
+        if not self.reader.affine(self.layer):
+            mean = torch.zeros_like(mean)
         covariance = self.second / self.rows - mean[:, :, None] * mean[:, None]
         moments = Moments(mean, (covariance + covariance.mT) / 2, self.rows)
         return LayerStatistics(
@@ -127,6 +131,7 @@ class _Gathering:
         self._generator = torch.Generator().manual_seed(seed)
         consumers = [(g, m) for g in groups.free for m in g.of_role("consumer")]
         tensors = dict.fromkeys(member.tensor for _, member in consumers)
+        make_readers_plain_(model, tensors)
         plain = plain_layers(model, tensors, conv_groups=True)
         self._sums = {
             tensor: _Sums(reader, plain[tensor]) for tensor, reader in readers(groups, plain).items()
