@@ -169,7 +169,8 @@ class _Gathering:
         )
         self._held = []
         try:
-            outputs = flat_tensors(self._model(*leaves))
+            # Copies, because models may overwrite their input.
+            outputs = flat_tensors(self._model(*(x.clone() for x in leaves)))
         except Exception as error:
             raise ModelError(
                 f"{type(self._model).__name__} does not run on images of shape "
@@ -178,7 +179,7 @@ class _Gathering:
         if self._gradients:
             loss = sampled_loss(outputs, self._generator)
             wanted = [t for _, x, y in self._held for t in (x, y)]
-            if loss.requires_grad:
+            if loss.requires_grad and wanted:
                 found = torch.autograd.grad(loss, wanted, allow_unused=True)
                 self._add_gradients(found, len(inputs[0]))
         with torch.no_grad():
@@ -215,8 +216,9 @@ class _Gathering:
                 some = self._some(rows, sums.reader.columns)
                 part = some.flatten(0, 1)
                 sums.gradients = sums.gradients + (part.T @ part).double() * (rows.shape[1] / some.shape[1])
-            if of_input is None or len(x) != n_images:
+            if of_input is None or len(x) % n_images:
                 continue
+            # Windows of an image, which some models stack along the batch, are of that image.
             closing = (x.detach() * of_input).movedim(channel_dim(sums.layer), -1)
             moved = closing.reshape(n_images, -1, closing.shape[-1]).sum(1).double().cpu()
             self._add_gates(tensor, moved, by_group)
