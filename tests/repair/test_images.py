@@ -70,7 +70,7 @@ def spoiled(value: float) -> Tensor:
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "none": (lambda: [], r"no images.*gives no batch.*generator can be read only once"),
+    "none": (list, r"no images.*gives no batch.*generator can be read only once"),
     "exhausted": (exhausted, r"no images.*gives no batch.*generator can be read only once"),
     "few": (lambda: IMAGES[:31], r"31 images are too few.*at least 32.*labels are not needed"),
     "few in batches": (lambda: IMAGES[:31].split(8), r"31 images are too few.*at least 32"),
