@@ -189,7 +189,7 @@ def prune(
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()
-            candidate, divergence = distill(
+            learned = distill(
                 dense,
                 best.model,
                 plan,
@@ -201,7 +201,11 @@ def prune(
                 seed=seed,
                 progress=lambda now: show.share(now.share, 1.0),
             )
-            best.offer("learning from the dense model", started, candidate, divergence)
+            best.offer("learning from the dense model", started, learned.model, learned.divergence)
+            if learned.interrupted:
+                remarks.append(
+                    "learning from the dense model was interrupted; what was best until then is returned"
+                )
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
