@@ -108,7 +108,10 @@ def test_hardly_more_is_lost_than_by_trying_all_widths(limit: float) -> None:
             group.name: drawn(
                 group.n_channels,
                 generator,
-                {n: float(generator.exponential() * (group.n_channels - n)) for n in (4, 8, group.n_channels - 4)},
+                {
+                    n: float(generator.exponential() * (group.n_channels - n))
+                    for n in (4, 8, group.n_channels - 4)
+                },
             )
             for group in groups.free
         }
