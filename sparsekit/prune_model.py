@@ -39,6 +39,7 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.norms import make_readers_plain_
 from sparsekit.surgery.verify import Agreement, verify_cut
 
 __all__ = ["PruneResult", "PruneStep", "prune"]
@@ -135,12 +136,12 @@ def prune(
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = _like(found[:1], model)
     with StepDisplay(console) as show:
         show.begin("finding groups")
         groups = find_groups(
             model,
-            found[:1].to(device),
+            example,
             ignore=ignore,
             through_layer_norm=through_layer_norm,
             blocks="all" if blocks else False,
@@ -150,10 +151,10 @@ def prune(
         if speed.asked:
             show.begin("measuring layers")
             on_cpu = copy.deepcopy(model).cpu()
-            groups = measure_layers(on_cpu, groups, found[:1], threads=threads, progress=show.share)
+            groups = measure_layers(on_cpu, groups, example.cpu(), threads=threads, progress=show.share)
             _check_reach(groups, speed)
-        dense = _working_copy(model)
-        used, apart = (_laid_out(part.to(device), dense) for part in _split(found, seed))
+        dense = _working_copy(model, groups)
+        used, apart = (_laid_out(_like(part, dense)) for part in _split(found, seed))
 
         show.begin("statistics of the layers' inputs")
         batches = torch.split(used, _batch_size(dense, used))
@@ -167,7 +168,7 @@ def prune(
         started = time.monotonic()
         by_gates = Knapsack(groups, order_by_gates(groups, statistics.gates))
         knapsack = judge.nearer(Knapsack.of_curves(groups, curves), by_gates, limits | speed.limit(groups))
-        masks, search = _masks(knapsack, model, groups, found[:1], speed, limits, threads)
+        masks, search = _masks(knapsack, model, groups, example.cpu(), speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
@@ -366,18 +367,28 @@ class _Best:
 # -------------------------------------------------------------------------------------------------- small matters
 
 
-def _working_copy(model: nn.Module) -> nn.Module:
-    """A copy to work with, in eval mode, in the memory format that is faster for maps."""
-    copied = copy.deepcopy(model).train().eval()
+def _working_copy(model: nn.Module, groups: ChannelGroups) -> nn.Module:
+    """A copy to work with, in eval mode, in the memory format that is faster for maps.
+
+    Standardised convolutions whose inputs may go are plain in it, so that they can be masked and repaired.
+    """
+    copied = copy.deepcopy(model)
+    copied.train()  # in steps: the `train` of some timm modules returns nothing
+    copied.eval()
+    make_readers_plain_(copied, (m.tensor for group in groups.free for m in group.of_role("consumer")))
     if any(parameter.dim() == 4 for parameter in copied.parameters()):
         copied = copied.to(memory_format=torch.channels_last)
     return copied
 
 
-def _laid_out(images: Tensor, model: nn.Module) -> Tensor:
-    """The images in the dtype and memory format of the model."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    images = images.to(dtype)
+def _like(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the device and in the dtype of the model."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(parameter.device, parameter.dtype)
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """The images in the memory format of the working copy."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
