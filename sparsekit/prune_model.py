@@ -40,6 +40,7 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.norms import make_readers_plain_
 from sparsekit.surgery.verify import Agreement, verify_cut
 
 __all__ = ["PruneResult", "PruneStep", "prune"]
@@ -139,13 +140,13 @@ def prune(
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    timed = found[:1].expand(batch_size, *found.shape[1:])
+    example = _like(found[:1], model)
+    timed = found[:1].float().expand(batch_size, *found.shape[1:])
     with StepDisplay(console) as show:
         show.begin("finding groups")
         groups = find_groups(
             model,
-            found[:1].to(device),
+            example,
             ignore=ignore,
             through_layer_norm=through_layer_norm,
             blocks="all" if blocks else False,
@@ -157,8 +158,8 @@ def prune(
             on_cpu = _on_cpu(model)
             groups = measure_layers(on_cpu, groups, timed, threads=threads, progress=show.share)
             _check_reach(groups, speed)
-        dense = _working_copy(model)
-        used, apart = (_laid_out(part.to(device), dense) for part in _split(found, seed))
+        dense = _working_copy(model, groups)
+        used, apart = (_laid_out(_like(part, dense)) for part in _split(found, seed))
 
         show.begin("statistics of the layers' inputs")
         batches = torch.split(used, _batch_size(dense, used))
@@ -207,7 +208,7 @@ def prune(
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()
-            candidate, divergence = distill(
+            learned = distill(
                 dense,
                 best.model,
                 plan,
@@ -219,7 +220,11 @@ def prune(
                 seed=seed,
                 progress=lambda now: show.share(now.share, 1.0),
             )
-            best.offer("learning from the dense model", started, candidate, divergence)
+            best.offer("learning from the dense model", started, learned.model, learned.divergence)
+            if learned.interrupted:
+                remarks.append(
+                    "learning from the dense model was interrupted; what was best until then is returned"
+                )
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
@@ -387,18 +392,28 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().float()
 
 
-def _working_copy(model: nn.Module) -> nn.Module:
-    """A copy to work with, in eval mode, in the memory format that is faster for maps."""
-    copied = copy.deepcopy(model).train().eval()
+def _working_copy(model: nn.Module, groups: ChannelGroups) -> nn.Module:
+    """A copy to work with, in eval mode, in the memory format that is faster for maps.
+
+    Standardised convolutions whose inputs may go are plain in it, so that they can be masked and repaired.
+    """
+    copied = copy.deepcopy(model)
+    copied.train()  # in steps: the `train` of some timm modules returns nothing
+    copied.eval()
+    make_readers_plain_(copied, (m.tensor for group in groups.free for m in group.of_role("consumer")))
     if any(parameter.dim() == 4 for parameter in copied.parameters()):
         copied = copied.to(memory_format=torch.channels_last)
     return copied
 
 
-def _laid_out(images: Tensor, model: nn.Module) -> Tensor:
-    """The images in the dtype and memory format of the model."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    images = images.to(dtype)
+def _like(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the device and in the dtype of the model."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(parameter.device, parameter.dtype)
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """The images in the memory format of the working copy."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 

@@ -23,7 +23,10 @@ _LARGEST_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Stations:
-    """Modules that do not hold each other, in running order: each runs once, and gives one tensor."""
+    """Modules that do not hold each other, in running order.
+
+    Each runs once, gives one tensor, and does not overwrite what it reads.
+    """
 
     names: tuple[str, ...]
 
@@ -98,26 +101,36 @@ class Recording:
 
 
 def _calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """Number the modules that run once and give one tensor, in running order."""
+    """Number the modules that run once, give one tensor and leave what they read, in running order."""
     order: list[str] = []
-    tensors: set[str] = set()
+    fit: set[str] = set()
+    versions: dict[str, list[int]] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            order.append(name)
-            if isinstance(output, Tensor):
-                tensors.add(name)
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            versions[name] = [read._version for read in flat_tensors([args, keywords])]
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            order.append(name)
+            left = versions[name] == [read._version for read in flat_tensors([args, keywords])]
+            if isinstance(output, Tensor) and left:
+                fit.add(name)
+
+        return hook
+
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in modules]
+    hooks += [module.register_forward_hook(after(name), with_kwargs=True) for name, module in modules]
     try:
         with evaluating(model):
             model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: i for i, name in enumerate(order) if order.count(name) == 1 and name in tensors}
+    return {name: i for i, name in enumerate(order) if order.count(name) == 1 and name in fit}
 
 
 @contextmanager
@@ -145,6 +158,6 @@ def answering(module: nn.Module, given: Tensor, *, copied: bool = True) -> Itera
 
 
 def batches_of(inputs: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Split inputs along their first dimension."""
-    for start in range(0, len(inputs[0]), size):
-        yield tuple(x[start : start + size] for x in inputs)
+    """Split inputs along their first dimension into parts of `size` at most, as equal as possible."""
+    n = -(-len(inputs[0]) // size)
+    yield from zip(*(x.tensor_split(n) for x in inputs), strict=True)
