@@ -24,6 +24,8 @@ _RIDGE = 1e-3
 # With fewer rows than this times the columns, the covariance is uncertain, and the ridge is larger.
 _ENOUGH_ROWS = 5
 _LARGER_RIDGE = 100
+# A refit starts near to the weights it has, so it takes so many times the ridge: its images are few.
+_REFIT_RIDGE = 100
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def fit(weight: Tensor, cross: Tensor, moments: Moments) -> Tensor:
     `cross` (conv_groups, outputs, K) is the covariance of y and x. The ridge draws towards `weight`:
     (cross + ridge weight) (C + ridge)^-1.
     """
-    ridge = moments.ridge[:, None, None]
+    ridge = _REFIT_RIDGE * moments.ridge[:, None, None]
     within = moments.covariance + ridge * torch.eye(cross.shape[-1]).to(cross)
     right = (cross + ridge * weight).mT
     return torch.stack([_solve(a, b).T for a, b in zip(within, right, strict=True)])
