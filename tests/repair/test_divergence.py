@@ -37,6 +37,15 @@ def test_equal_outputs_are_not_apart(shape: tuple[int, ...], dtype: torch.dtype)
     assert found.agreement == 1.0 if shape == (6, 5) else math.isnan(found.agreement)
 
 
+def test_small_divergences_are_told_apart_and_never_negative() -> None:
+    dense = outputs(50, 10)
+    step = outputs(50, 10, seed=3)
+    found = [divergence([dense], [dense + size * step]).kl for size in (0.0, 1e-5, 1e-4, 1e-3)]
+    assert found[0] == 0.0
+    assert found == sorted(found)
+    assert found[2] == pytest.approx(found[3] / 100, rel=0.01)
+
+
 def test_adding_a_number_to_all_classes_of_an_image_changes_nothing() -> None:
     dense = outputs(10, 4)
     found = divergence([dense], [dense + outputs(10, 1, seed=2)])

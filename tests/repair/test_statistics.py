@@ -206,24 +206,31 @@ def test_the_model_and_the_random_state_stay_as_they_are() -> None:
     assert not any(x.requires_grad for x in inputs)
 
 
-@pytest.mark.parametrize("name", ["TiedWeights", "weight norm"])
-def test_layers_whose_weight_is_shared_or_computed_are_left_out(name: str) -> None:
-    if name == "TiedWeights":
-        model, groups, inputs = by_hand(name)
-    else:
-        torch.manual_seed(0)
-        computed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 7))
-        model = nn.Sequential(
-            nn.Linear(5, 6), nn.ReLU(), computed, nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 3)
-        )
-        model, inputs = model.double().eval(), (images(N_IMAGES, 5),)
-        groups = find_groups(model, inputs[0][:2])
+class Doubling(nn.Linear):
+    """Does not use its weight as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_layers_whose_weight_is_shared_or_computed_are_left_out(computed: bool) -> None:
+    torch.manual_seed(0)
+    other = Doubling(6, 6) if computed else nn.Linear(6, 6)
+    model = nn.Sequential(
+        *(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), other, nn.ReLU(), nn.Linear(6, 3))
+    )
+    if not computed:
+        other.weight = model[2].weight
+    model, inputs = model.double().eval(), (images(N_IMAGES, 5),)
+    groups = find_groups(model, inputs[0][:2])
     found = sk.input_statistics(model, groups, [inputs])
     readers = {member.tensor for group in groups.free for member in group.of_role("consumer")}
     assert set(found.left_out) | set(found.layers) == readers
     assert not set(found.left_out) & set(found.layers)
-    if found.left_out:
-        assert all("shared" in reason for reason in found.left_out.values())
+    assert "6.weight" in found.layers
+    assert set(found.left_out) == ({"4.weight"} if computed else {"2.weight"})
+    assert all("computed, shared" in reason for reason in found.left_out.values())
     plan = sk.make_plan(
         groups,
         {g.name: torch.arange(g.n_channels) < g.n_channels - 1 for g in groups.free if g.n_channels > 1},
