@@ -194,7 +194,7 @@ def prune(
         remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],)), len(found))
         show.begin("refitting layer by layer")
         started = time.monotonic()
-        candidate = refit(
+        fitted = refit(
             dense,
             best.model,
             plan,
@@ -204,7 +204,7 @@ def prune(
             seed=seed,
             progress=show.share,
         )
-        best.offer("refit layer by layer", started, candidate, held_out.of(candidate))
+        best.offer("refit layer by layer", started, *held_out.better_of_end_and_middle(best.model, fitted))
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()

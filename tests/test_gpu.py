@@ -64,7 +64,7 @@ def _sparsifier(
     model: nn.Module, penalty: Penalty, strength: float | str, *, revive: bool = False
 ) -> sk.Sparsifier:
     groups = find_groups(model, EXAMPLE.to(next(model.parameters()).device))
-    settings: dict[str, Any] = {"strength": strength, "revive": revive}
+    settings: dict[str, Any] = {"strength": strength} | ({"revive": True} if revive else {})
     if strength == "auto":  # of 100,000 steps none but every thousandth decides anew
         settings |= {"total_steps": 100_000, "target": {"macs": 0.5}, "shares": NO_PARTS}
     return sparsifier_of(model, groups, penalty=penalty, **settings)

@@ -232,7 +232,7 @@ def test_what_is_to_be_ignored_stays_whole() -> None:
 def test_all_limits_hold_together() -> None:
     keep: dict[Any, float] = {"macs": 0.7, "params": 0.5, "channels": 0.8}
     result = sk.prune(trained(), _digits()[0][:40], **{**QUICK, "keep": keep, "distill_steps": 0})
-    assert [step.name for step in result.steps] == ["choice and cut", "closed form"]
+    assert [step.name for step in result.steps] == ["choice and cut", "closed form", "refit layer by layer"]
     assert all(result.kept[quantity] <= share for quantity, share in keep.items())
 
 
@@ -286,7 +286,7 @@ def test_the_steps_are_told_on_a_console() -> None:
     written = io.StringIO()
     result = sk.prune(trained(), _digits()[0][:40], **QUICK, console=Console(file=written))
     lines = written.getvalue().splitlines()
-    assert len(lines) == len(result.steps) == 3
+    assert len(lines) == len(result.steps) == 4
     for line, step in zip(lines, result.steps, strict=True):
         assert line.startswith(f"{step.name}: ")
         assert line.endswith("not taken") != step.taken

@@ -81,7 +81,13 @@ def test_shipped_recipes_open_with_their_command(path: Path) -> None:
 
 
 def test_the_recipes_that_the_documentation_names_are_there() -> None:
-    names = {"quickstart.yaml", "cifar10_resnet18.yaml", "image_folder.yaml", "imagenet_resnet50.yaml"}
+    names = {
+        "quickstart.yaml",
+        "finished_model.yaml",
+        "cifar10_resnet18.yaml",
+        "image_folder.yaml",
+        "imagenet_resnet50.yaml",
+    }
     assert names <= {path.name for path in SHIPPED}
 
 
@@ -96,6 +102,8 @@ def test_template_shows_every_key_at_its_default(tmp_path: Path) -> None:
         "channels",
         "macs",
         "max_accuracy_drop",
+        "images",
+        "distill_seconds",
     }
     (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
     assert load_recipe(tmp_path / "shown.yaml") == load_recipe(TEMPLATE)
@@ -109,13 +117,14 @@ def test_every_key_has_a_description() -> None:
 def test_dump_writes_every_default_out(load: Load) -> None:
     values = yaml.safe_load(dump_recipe(load()))
     for dotted, _ in fields(Recipe):
-        if dotted.startswith("finetune.distill."):
+        if dotted.startswith(("finetune.distill.", "cut.repair.")):
             continue
         value = values
         for key in dotted.split("."):
             assert key in value, dotted
             value = value[key]
     assert values["finetune"]["distill"] is None
+    assert values["cut"]["repair"] is None
 
 
 def test_texts_that_look_like_something_else_come_back_as_texts(load: Load, tmp_path: Path) -> None:
