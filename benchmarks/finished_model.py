@@ -739,12 +739,12 @@ def model_section(table: Table, name: str) -> list[str]:
     one = table.of_model(name)[0]
     dense, count = one["dense_accuracy"], one["n_judged"]
     images = sorted({r["n_images"] for r in table.of_model(name) if r["arm"] in SHOWN})
-    kind = f"calibrated on {' or '.join(map(str, images))}, " if images else ""
+    kind = f"Calibrated on {' or '.join(map(str, images))} images, " if images else "Images: "
     lines = [
         f"## {name}",
         "",
-        f"Dense: accuracy {dense:.3f}, {mean(table.of_model(name), 'dense_ms'):.1f} ms; {kind}judged on {count} "
-        f"images, where the standard error of an accuracy is {standard_error(dense, count):.3f} there, and "
+        f"Dense: accuracy {dense:.3f}, {mean(table.of_model(name), 'dense_ms'):.1f} ms. {kind}judged on {count}: the "
+        f"standard error of an accuracy on so many is {standard_error(dense, count):.3f} for the dense model, and "
         f"{standard_error(0.5, count):.3f} at most.",
         "",
     ]
@@ -776,8 +776,8 @@ def step_table(table: Table, name: str) -> list[str]:
     if not rows:
         return []
     lines = [
-        "Ours step by step: accuracy, and KL in brackets, after the cut alone, after the repair in closed form, and at "
-        "the end.",
+        "Ours step by step: accuracy, and KL in brackets, after the cut alone, after the repair in closed form (made "
+        "again, from other positions of the same images), and at the end.",
         "",
         "| asked | the cut alone | closed form | learned | steps not taken |",
         "|---|---|---|---|---|",
@@ -840,7 +840,14 @@ def not_run(table: Table, wanted: Sequence[Task], errors: Sequence[Row]) -> list
             if key not in there | failed:
                 what = f"{asked:g}x with {n_images} images" if arm == "few" else f"{asked:g}x"
                 missing.setdefault((model, arm), {})[what] = None
-    lines = [f"- {model}, {arm}: {', '.join(what)}" for (model, arm), what in missing.items()]
+    known = {row["model"] for row in (*table.rows, *errors)}
+    nothing = [name for name in dict.fromkeys(task.model for task in wanted) if name not in known]
+    lines = [f"- {name}: nothing" for name in nothing]
+    lines += [
+        f"- {model}, {arm}: {', '.join(what)}"
+        for (model, arm), what in missing.items()
+        if model not in nothing
+    ]
     text = ["## Not run", "", *lines, ""] if lines else []
     if shown := [row for row in errors if key_of(row) in failed]:
         text += ["## What failed", ""]
