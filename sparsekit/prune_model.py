@@ -31,6 +31,7 @@ from sparsekit.repair.distillation import distill
 from sparsekit.repair.divergence import Divergence
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.images import collect_images
+from sparsekit.repair.refit import refit
 from sparsekit.repair.statistics import InputStatistics, input_statistics
 from sparsekit.selection.costs import CostModel
 from sparsekit.selection.importance import all_alike
@@ -39,6 +40,7 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.norms import make_readers_plain_
 from sparsekit.surgery.verify import Agreement, verify_cut
 
 __all__ = ["PruneResult", "PruneStep", "prune"]
@@ -70,8 +72,8 @@ class PruneStep:
 class PruneResult:
     """What `prune` returns.
 
-    - `model` is the pruned model, `plan` what was cut, `proof` how exactly the cut model computed what the masked one
-      does.
+    - `model` is the pruned model, `plan` what was cut, made of the keep-masks `masks` of `groups`; `proof` says how
+      exactly the cut model computed what the masked one does.
     - `speed` is the search that measured the speed-up; None if no speed was asked for.
     - `kl` and `agreement` compare the outputs with the dense model's on images kept apart; those images decided between
       steps too, so measure the accuracy on others. See `Divergence`.
@@ -81,6 +83,8 @@ class PruneResult:
 
     model: nn.Module
     plan: PrunePlan
+    groups: ChannelGroups
+    masks: Masks
     proof: Agreement
     speed: SpeedSearch | None
     kl: float
@@ -99,6 +103,7 @@ def prune(
     keep: Mapping[Quantity, float] | None = None,
     ignore: Sequence[str] = (),
     threads: int = 1,
+    batch_size: int = 1,
     distill_seconds: float = 120.0,
     distill_steps: int | None = None,
     blocks: bool = True,
@@ -113,9 +118,9 @@ def prune(
 
     `images` are normalised as the model expects them: a tensor, an iterable of batches, or a DataLoader, whose labels
     are ignored; up to `max_images` are read. At least one target is needed, and all that are given hold: `speedup` or
-    `latency_ms` in ONNX Runtime on this machine at batch 1 with `threads`; `keep`, fractions of "macs", "params" or
-    "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole residual blocks go too, and
-    `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
+    `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions of "macs", "params"
+    or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole residual blocks go too,
+    and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
 
     The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
     network run to see what that costs; the knapsack takes what costs least for its time; the model is cut and proved,
@@ -135,12 +140,13 @@ def prune(
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = _like(found[:1], model)
+    timed = found[:1].float().expand(batch_size, *found.shape[1:])
     with StepDisplay(console) as show:
         show.begin("finding groups")
         groups = find_groups(
             model,
-            found[:1].to(device),
+            example,
             ignore=ignore,
             through_layer_norm=through_layer_norm,
             blocks="all" if blocks else False,
@@ -149,11 +155,11 @@ def prune(
         )
         if speed.asked:
             show.begin("measuring layers")
-            on_cpu = copy.deepcopy(model).cpu()
-            groups = measure_layers(on_cpu, groups, found[:1], threads=threads, progress=show.share)
+            on_cpu = _on_cpu(model)
+            groups = measure_layers(on_cpu, groups, timed, threads=threads, progress=show.share)
             _check_reach(groups, speed)
-        dense = _working_copy(model)
-        used, apart = (_laid_out(part.to(device), dense) for part in _split(found, seed))
+        dense = _working_copy(model, groups)
+        used, apart = (_laid_out(_like(part, dense)) for part in _split(found, seed))
 
         show.begin("statistics of the layers' inputs")
         batches = torch.split(used, _batch_size(dense, used))
@@ -167,7 +173,7 @@ def prune(
         started = time.monotonic()
         by_gates = Knapsack(groups, order_by_gates(groups, statistics.gates))
         knapsack = judge.nearer(Knapsack.of_curves(groups, curves), by_gates, limits | speed.limit(groups))
-        masks, search = _masks(knapsack, model, groups, found[:1], speed, limits, threads)
+        masks, search = _masks(knapsack, model, groups, timed, speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
@@ -186,10 +192,23 @@ def prune(
         if best.offer("closed form", started, candidate, held_out.of(candidate)):
             proof = proof_of_repaired
         remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],)), len(found))
+        show.begin("refitting layer by layer")
+        started = time.monotonic()
+        candidate = refit(
+            dense,
+            best.model,
+            plan,
+            statistics.readers,
+            used,
+            held_out.stations,
+            seed=seed,
+            progress=show.share,
+        )
+        best.offer("refit layer by layer", started, candidate, held_out.of(candidate))
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()
-            candidate, divergence = distill(
+            learned = distill(
                 dense,
                 best.model,
                 plan,
@@ -201,10 +220,16 @@ def prune(
                 seed=seed,
                 progress=lambda now: show.share(now.share, 1.0),
             )
-            best.offer("learning from the dense model", started, candidate, divergence)
+            best.offer("learning from the dense model", started, learned.model, learned.divergence)
+            if learned.interrupted:
+                remarks.append(
+                    "learning from the dense model was interrupted; what was best until then is returned"
+                )
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
+        groups=groups,
+        masks=masks,
         proof=proof,
         speed=search,
         kl=best.divergence.kl,
@@ -323,7 +348,7 @@ def _masks(
         return knapsack.under(limits), None
     search = search_with(
         knapsack,
-        copy.deepcopy(model).cpu(),
+        _on_cpu(model),
         groups,
         example,
         speedup=speed.speedup,
@@ -362,18 +387,33 @@ class _Best:
 # -------------------------------------------------------------------------------------------------- small matters
 
 
-def _working_copy(model: nn.Module) -> nn.Module:
-    """A copy to work with, in eval mode, in the memory format that is faster for maps."""
-    copied = copy.deepcopy(model).train().eval()
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in float32, as it is exported."""
+    return copy.deepcopy(model).cpu().float()
+
+
+def _working_copy(model: nn.Module, groups: ChannelGroups) -> nn.Module:
+    """A copy to work with, in eval mode, in the memory format that is faster for maps.
+
+    Standardised convolutions whose inputs may go are plain in it, so that they can be masked and repaired.
+    """
+    copied = copy.deepcopy(model)
+    copied.train()  # in steps: the `train` of some timm modules returns nothing
+    copied.eval()
+    make_readers_plain_(copied, (m.tensor for group in groups.free for m in group.of_role("consumer")))
     if any(parameter.dim() == 4 for parameter in copied.parameters()):
         copied = copied.to(memory_format=torch.channels_last)
     return copied
 
 
-def _laid_out(images: Tensor, model: nn.Module) -> Tensor:
-    """The images in the dtype and memory format of the model."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    images = images.to(dtype)
+def _like(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the device and in the dtype of the model."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
+    return images.to(parameter.device, parameter.dtype)
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """The images in the memory format of the working copy."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
@@ -427,8 +467,8 @@ def _few_images(best: _Best, on_used: HeldOut, count: int) -> list[str]:
     if apart <= _OPTIMISM * seen + _OPTIMISM_KL:
         return []
     return [
-        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's on images "
-        f"kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
+        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's "
+        f"on images kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
     ]
 
 

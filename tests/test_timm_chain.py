@@ -99,6 +99,12 @@ def halved(groups: ChannelGroups, seed: int = 0) -> PrunePlan:
     return make_plan(groups, random_masks(groups, 0.5, seed))
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """One model after the other, each for all tests, so that a test process makes few chains."""
+    return str(request.param)
+
+
 @functools.cache
 def chain(name: str) -> Chain:
     with torch.random.fork_rng():
@@ -120,7 +126,6 @@ def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).abs().max() / first.abs().max())
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_the_cut_model_equals_the_masked_one_and_is_smaller(name: str) -> None:
     done = chain(name)
     assert verify_cut(done.model, done.pruned, done.plan).max_rel < 1e-4
@@ -128,7 +133,6 @@ def test_the_cut_model_equals_the_masked_one_and_is_smaller(name: str) -> None:
     assert count_params(done.pruned) < AT_MOST.get(name, 1.0) * count_params(done.model)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_plan_that_was_json_text_gives_the_same_model(name: str) -> None:
     done = chain(name)
     plan = PrunePlan.from_json(json.loads(json.dumps(done.plan.to_json(), allow_nan=False)))
@@ -138,7 +142,6 @@ def test_a_plan_that_was_json_text_gives_the_same_model(name: str) -> None:
     assert all(torch.equal(tensor, again[key]) for key, tensor in done.pruned.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_what_timm_promises_of_its_models_holds_of_the_cut_one(name: str) -> None:
     pruned, images = copy.deepcopy(chain(name).pruned), images_for(name)
     with torch.no_grad():
@@ -153,14 +156,12 @@ def test_what_timm_promises_of_its_models_holds_of_the_cut_one(name: str) -> Non
     assert logits_of(pruned, images).shape == hidden.shape
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_model_takes_a_new_classifier(name: str) -> None:
     pruned = copy.deepcopy(chain(name).pruned)
     pruned.reset_classifier(3)
     assert logits_of(pruned, images_for(name)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_features_of_a_cut_model_have_the_channels_that_it_declares(name: str) -> None:
     def widths(model: Any) -> list[tuple[int, int]]:
         with torch.no_grad():
@@ -177,7 +178,6 @@ def test_features_of_a_cut_model_have_the_channels_that_it_declares(name: str) -
         assert declared_cut == found_cut
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_the_cut_model_trains_and_no_parameter_loses_its_gradient(name: str) -> None:
     done = chain(name)
     trained: list[set[str]] = []
@@ -211,7 +211,6 @@ def second_cut(name: str) -> tuple[ChannelGroups, PrunePlan, nn.Module]:
     return groups, plan, apply_plan(pruned, plan)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_model_is_cut_once_more(name: str) -> None:
     done, (groups, plan, twice) = chain(name), second_cut(name)
     assert verify_cut(done.pruned, twice, plan).max_rel < 1e-4
@@ -222,14 +221,12 @@ def test_a_cut_model_is_cut_once_more(name: str) -> None:
     assert possible <= made_by(groups.free)
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_two_cuts_are_one_composed_plan(name: str) -> None:
     done, (_, plan, twice) = chain(name), second_cut(name)
     once = apply_plan(done.model, compose(done.plan, plan))
     assert relative(logits_of(twice, images_for(name)), logits_of(once, images_for(name))) < 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
 def test_a_cut_model_is_saved_and_loaded_with_equal_logits(name: str, tmp_path: Path) -> None:
     done = chain(name)
     save(done.pruned, tmp_path, model_name=name, model_args=done.arguments, plan=done.plan)

@@ -25,26 +25,32 @@ def zoo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return zoo
 
 
-def _run(folder: Path, names: str, *options: str) -> list[dict[str, Any]]:
-    """The results of the benchmark on these names, one a line."""
+def _command(folder: Path, names: str) -> list[str]:
+    """The benchmark on these names, one a line."""
     models = folder / "models.txt"
     models.write_text(names, encoding="utf-8")
     where = ["--output", folder / "results", "--docs", folder / "docs" / "zoo.md"]
-    command = [sys.executable, BENCHMARKS / "zoo.py", "--models", models, *where, "--only", "sparsekit"]
+    words = [BENCHMARKS / "zoo.py", "--models", models, *where, "--only", "sparsekit", "--threads", "1"]
+    return [str(word) for word in words]
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads((folder / "results" / "zoo.json").read_text(encoding="utf-8"))
+    return records
+
+
+def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(
+    tmp_path: Path, zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finished = subprocess.run(
-        [*command, "--threads", "1", *options],
+        [sys.executable, *_command(tmp_path, "no_such_model\n\n# the smallest\ntest_resnet  # 160 px\n")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
-    records: list[dict[str, Any]] = json.loads((folder / "results" / "zoo.json").read_text(encoding="utf-8"))
-    return records
-
-
-def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(tmp_path: Path) -> None:
-    unknown, record = _run(tmp_path, "no_such_model\n\n# the smallest\ntest_resnet  # 160 px\n")
+    unknown, record = _records(tmp_path)
     assert (unknown["model"], unknown["status"]) == ("no_such_model", "build")
     assert "no_such_model" in unknown["error"]
 
@@ -67,7 +73,12 @@ def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(tmp_p
     assert "| test_resnet | ok | 0." in page
     assert "| no_such_model | build |" in page
 
-    resumed = _run(tmp_path, "test_resnet\nno_such_model\nnor_this\n", "--resume")
+    command = _command(tmp_path, "test_resnet\nno_such_model\nnor_this\n")
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--resume"]
+    )  # in this process: another takes seconds to start
+    zoo.main()
+    resumed = _records(tmp_path)
     assert resumed[:2] == [unknown, record]
     assert [(entry["model"], entry["status"]) for entry in resumed[2:]] == [("nor_this", "build")]
 

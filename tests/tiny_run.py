@@ -29,6 +29,13 @@ cut: {target: {macs: 0.5}, round_to: 4, min_channels: 4}
 finetune: {epochs: 2, distill: {weight: 0.5, temperature: 2.0}}
 benchmark: {rounds: 20, warmup: 2}
 """
+# Steps so wide that few models lie between the dense and the smallest one, and few are exported and timed for a speed.
+WIDE_STEPS = ("cut.round_to=16", "cut.min_channels=16")
+
+
+def options(*overrides: str) -> list[str]:
+    """Overrides of the recipe as arguments."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -45,7 +52,7 @@ def sparsekit(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
 
 
 def in_this_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same without starting a process, which takes seconds: for what is refused before anything is trained."""
+    """The same without starting a process, which takes seconds: for what needs none of its own."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         contextlib.redirect_stdout(out),

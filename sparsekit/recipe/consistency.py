@@ -187,6 +187,7 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             "becomes zero; use threshold, gap or budget",
         )
     yield from _importance_contradictions(sparsify, cut)
+    yield from _repair_contradictions(sparsify, cut)
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
         yield from _target_contradictions(recipe, cut.target)
@@ -204,6 +205,29 @@ def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator
             ("cut.importance", "sparsify.strength", "cut.method"),
             f"cut.importance is read where masks are chosen at the cut, got {cut.importance} although {reason}; see "
             "sparsify.importance, or leave cut.importance out",
+        )
+
+
+def _repair_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
+    if cut.repair is None:
+        return
+    if sparsify.epochs:
+        yield Contradiction(
+            ("cut.repair", "sparsify.epochs"),
+            f"cut.repair is for finished models: it needs sparsify.epochs 0, got {sparsify.epochs}; the channels "
+            "that a penalty takes to zero need no repair",
+        )
+    if cut.target is None or cut.target.max_accuracy_drop is not None:
+        yield Contradiction(
+            ("cut.repair", "cut.target"),
+            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, for example "
+            "{speedup: 1.5}",
+        )
+    if cut.method not in ("auto", "budget") or cut.importance != "magnitude" or cut.recalibrate:
+        yield Contradiction(
+            ("cut.repair", "cut.method", "cut.importance", "cut.recalibrate"),
+            "cut.repair chooses channels by itself and repairs BatchNorms too: leave cut.method, cut.importance and "
+            "cut.recalibrate out",
         )
 
 

@@ -311,6 +311,19 @@ class TargetSpec(StrictSpec):
     )
 
 
+class RepairSpec(StrictSpec):
+    """Making up for the cut of a finished model without labels, by least squares and by learning from it."""
+
+    images: int = Field(
+        default=512,
+        ge=32,
+        description="training images it takes, without their labels; a fifth is kept apart",
+    )
+    distill_seconds: float = Field(
+        default=120.0, ge=0, description="how long the cut model learns from the dense one; 0: not at all"
+    )
+
+
 class CutSpec(StrictSpec):
     """Which channels go."""
 
@@ -350,6 +363,11 @@ class CutSpec(StrictSpec):
         description="number of training images to measure BatchNorm statistics on after the cut; 0 leaves them as they "
         "are; it helps if channels go that are not zero",
     )
+    repair: RepairSpec | None = Field(
+        default=None,
+        description="for a finished model (sparsify.epochs 0): choose channels by what the outputs lose, measured, and "
+        "repair the cut without labels; null or false: do not",
+    )
     through_layer_norm: bool = Field(
         default=False,
         description="cut channels that a LayerNorm normalises over too; that changes its mean and variance, so the cut "
@@ -357,7 +375,8 @@ class CutSpec(StrictSpec):
     )
     blocks: bool = Field(
         default=False,
-        description="whole residual blocks may go too, where the model has layer scales that can turn them off",
+        description="whole residual blocks may go too: with cut.repair those that have an identity shortcut, else "
+        "those with layer scales that can turn them off",
     )
     importance: Importance = Field(
         default="magnitude",

@@ -56,7 +56,7 @@ class StepDisplay:
     def say(self, text: str) -> None:
         """Print a line."""
         if self._console is not None:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._bar is not None:

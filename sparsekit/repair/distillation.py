@@ -30,6 +30,15 @@ _SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
+class Learned:
+    """The model that was best on the images kept apart, its divergence there, and whether Ctrl-C ended the learning."""
+
+    model: nn.Module
+    divergence: Divergence
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
 class DistillProgress:
     """One moment of learning: steps taken, the share of the time that is over, and the loss now."""
 
@@ -51,13 +60,14 @@ def distill(
     lr: float = _LR,
     seed: int = 0,
     progress: Callable[[DistillProgress], None] | None = None,
-) -> tuple[nn.Module, Divergence]:
+) -> Learned:
     """Return the pruned model after learning from the dense one, and its divergence on the images kept apart.
 
     The loss is the divergence of the outputs, KL(dense || pruned), and for each of `stages` the squared difference of
     the channels that stayed, over their variance. Adam, with ten steps of warm-up and a cosine; norms and dropout as in
     evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It ends after `seconds`
-    or `steps`, whichever comes first. Both models stay as they are; the result is the best seen, the start included.
+    or `steps`, whichever comes first, or with Ctrl-C. Both models stay as they are; the result is the best seen, the
+    start included.
 
     Raises TrainingError if the loss is not finite from the first step on.
     """
@@ -69,47 +79,54 @@ def distill(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained, lr=lr)
     generator = torch.Generator().manual_seed(seed)
-    started, n, check = time.monotonic(), 0, 1
-    with ExitStack() as open_, torch.random.fork_rng():
+    stages = [stage for stage in stages if not any(stage.startswith(f"{b.module}.") for b in plan.blocks)]
+    started, n, check, interrupted = time.monotonic(), 0, 1, False
+    with ExitStack() as open_, torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         open_.enter_context(eval_mode(dense))
         open_.enter_context(eval_mode(student))
         theirs = open_.enter_context(_noting(dense, stages))
         ours = open_.enter_context(_noting(student, stages))
         rows = _kept_rows(student, plan, stages)
-        for batch in _batches(images, generator):
-            share = max(
-                (time.monotonic() - started) / seconds if math.isfinite(seconds) else 0.0,
-                n / steps if steps else 0.0,
-            )
-            if share >= check / _CHECKS:
-                check = int(share * _CHECKS) + 1
-                best, best_state = _better(student, held_out, best, best_state)
-            if share >= 1:
-                break
-            for settings in optimizer.param_groups:
-                warm = min((n + 1) / _WARMUP_STEPS, 1.0)
-                settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
-            with torch.no_grad():
-                target = flat_tensors(dense(batch))
-            loss = _loss(target, flat_tensors(student(batch)), theirs, ours, rows)
-            if not bool(loss.isfinite()):
-                if n == 0:
-                    raise TrainingError(
-                        "learning from the dense model: the loss is not finite at the first step"
-                    )
-                break
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            n += 1
-            if progress is not None:
-                progress(DistillProgress(n, min(share, 1.0), float(loss.detach())))
+        try:
+            for batch in _batches(images, generator):
+                share = _share(time.monotonic() - started, seconds, n, steps)
+                if share >= check / _CHECKS:
+                    check = int(share * _CHECKS) + 1
+                    best, best_state = _better(student, held_out, best, best_state)
+                if share >= 1:
+                    break
+                for settings in optimizer.param_groups:
+                    warm = min((n + 1) / _WARMUP_STEPS, 1.0)
+                    settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
+                with torch.no_grad():
+                    target = flat_tensors(dense(batch))
+                loss = _loss(target, flat_tensors(student(batch)), theirs, ours, rows)
+                if not bool(loss.isfinite()):
+                    if n == 0:
+                        raise TrainingError(
+                            "learning from the dense model: the loss is not finite at the first step"
+                        )
+                    break
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                n += 1
+                if progress is not None:
+                    progress(DistillProgress(n, min(share, 1.0), float(loss.detach())))
+        except KeyboardInterrupt:
+            interrupted = True
     student.load_state_dict(best_state)
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
         parameter.grad = None
-    return student, best
+    return Learned(student, best, interrupted)
+
+
+def _share(spent: float, seconds: float, done: int, steps: int | None) -> float:
+    """How much of the seconds or the steps is over, whichever is more; 1 or more at the end."""
+    of_steps = 0.0 if steps is None else done / steps if steps else 1.0
+    return max(spent / seconds if seconds > 0 else 1.0, of_steps)
 
 
 def _loss(

@@ -23,18 +23,18 @@ class HeldOut:
     """Images kept apart, with the outputs of the dense model for them.
 
     `inputs` have the images along their first dimension, on the model's device. What each part of the model gave is
-    recorded for the first 64 of them, or as many as fit in 512 MB.
+    recorded, at its `stations`, for the first 64 of them, or as many as fit in 512 MB.
     """
 
     def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = inputs
         self._dense = [outputs_of(model, batch) for batch in batches_of(inputs, _BATCH)]
         first = next(batches_of(inputs, _BATCH))
-        self._stations = Stations.of(model, groups, tuple(x[:1] for x in first))
+        self.stations = Stations.of(model, groups, tuple(x[:1] for x in first))
         self._recordings: list[Recording] = []
         used = 0
         for batch in batches_of(tuple(x[:_MOST_RECORDED] for x in inputs), _BATCH):
-            recording = Recording(model, self._stations, batch)
+            recording = Recording(model, self.stations, batch)
             if self._recordings and used + recording.n_bytes > _MOST_BYTES:
                 break
             used += recording.n_bytes
@@ -43,7 +43,7 @@ class HeldOut:
     @property
     def stages(self) -> tuple[str, ...]:
         """Up to five modules spread over the second half of the network, whose outputs may be compared too."""
-        names = self._stations.names[:-1]
+        names = self.stations.names[:-1]
         half = names[len(names) // 2 :]
         step = max(len(half) // _STAGES, 1)
         return tuple(half[::-1][::step][:_STAGES][::-1])
@@ -55,7 +55,7 @@ class HeldOut:
 
     def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
         """Compare the recorded model, of which only `tensors` were changed, with itself before, on recorded images."""
-        first = self._stations.first_of(tensors)
+        first = self.stations.first_of(tensors)
         found = [
             (divergence(one.outputs, one.outputs_from(model, first)), len(one.inputs[0]))
             for one in self._recordings

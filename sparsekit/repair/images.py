@@ -20,7 +20,14 @@ def collect_images(images: Any, *, most: int) -> Tensor:
     left alone), or dictionaries with one under "pixel_values", "image", "images" or "input". Raises DataError if there
     are fewer than 32, if sizes differ, and for values that are not finite, not numbers, or all the same.
     """
+    if most < FEWEST_IMAGES:
+        raise DataError(f"max_images must be at least {FEWEST_IMAGES}, got {most}")
     found = images if isinstance(images, Tensor) else _joined(images, most)
+    if found.dim() < 2:
+        raise DataError(
+            f"images must be a tensor with one image along its first dimension, got a tensor of shape "
+            f"{tuple(found.shape)}"
+        )
     if not found.is_floating_point():
         raise DataError(
             f"images must be floating-point numbers, normalised as the model expects them, got {found.dtype}"

@@ -61,6 +61,18 @@ def absorb(weight: Tensor, kept: Tensor, moments: Moments) -> tuple[Tensor, Tens
     return new, shift
 
 
+def fit(weight: Tensor, cross: Tensor, moments: Moments) -> Tensor:
+    """Return the weights (conv_groups, outputs, K) that give targets y from rows x best, near to `weight`.
+
+    `cross` (conv_groups, outputs, K) is the covariance of y and x. The ridge draws towards `weight`:
+    (cross + ridge weight) (C + ridge)^-1.
+    """
+    ridge = moments.ridge[:, None, None]
+    within = moments.covariance + ridge * torch.eye(cross.shape[-1]).to(cross)
+    right = (cross + ridge * weight).mT
+    return torch.stack([_solve(a, b).T for a, b in zip(within, right, strict=True)])
+
+
 @dataclass(frozen=True)
 class Columns:
     """One layer that reads the channels of a group.

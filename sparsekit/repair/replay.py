@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsekit.evaluation import evaluating, flat_tensors
@@ -22,7 +23,10 @@ _LARGEST_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Stations:
-    """Modules that do not hold each other, in running order: each runs once, and gives one tensor."""
+    """Modules that do not hold each other, in running order.
+
+    Each runs once, gives one tensor, and does not overwrite what it reads.
+    """
 
     names: tuple[str, ...]
 
@@ -75,8 +79,20 @@ class Recording:
         """Return the outputs of the model, with all stations before number `first` giving what they gave."""
         with evaluating(model), ExitStack() as replaced:
             for name, given in zip(self._stations.names[:first], self._given, strict=False):
-                replaced.enter_context(_answering(model.get_submodule(name), given))
+                replaced.enter_context(answering(model.get_submodule(name), given))
             return flat_tensors(model(*self.inputs))
+
+    def is_needed(self, model: nn.Module, first: int, numbers: Iterable[int]) -> bool:
+        """Whether the rest of the network, from station `first` on, needs what one of these stations gave."""
+        kept, poisoned = self._given, list(self._given)
+        for number in numbers:
+            poisoned[number] = torch.full_like(kept[number], torch.nan)
+        self._given = poisoned
+        try:
+            outputs = self.outputs_from(model, first)
+        finally:
+            self._given = kept
+        return any(bool(output.isnan().any()) for output in outputs)
 
     @property
     def n_bytes(self) -> int:
@@ -85,26 +101,36 @@ class Recording:
 
 
 def _calls(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """Number the modules that run once and give one tensor, in running order."""
+    """Number the modules that run once, give one tensor and leave what they read, in running order."""
     order: list[str] = []
-    tensors: set[str] = set()
+    fit: set[str] = set()
+    versions: dict[str, list[int]] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            order.append(name)
-            if isinstance(output, Tensor):
-                tensors.add(name)
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            versions[name] = [read._version for read in flat_tensors([args, keywords])]
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            order.append(name)
+            left = versions[name] == [read._version for read in flat_tensors([args, keywords])]
+            if isinstance(output, Tensor) and left:
+                fit.add(name)
+
+        return hook
+
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in modules]
+    hooks += [module.register_forward_hook(after(name), with_kwargs=True) for name, module in modules]
     try:
         with evaluating(model):
             model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: i for i, name in enumerate(order) if order.count(name) == 1 and name in tensors}
+    return {name: i for i, name in enumerate(order) if order.count(name) == 1 and name in fit}
 
 
 @contextmanager
@@ -118,10 +144,10 @@ def _noting(module: nn.Module, given: list[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _answering(module: nn.Module, given: Tensor) -> Iterator[None]:
-    """Let the module give a copy of `given`, whatever it is called with."""
+def answering(module: nn.Module, given: Tensor, *, copied: bool = True) -> Iterator[None]:
+    """Let the module give `given`, whatever it is called with; a copy, because models work in place."""
     before = vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **keywords: given.clone()
+    vars(module)["forward"] = lambda *args, **keywords: given.clone() if copied else given
     try:
         yield
     finally:
@@ -132,6 +158,6 @@ def _answering(module: nn.Module, given: Tensor) -> Iterator[None]:
 
 
 def batches_of(inputs: Sequence[Tensor], size: int) -> Iterator[tuple[Tensor, ...]]:
-    """Split inputs along their first dimension."""
-    for start in range(0, len(inputs[0]), size):
-        yield tuple(x[start : start + size] for x in inputs)
+    """Split inputs along their first dimension into parts of `size` at most, as equal as possible."""
+    n = -(-len(inputs[0]) // size)
+    yield from zip(*(x.tensor_split(n) for x in inputs), strict=True)

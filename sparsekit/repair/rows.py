@@ -2,9 +2,9 @@
 
 - "full": all that one output position reads. For a convolution these are channels x kernel columns, with its padding.
 - "pointwise": one column for each input channel, at each position of the input. One prediction then serves every
-  place of the kernel. It needs less memory, and is not exact at the border of a padded map. It is taken for
-  convolutions with too many columns or over three dimensions, for transposed ones, for layers that pad in a way of
-  their own, and for linear layers that read many flattened maps.
+  place of the kernel. It needs less memory. At the border of a padded map fewer places meet, so that a prediction there
+  has no constant. It is taken for convolutions with too many columns or over three dimensions, for transposed ones, for
+  layers that pad in a way of their own, and for linear layers that read many flattened maps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
-from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.groups import ChannelGroups, Member
+from sparsekit.surgery.constants import bias_is_exact
 
 # A covariance of so many columns takes 46 MB.
 MOST_COLUMNS = 2400
@@ -83,13 +84,15 @@ class Reader:
         with torch.no_grad():
             weight.copy_((w.transpose(0, 1) if isinstance(layer, TRANSPOSED) else w).to(weight))
 
+    def affine(self, layer: nn.Module) -> bool:
+        """Whether a constant in a column is one in the output: not where some positions see less of the kernel."""
+        return not self.pointwise or bias_is_exact(layer)
+
     def bias_of(self, shift: Tensor, layer: nn.Module) -> Tensor:
         """Return what to add to the bias (outputs of the layer,), from (conv_groups, outputs)."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
         outputs = weight.shape[1] if isinstance(layer, TRANSPOSED) else weight.shape[0]
-        if isinstance(layer, TRANSPOSED):  # how many places of the kernel meet at a position differs
-            return torch.zeros(outputs).to(shift)
         return shift.reshape(outputs, -1).sum(1)
 
     def per_output(self, matrix: Tensor, conv_group: int) -> Tensor:
@@ -118,18 +121,18 @@ def readers(
     """
     found = {}
     for tensor, layer in layers.items():
-        repeats = {m.repeat for g in groups for m in g.members if m.role == "consumer" and m.tensor == tensor}
-        found[tensor] = _reader(tensor, layer, repeats, most_columns)
+        members = [m for g in groups for m in g.of_role("consumer") if m.tensor == tensor]
+        found[tensor] = _reader(tensor, layer, members, most_columns)
     return found
 
 
-def _reader(tensor: str, layer: nn.Module, repeats: set[int], most_columns: int) -> Reader:
+def _reader(tensor: str, layer: nn.Module, members: Sequence[Member], most_columns: int) -> Reader:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, nn.Linear):
         n = weight.shape[1]
-        maps = min(repeats, default=1)
-        if n > most_columns and len(repeats) == 1 and maps > 1 and n % maps == 0:
+        maps = members[0].repeat if members else 1
+        if n > most_columns and maps > 1 and n % maps == 0 and all(_in_maps(m, maps) for m in members):
             return Reader(tensor, True, 1, n // maps, 1, maps)
         return Reader(tensor, False, 1, n, 1)
     conv_groups = int(getattr(layer, "groups", 1))
@@ -146,17 +149,23 @@ def _reader(tensor: str, layer: nn.Module, repeats: set[int], most_columns: int)
     return Reader(tensor, True, conv_groups, weight.shape[1], 1)
 
 
+def _in_maps(member: Member, maps: int) -> bool:
+    """Whether each channel has so many columns in a row: a map that was flattened behind its channels is apart."""
+    rows = [member.positions[i : i + maps] for i in range(0, len(member.positions), maps)]
+    return member.repeat == maps and all(
+        row[0] % maps == 0 and row == tuple(range(row[0], row[0] + maps)) for row in rows
+    )
+
+
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what each output position of a convolution reads: (images, positions, channels x kernel)."""
     assert isinstance(layer, CONVOLUTIONS)
-    if all(size == 1 for size in layer.kernel_size):
-        pads = [0] * len(layer.kernel_size) if isinstance(layer.padding, str) else list(layer.padding)
-        x = F.pad(x, [n for pad in reversed(pads) for n in (pad, pad)])
-        steps = (slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))
-        return x[steps].flatten(2).transpose(1, 2)
     both_sides: Sequence[int] = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, list(both_sides), mode=mode)
+    if all(size == 1 for size in layer.kernel_size):
+        steps = (slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))
+        return x[steps].flatten(2).transpose(1, 2)
     kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
     if isinstance(layer, nn.Conv1d):
         x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)

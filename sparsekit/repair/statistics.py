@@ -19,6 +19,7 @@ from sparsekit.repair.rows import Reader, readers
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Scores
 from sparsekit.surgery.constants import Reading, channel_dim, plain_layers
+from sparsekit.surgery.norms import make_readers_plain_
 
 # Of a map, so many positions an image are enough: neighbours are alike. Layers with more columns need more rows.
 _MOST_POSITIONS = 64
@@ -31,8 +32,9 @@ _MOST_BYTES = 64 * 2**20
 class LayerStatistics:
     """What one layer reads.
 
-    `moments` are those of its rows. `sensitivity` (outputs, outputs) is the sum over positions, averaged over the
-    images, of the products of the gradients of the layer's outputs. `reading` has the range of each input channel.
+    `moments` are those of its rows, about 0 where no bias can take over a constant. `sensitivity` (outputs, outputs) is
+    the sum over positions, averaged over the images, of the products of the gradients of the layer's outputs.
+    `reading` has the range of each input channel.
     """
 
     reader: Reader
@@ -55,6 +57,11 @@ class InputStatistics:
     left_out: Mapping[str, str]
     n_images: int
 
+    @property
+    def readers(self) -> dict[str, Reader]:
+        """How each layer is read, by the name of its weight."""
+        return {tensor: layer.reader for tensor, layer in self.layers.items()}
+
 
 def input_statistics(
     model: nn.Module,
@@ -67,8 +74,8 @@ def input_statistics(
 ) -> InputStatistics:
     """Gather what the layers of a model read on `batches` of images, which need no labels.
 
-    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the loss
-    is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
+    The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
+    loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
     is that of a batch, and 8 bytes for each pair of columns of a layer: at most 46 MB each.
 
@@ -109,6 +116,8 @@ class _Sums:
         assert self.low is not None
         assert self.high is not None
         mean = self.first / self.rows
+        if not self.reader.affine(self.layer):
+            mean = torch.zeros_like(mean)
         covariance = self.second / self.rows - mean[:, :, None] * mean[:, None]
         moments = Moments(mean, (covariance + covariance.mT) / 2, self.rows)
         return LayerStatistics(
@@ -127,6 +136,7 @@ class _Gathering:
         self._generator = torch.Generator().manual_seed(seed)
         consumers = [(g, m) for g in groups.free for m in g.of_role("consumer")]
         tensors = dict.fromkeys(member.tensor for _, member in consumers)
+        make_readers_plain_(model, tensors)
         plain = plain_layers(model, tensors, conv_groups=True)
         self._sums = {
             tensor: _Sums(reader, plain[tensor]) for tensor, reader in readers(groups, plain).items()
@@ -164,7 +174,8 @@ class _Gathering:
         )
         self._held = []
         try:
-            outputs = flat_tensors(self._model(*leaves))
+            # Copies, because models may overwrite their input.
+            outputs = flat_tensors(self._model(*(x.clone() for x in leaves)))
         except Exception as error:
             raise ModelError(
                 f"{type(self._model).__name__} does not run on images of shape "
@@ -173,7 +184,7 @@ class _Gathering:
         if self._gradients:
             loss = sampled_loss(outputs, self._generator)
             wanted = [t for _, x, y in self._held for t in (x, y)]
-            if loss.requires_grad:
+            if loss.requires_grad and wanted:
                 found = torch.autograd.grad(loss, wanted, allow_unused=True)
                 self._add_gradients(found, len(inputs[0]))
         with torch.no_grad():
@@ -210,8 +221,9 @@ class _Gathering:
                 some = self._some(rows, sums.reader.columns)
                 part = some.flatten(0, 1)
                 sums.gradients = sums.gradients + (part.T @ part).double() * (rows.shape[1] / some.shape[1])
-            if of_input is None or len(x) != n_images:
+            if of_input is None or len(x) % n_images:
                 continue
+            # Windows of an image, which some models stack along the batch, are of that image.
             closing = (x.detach() * of_input).movedim(channel_dim(sums.layer), -1)
             moved = closing.reshape(n_images, -1, closing.shape[-1]).sum(1).double().cpu()
             self._add_gates(tensor, moved, by_group)

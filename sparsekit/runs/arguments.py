@@ -105,7 +105,7 @@ class Arguments:
             grouping={
                 "ignore": cut.ignore,
                 "through_layer_norm": cut.through_layer_norm,
-                "blocks": cut.blocks,
+                "blocks": "all" if cut.blocks and cut.repair is not None else cut.blocks,
                 "round_to": cut.round_to,
                 "min_channels": cut.min_channels,
             },

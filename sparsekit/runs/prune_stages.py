@@ -11,6 +11,7 @@ from torch import nn
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
+from sparsekit.prune_model import prune
 from sparsekit.runs.arguments import make_sparsifier
 from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
 from sparsekit.runs.results import ChoiceFound, CutResult, LayerKept, SparsifyResult, as_json, from_json
@@ -23,7 +24,7 @@ from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
-from sparsekit.surgery.verify import verify_cut
+from sparsekit.surgery.verify import Agreement, verify_cut
 from sparsekit.training.checkpoint import save_state
 from sparsekit.training.loop import steps_per_epoch
 from sparsekit.training.options import Distillation
@@ -54,6 +55,8 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
 def cut(run: Run, tick: Callable[[], None]) -> CutResult:
     """Choose masks, make the plan, cut, and prove it. The cut model is left in checkpoints/cut."""
     model = run.weights("sparse")
+    if run.recipe.cut.repair is not None:
+        return _cut_and_repair(run, model)
     groups = run.find_groups(model)
     masks, choice = cut_masks(run, model, groups)
     if choice is not None:
@@ -68,6 +71,58 @@ def cut(run: Run, tick: Callable[[], None]) -> CutResult:
     pruned = apply_plan(model, plan)
     proof = verify_cut(model, pruned, plan)
     run.save_artifact(pruned, run.files.checkpoints / "cut", plan, {})
+    return _result(model, groups, masks, plan, proof, choice)
+
+
+def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
+    """Prune a finished model with training images, whose labels are not used (`sparsekit.prune`)."""
+    spec, target = run.recipe.cut, run.arguments.target
+    assert spec.repair is not None
+    images = run.training_images(spec.repair.images)
+    repair = spec.repair
+    found = run.by_the_first(
+        lambda: prune(
+            model,
+            images,
+            speedup=target.speedup,
+            latency_ms=target.latency_ms,
+            keep=target.limits,
+            threads=run.recipe.benchmark.threads,
+            batch_size=run.recipe.export.batch_size,
+            distill_seconds=repair.distill_seconds,
+            max_images=repair.images,
+            seed=run.recipe.seed,
+            console=run.console,
+            ignore=spec.ignore,
+            through_layer_norm=spec.through_layer_norm,
+            blocks=spec.blocks,
+            round_to=spec.round_to,
+            min_channels=spec.min_channels,
+        )
+    )
+    for step in found.steps:
+        run.files.log(
+            f"{step.name}: {step.kl:.4g} nats from the dense model" + ("" if step.taken else "; not taken")
+        )
+    for remark in found.remarks:
+        run.say(f"repair: {remark}")
+    run.save_artifact(found.model, run.files.checkpoints / "cut", found.plan, {})
+    search = found.speed
+    multiples = {group.name: group.rounding.multiple for group in found.groups.free}
+    choice = ChoiceFound(multiples)
+    if search is not None:
+        choice = ChoiceFound(multiples, search.asked, search.found, search.trials, search.remark)
+    return _result(model, found.groups, found.masks, found.plan, found.proof, choice)
+
+
+def _result(
+    model: nn.Module,
+    groups: ChannelGroups,
+    masks: Masks,
+    plan: PrunePlan,
+    proof: Agreement,
+    choice: ChoiceFound | None,
+) -> CutResult:
     zeros = zero_channels(model, groups)
     kept = {group.name: _kept(group, masks, plan) for group in groups}
     return CutResult(

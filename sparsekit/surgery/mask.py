@@ -12,7 +12,7 @@ from sparsekit.errors import ModelError
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.attributes import read_sizes
 from sparsekit.surgery.constants import blank_columns_, fold_constants_
-from sparsekit.surgery.norms import is_standardised, make_plain_, normalise_what_stays_
+from sparsekit.surgery.norms import make_readers_plain_, normalise_what_stays_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -32,8 +32,7 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
 def with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A copy in which standardised convolutions that lose columns are plain."""
     copied = copy.deepcopy(model)
-    readers = {cut.tensor.rpartition(".")[0] for cut in plan.cuts if cut.role == "consumer"}
-    make_plain_(copied, sorted(name for name in readers if is_standardised(copied.get_submodule(name))))
+    make_readers_plain_(copied, (cut.tensor for cut in plan.cuts if cut.role == "consumer"))
     return copied
 
 
@@ -48,6 +47,8 @@ def _check_fits(model: nn.Module, plan: PrunePlan) -> None:
     for cut in plan.cuts:
         if cut.role == "producer" and cut.tensor.endswith("bias") and cut.tensor not in tensors:
             continue  # in a composed plan the first cut may make this bias, for a constant
+        if cut.tensor.endswith(".gain") and cut.tensor not in tensors:
+            continue  # the convolution was standardised, and was made plain since
         size = len(cut.keep) + len(cut.drop)
         if cut.role == "size":
             found = read_sizes(model, cut.tensor)

@@ -72,6 +72,12 @@ def make_plain_(model: nn.Module, names: Iterable[str]) -> None:
         module.__class__ = _plain_class(module)
 
 
+def make_readers_plain_(model: nn.Module, tensors: Iterable[str]) -> None:
+    """As `make_plain_`, for those of the layers with these weights that are standardised."""
+    names = {tensor.rpartition(".")[0] for tensor in tensors}
+    make_plain_(model, sorted(name for name in names if is_standardised(model.get_submodule(name))))
+
+
 def effective_weight(module: Any) -> Tensor:
     """The filters the layer convolves with: (w - mean) / sqrt(var + eps) x gain x scale, each filter by itself."""
     weight: Tensor = module.weight

@@ -66,11 +66,14 @@ def nothing_merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _whole_takes(ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is written and timed for the whole model."""
+
     def compare(files: list[Path], **_: object) -> LatencyComparison:
         readings = tuple(Latency(str(file), ms, ms, ms, 2) for file in files)
         return LatencyComparison(readings, (), Interval(1.0, 1.0, 1.0), 1, 2, 10, True, "")
 
     monkeypatch.setattr(layer_latency, "compare_latency", compare)
+    monkeypatch.setattr(layer_latency, "export_onnx", lambda model, path, *_, **__: path)
 
 
 def _network() -> nn.Sequential:
