@@ -128,7 +128,15 @@ class Stored:
 
     def decode(self) -> np.ndarray:
         """Pixels, (n, 32, 32, 3)."""
-        return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in self.files])
+        return np.stack([np.asarray(picture) for picture in self.pictures()])
+
+    def pictures(self) -> list[Image.Image]:
+        """One after the other, each of its own size."""
+        return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.files]
+
+    def at(self, chosen: np.ndarray) -> Stored:
+        """Those at some positions."""
+        return Stored([self.files[i] for i in chosen], self.labels[chosen])
 
 
 def read_tar(file: Path) -> Stored:
@@ -153,21 +161,27 @@ def pack(folder: Path, file: Path) -> None:
         np.savez_compressed(stream, **arrays)
 
 
+def read_stored(source: Path, split: str) -> Stored:
+    """The files of "train" or "test", not decoded yet, out of a folder of tars or an npz of `pack`."""
+    if source.is_dir():
+        return read_tar(source / f"cifar10_{'val' if split == 'test' else split}.tar")
+    with np.load(source) as packed:
+        images, labels = packed[f"{split}_images"], packed[f"{split}_labels"]
+        ends = packed[f"{split}_sizes"].cumsum()
+    return Stored([part.tobytes() for part in np.split(images, ends[:-1])], labels)
+
+
 def read_split(source: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) and labels (n,) of "train" or "test", out of a folder of tars or an npz.
 
     An npz may also hold the pixels themselves.
     """
-    if source.is_dir():
-        stored = read_tar(source / f"cifar10_{'val' if split == 'test' else split}.tar")
-        return stored.decode(), stored.labels
-    with np.load(source) as packed:
-        images, labels = packed[f"{split}_images"], packed[f"{split}_labels"]
-        if images.ndim == 4:
-            return images, labels
-        ends = packed[f"{split}_sizes"].cumsum()
-    files = [part.tobytes() for part in np.split(images, ends[:-1])]
-    return Stored(files, labels).decode(), labels
+    if not source.is_dir():
+        with np.load(source) as packed:
+            if packed[f"{split}_images"].ndim == 4:
+                return packed[f"{split}_images"], packed[f"{split}_labels"]
+    stored = read_stored(source, split)
+    return stored.decode(), stored.labels
 
 
 def read_images(source: Path, split: str, limit: int | None, device: str) -> Labelled:

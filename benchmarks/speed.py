@@ -23,7 +23,6 @@ with its cut. The table of latencies starts empty for each model, in --cache (by
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -39,7 +38,7 @@ import timm
 import torch
 import torch_pruning as tp
 from common import machine_text, save_figure, versions_text, write_json, write_text
-from peers import classifier_layers, free_attention_, told_of_its_width_
+from peers import PeerCuts, global_cut
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -69,49 +68,14 @@ EFFICIENT = {"resnet": 0.95, "": 0.85}
 # ---- Torch-Pruning ---------------------------------------------------------------------------------------------------
 
 
-def peer_cut(model: nn.Module, ratio: float, round_to: int | None) -> nn.Module:
-    """A copy of the model, cut by Torch-Pruning."""
-    pruned = copy.deepcopy(model)
-    attentions = free_attention_(pruned)
-    pruner = tp.pruner.MagnitudePruner(
-        pruned,
-        EXAMPLE,
-        importance=tp.importance.GroupMagnitudeImportance(),
-        global_pruning=True,
-        pruning_ratio=ratio,
-        max_pruning_ratio=0.95,
-        round_to=round_to,
-        ignored_layers=classifier_layers(pruned, 1000),
-        num_heads={attention.qkv: attention.num_heads for attention in attentions},
-        prune_num_heads=False,
-        prune_head_dims=True,
-    )
-    pruner.step()
-    told_of_its_width_(attentions, pruner)
-    return pruned
+def peer_cuts(model: nn.Module, round_to: int | None) -> PeerCuts:
+    """Cuts by Torch-Pruning's global magnitude pruning, in multiples of `round_to`."""
 
+    def cut(ratio: float) -> nn.Module:
+        importance = tp.importance.GroupMagnitudeImportance()
+        return global_cut(model, EXAMPLE, ratio, importance=importance, round_to=round_to, num_classes=1000)
 
-class PeerCuts:
-    """Cuts of one model by one variant of Torch-Pruning, each made once."""
-
-    def __init__(self, model: nn.Module, round_to: int | None) -> None:
-        self._model, self._round_to = model, round_to
-        self._dense = sk.count_macs(model, EXAMPLE)
-        self._cuts: dict[float, tuple[float, nn.Module]] = {}
-
-    def to_macs(self, macs_ratio: float) -> nn.Module:
-        """The cut whose MACs ratio is nearest to the one asked for, by bisection of the share to prune."""
-        low, high = 0.0, 0.97
-        for _ in range(7):
-            ratio = (low + high) / 2
-            if ratio not in self._cuts:
-                pruned = peer_cut(self._model, ratio, self._round_to)
-                self._cuts[ratio] = self._dense / sk.count_macs(pruned, EXAMPLE), pruned
-            found = self._cuts[ratio][0]
-            if abs(found / macs_ratio - 1) < 0.01:
-                break
-            low, high = (ratio, high) if found < macs_ratio else (low, ratio)
-        return min(self._cuts.values(), key=lambda cut: abs(cut[0] - macs_ratio))[1]
+    return PeerCuts(model, EXAMPLE, cut)
 
 
 # ---- importance ------------------------------------------------------------------------------------------------------
@@ -190,7 +154,7 @@ class Subject:
         if missing:
             warnings.warn(f"{name}: no tag for {len(missing)} groups, which count as kept", stacklevel=2)
         self.dense = self.export(self.model)
-        self.peers = {peer: PeerCuts(self.model, round_to) for peer, round_to in PEERS.items()}
+        self.peers = {peer: peer_cuts(self.model, round_to) for peer, round_to in PEERS.items()}
 
     def export(self, model: nn.Module) -> Path:
         """A new file."""

@@ -55,7 +55,7 @@ def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(
     assert "no_such_model" in unknown["error"]
 
     assert (record["model"], record["status"], record["error"]) == ("test_resnet", "ok", None)
-    stages = "build forward analyse cut prove api train cut_again save load export parity"
+    stages = "build forward analyse cut prove repair api train cut_again save load export parity"
     assert list(record["seconds"]) == stages.split()
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert 0.4 < record["params_removed"] < 0.8
