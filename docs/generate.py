@@ -211,6 +211,7 @@ def _metavar(kind: Any) -> str:
 
 # Where each public name stands on its page. A name that is missing here, or too many, is an error.
 SUBJECTS: dict[str, str] = {
+    "Finished models": "prune PruneResult PruneStep input_statistics InputStatistics repair_weights",
     "Channels that go together": "find_groups ChannelGroups ChannelGroup Rounding",
     "What they cost": "measure_layers LatencyTable channel_macs channel_latencies count_macs count_params",
     "Training to zeros": "Sparsifier AutoStrength ConstantStrength PhaseShares fit TrainOptions StepHook "
@@ -326,7 +327,18 @@ def _annotation(annotation: Any) -> str:
 _BEGIN, _END = "<!-- tree: written by docs/generate.py -->\n", "<!-- end of tree -->"
 # From top to bottom: imports point only downwards.
 ROOMS = (
-    *("cli.py", "runs", "report", "integrations", "latency", "artifact", "repair", "sparsify", "selection"),
+    *(
+        "cli.py",
+        "runs",
+        "prune_model.py",
+        "report",
+        "integrations",
+        "latency",
+        "artifact",
+        "repair",
+        "sparsify",
+        "selection",
+    ),
     *("coupling", "surgery", "export", "training", "recipe", "structure"),
     *("options.py", "errors.py", "files.py", "machine.py", "evaluation.py"),
 )
