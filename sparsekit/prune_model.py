@@ -172,7 +172,7 @@ def prune(
         show.begin("choosing channels")
         started = time.monotonic()
         by_gates = Knapsack(groups, order_by_gates(groups, statistics.gates))
-        knapsack = judge.nearer(Knapsack.of_curves(groups, curves), by_gates, limits | speed.limit(groups))
+        knapsack = judge.nearer(Knapsack(groups, curves), by_gates, limits | speed.limit(groups))
         masks, search = _masks(knapsack, model, groups, timed, speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):

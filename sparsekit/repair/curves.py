@@ -88,13 +88,14 @@ def loss_curves(
     held_out: HeldOut,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, LossCurve]:
+) -> dict[str, LossCurve | Tensor]:
     """Measure the loss curve of each free group: the divergence from the dense model on images kept apart.
 
     Each group alone is masked at up to four of its widths and repaired in closed form, and the rest of the network is
-    run. A residual block is tried without. `model` is the dense model, whose weights change and come back.
+    run. A residual block is tried without. A group of which nothing is known has infinite importance in the place of a
+    curve: it stays. `model` is the dense model, whose weights change and come back.
     """
-    curves = {}
+    curves: dict[str, LossCurve | Tensor] = {}
     for number, group in enumerate(groups.free):
         if progress is not None:
             progress(number, len(groups.free))
@@ -102,6 +103,7 @@ def loss_curves(
         if group.bypass:
             order, costs = torch.zeros(1, dtype=torch.int64), torch.tensor([0.0, 1.0])
         elif found is None:
+            curves[group.name] = torch.full((group.n_channels,), torch.inf)
             continue
         else:
             order, costs = found[0].cpu(), found[1].cpu()

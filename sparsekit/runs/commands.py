@@ -77,6 +77,10 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
     remarks = [] if trained else ["the weights are random: trust how many channels go, not which ones"]
+    if recipe.cut.repair is not None:
+        remarks.append(
+            "with cut.repair the channels are chosen by what the outputs lose; here by their magnitude"
+        )
     if target.takes_attempts:
         remarks.append("max_accuracy_drop needs training, so it is left out here")
         target = replace(target, max_accuracy_drop=None)

@@ -53,57 +53,28 @@ def choose_channels(groups: ChannelGroups, importance: Scores, limits: Mapping[Q
 
 
 class Knapsack:
-    """Finds keep-masks for one model and importance, under any limits.
+    """Finds keep-masks for one model, under any limits.
 
-    Raises InputError for importance that does not fit the groups.
+    `known` has for each free group the importance of its channels, as `choose_channels` takes it, or its measured loss
+    curve: then the sum of the losses is kept least. Raises InputError for importance that does not fit the groups.
     """
 
-    def __init__(self, groups: ChannelGroups, importance: Scores) -> None:
-        self._start(groups)
-        for group in groups.free:
-            values = _checked(group, importance).double().cpu()
-            order = values.argsort(descending=True, stable=True)
-            sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
-            options = counts_of(group)
-            if not bool(values.isfinite().all()):
-                options, sums = options[-1:], np.zeros_like(sums)
-            self._add(group, order, options, _objective(sums[options]))
-
-    @staticmethod
-    def of_curves(groups: ChannelGroups, curves: Mapping[str, LossCurve]) -> Knapsack:
-        """Return the knapsack that keeps the sum of measured losses least; groups without a curve stay whole."""
-        made = Knapsack.__new__(Knapsack)
-        made._start(groups)
-        for group in groups.free:
-            options = counts_of(group)
-            curve = curves.get(group.name)
-            if curve is None:
-                made._add(group, torch.arange(group.n_channels), options[-1:], np.zeros(1))
-            else:
-                # The least loss possible is 0, so that an objective is >= 0 as importance is.
-                made._add(group, curve.order, options, curve.losses[0] - curve.losses[options])
-        return made
-
-    def _start(self, groups: ChannelGroups) -> None:
+    def __init__(self, groups: ChannelGroups, known: Mapping[str, torch.Tensor | LossCurve]) -> None:
         self._groups = groups
         self._costs = CostModel(groups)
         self._order: dict[str, torch.Tensor] = {}
         self._options: dict[str, NDArray[np.int64]] = {}
         self._objective: dict[str, Array] = {}  # of each option
-
-    def _add(
-        self, group: ChannelGroup, order: torch.Tensor, options: NDArray[np.int64], objective: Array
-    ) -> None:
-        self._order[group.name], self._options[group.name] = order, options
-        self._objective[group.name] = objective
-
-    @property
-    def _dense(self) -> dict[str, int]:
-        return {name: len(options) - 1 for name, options in self._options.items()}
-
-    @property
-    def _all(self) -> float:
-        return sum(float(objective[-1]) for objective in self._objective.values())
+        for group in groups.free:
+            one, name = known.get(group.name), group.name
+            if isinstance(one, LossCurve):
+                self._order[name], self._options[name] = one.order, counts_of(group)
+                # The smallest objective is 0, as with importance.
+                self._objective[name] = one.losses[0] - one.losses[self._options[name]]
+            else:
+                self._order[name], self._options[name], self._objective[name] = _ranked(group, one)
+        self._dense = {name: len(options) - 1 for name, options in self._options.items()}
+        self._all = sum(float(objective[-1]) for objective in self._objective.values())
 
     def under(self, limits: Mapping[Quantity, float]) -> Masks:
         """Return keep-masks under limits (shares of the dense model). Raises InputError for limits out of reach."""
@@ -257,8 +228,20 @@ class Knapsack:
         )
 
 
-def _checked(group: ChannelGroup, importance: Scores) -> torch.Tensor:
-    values = importance.get(group.name)
+def _ranked(
+    group: ChannelGroup, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, NDArray[np.int64], Array]:
+    """Return the order of a group's channels by importance, its options, and the objective of each."""
+    values = _checked(group, importance).double().cpu()
+    order = values.argsort(descending=True, stable=True)
+    sums = np.concatenate([[0.0], values[order].cumsum(0).numpy()])
+    options = counts_of(group)
+    if not bool(values.isfinite().all()):
+        options, sums = options[-1:], np.zeros_like(sums)
+    return order, options, _objective(sums[options])
+
+
+def _checked(group: ChannelGroup, values: torch.Tensor | None) -> torch.Tensor:
     if values is None or values.shape != (group.n_channels,) or bool((values.isnan() | (values < 0)).any()):
         got = (
             "none"

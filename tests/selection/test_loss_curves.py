@@ -115,7 +115,7 @@ def test_hardly_more_is_lost_than_by_trying_all_widths(limit: float) -> None:
             )
             for group in groups.free
         }
-        masks = Knapsack.of_curves(groups, curves).under({"macs": limit})
+        masks = Knapsack(groups, curves).under({"macs": limit})
         assert CostModel(groups).share("macs", masks) <= limit + 1e-9
         for name, mask in masks.items():  # the ones that go last stay
             assert mask.nonzero()[:, 0].tolist() == sorted(curves[name].order[: int(mask.sum())].tolist())
@@ -127,10 +127,10 @@ def test_hardly_more_is_lost_than_by_trying_all_widths(limit: float) -> None:
     assert float(np.mean(ratios)) < 1.06
 
 
-def test_groups_without_a_curve_stay_whole() -> None:
+def test_groups_of_infinite_importance_stay_whole_beside_curves() -> None:
     groups = chain([16, 16])
     curve = LossCurve.through(torch.arange(16), torch.arange(17.0), {4: 1.0})
-    masks = Knapsack.of_curves(groups, {"g1": curve}).under({"macs": 0.7})
+    masks = Knapsack(groups, {"g0": torch.full((16,), torch.inf), "g1": curve}).under({"macs": 0.7})
     assert masks["g0"].all()
     assert not masks["g1"].all()
 
@@ -138,5 +138,5 @@ def test_groups_without_a_curve_stay_whole() -> None:
 def test_what_loses_nothing_goes_only_as_far_as_is_asked_for() -> None:
     groups = chain([16])
     free = LossCurve.through(torch.arange(16), torch.arange(17.0), {4: 0.0})
-    assert int(Knapsack.of_curves(groups, {"g0": free}).under({"macs": 1.0})["g0"].sum()) == 16
-    assert int(Knapsack.of_curves(groups, {"g0": free}).under({"macs": 0.5})["g0"].sum()) <= 8
+    assert int(Knapsack(groups, {"g0": free}).under({"macs": 1.0})["g0"].sum()) == 16
+    assert int(Knapsack(groups, {"g0": free}).under({"macs": 0.5})["g0"].sum()) <= 8
