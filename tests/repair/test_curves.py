@@ -112,7 +112,10 @@ def test_groups_without_a_layer_that_can_be_repaired_go_by_their_gates() -> None
         assert torch.allclose(costs[1:], gates.sort().values.cumsum(0))
         assert channel_order(model, group, replace(without, gates={})) is None
     curves = loss_curves(model, groups, replace(without, gates={}), HeldOut(model, groups, apart))
-    assert curves == {}
+    for group in groups.free:  # of which nothing is known: they stay
+        values = curves[group.name]
+        assert isinstance(values, Tensor)
+        assert bool(values.isinf().all())
 
 
 def test_importance_by_gates_leaves_residual_blocks_whole() -> None:
