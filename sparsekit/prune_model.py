@@ -48,7 +48,7 @@ __all__ = ["PruneResult", "PruneStep", "prune"]
 # Of the images, this share is kept apart, and at most so many.
 _KEPT_APART = 0.2
 _MOST_KEPT_APART = 128
-_STATISTICS_BYTES = 384 * 2**20
+_STATISTICS_BYTES = 192 * 2**20
 _LARGEST_BATCH = 32
 # Outputs on images that were used may be nearer to the dense model's by this much before more images are asked for.
 _OPTIMISM, _OPTIMISM_KL = 2.0, 0.02
@@ -77,8 +77,9 @@ class PruneResult:
     - `speed` is the search that measured the speed-up; None if no speed was asked for.
     - `kl` and `agreement` compare the outputs with the dense model's on images kept apart; those images decided between
       steps too, so measure the accuracy on others. See `Divergence`.
-    - `steps` says what each step brought, `kept` the fractions of "macs", "params" and "channels" that are left, and
-      `remarks` what the caller should know: few images, layers that could not be repaired, a speed that was missed.
+    - `steps` says what each step brought, `seconds` how long all of it took, and `kept` which fractions of "macs",
+      "params" and "channels" are left.
+    - `remarks` is what the caller should know: few images, layers that could not be repaired, a speed that was missed.
     """
 
     model: nn.Module
@@ -91,6 +92,7 @@ class PruneResult:
     agreement: float
     steps: tuple[PruneStep, ...]
     kept: Mapping[Quantity, float]
+    seconds: float
     remarks: tuple[str, ...] = ()
 
 
@@ -135,13 +137,15 @@ def prune(
     Raises InputError for arguments and targets that are wrong or out of reach, DataError for images, ModelError for a
     model that cannot be analysed or does not run on the images, VerificationError if the cut cannot be proved.
     """
+    called = time.monotonic()
     speed = _Speed(speedup, latency_ms)
     limits = _checked_targets(speed, keep, distill_seconds, distill_steps)
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
-    example = _like(found[:1], model)
-    timed = found[:1].float().expand(batch_size, *found.shape[1:])
+    first = found[:1].clone()
+    example = _like(first, model)
+    timed = first.float().expand(batch_size, *found.shape[1:])
     with StepDisplay(console) as show:
         show.begin("finding groups")
         groups = find_groups(
@@ -160,6 +164,8 @@ def prune(
             _check_reach(groups, speed)
         dense = _working_copy(model, groups)
         used, apart = (_laid_out(_like(part, dense)) for part in _split(found, seed))
+        n_found = len(found)
+        del found, images
 
         show.begin("statistics of the layers' inputs")
         batches = torch.split(used, _batch_size(dense, used))
@@ -167,6 +173,7 @@ def prune(
         show.begin("measuring loss curves")
         held_out = HeldOut(dense, groups, (apart,))
         curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
+        held_out.forget()
         judge = _Judge(dense, groups, statistics, held_out)
 
         show.begin("choosing channels")
@@ -191,7 +198,7 @@ def prune(
         proof_of_repaired = verify_cut(repaired, candidate, plan)
         if best.offer("closed form", started, candidate, held_out.of(candidate)):
             proof = proof_of_repaired
-        remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],)), len(found))
+        remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],), recorded=0), n_found)
         show.begin("refitting layer by layer")
         started = time.monotonic()
         fitted = refit(
@@ -236,6 +243,7 @@ def prune(
         agreement=best.divergence.agreement,
         steps=tuple(best.steps),
         kept=_kept(groups, masks),
+        seconds=time.monotonic() - called,
         remarks=(
             *remarks,
             *_left_out(statistics, plan),

@@ -14,7 +14,7 @@ from sparsekit.repair.replay import Recording, Stations, batches_of
 from sparsekit.structure.groups import ChannelGroups
 
 # What the recordings of a dense model may take.
-_MOST_BYTES = 512 * 2**20
+_MOST_BYTES = 256 * 2**20
 # Images that the curves are measured on, where memory allows.
 _MOST_RECORDED = 64
 _BATCH = 16
@@ -25,17 +25,24 @@ class HeldOut:
     """Images kept apart, with the outputs of the dense model for them.
 
     `inputs` have the images along their first dimension, on the model's device. What each part of the model gave is
-    recorded, at its `stations`, for the first 64 of them, or as many as fit in 512 MB.
+    recorded, at its `stations`, for the first `recorded` of them, or as many as fit in 256 MB.
     """
 
-    def __init__(self, model: nn.Module, groups: ChannelGroups, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        inputs: tuple[Tensor, ...],
+        *,
+        recorded: int = _MOST_RECORDED,
+    ) -> None:
         self._inputs = inputs
         self._dense = [outputs_of(model, batch) for batch in batches_of(inputs, _BATCH)]
         first = next(batches_of(inputs, _BATCH))
         self.stations = Stations.of(model, groups, tuple(x[:1] for x in first))
         self._recordings: list[Recording] = []
         used = 0
-        for batch in batches_of(tuple(x[:_MOST_RECORDED] for x in inputs), _BATCH):
+        for batch in batches_of(tuple(x[:recorded] for x in inputs), _BATCH) if recorded else ():
             recording = Recording(model, self.stations, batch)
             if self._recordings and used + recording.n_bytes > _MOST_BYTES:
                 break
@@ -49,6 +56,10 @@ class HeldOut:
         half = names[len(names) // 2 :]
         step = max(len(half) // _STAGES, 1)
         return tuple(half[::-1][::step][:_STAGES][::-1])
+
+    def forget(self) -> None:
+        """Give back the memory of the recordings; `of_change` cannot be asked any more."""
+        self._recordings = []
 
     def of(self, model: nn.Module) -> Divergence:
         """Compare a model with the dense one, on all images kept apart."""

@@ -26,7 +26,7 @@ from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.constants import add_to_bias_
 
 # What the outputs of stations may take that are carried from one station to the next.
-_MOST_BYTES = 768 * 2**20
+_MOST_BYTES = 384 * 2**20
 _BATCH = 16
 # With fewer rows than this times the columns a layer keeps what the closed form gave it.
 _FEWEST_ROWS = 2
@@ -48,7 +48,7 @@ def refit(
     """Return a copy of the pruned model whose layers that lost inputs are refitted, in running order.
 
     `readers` are those of the dense model's layers. Layers that are read "pointwise", stand in no station, or see too
-    few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 768 MB.
+    few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 384 MB.
     """
     refitted = copy.deepcopy(pruned)
     lost = {
