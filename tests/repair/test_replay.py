@@ -151,13 +151,10 @@ def test_a_tensor_outside_of_all_stations_makes_everything_run() -> None:
     assert stations.first_of([f"{name}.weight" for name in reversed(stations.names[2:])]) == 2
 
 
-def test_images_beyond_the_recorded_ones_count_where_whole_models_are_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sparsekit.repair.held_out._MOST_RECORDED", 16)
+def test_images_beyond_the_recorded_ones_count_where_whole_models_are_compared() -> None:
     model, _, groups = networks("test_resnet")
     x = torch.randn(37, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    held_out = HeldOut(model, groups, (x,))
+    held_out = HeldOut(model, groups, (x,), recorded=16)
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.get_submodule(held_out.stages[-1]).apply(
