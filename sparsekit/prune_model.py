@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
-from sparsekit.errors import InputError, ModelError, first_line
+from sparsekit.errors import InputError, ModelError, TrainingError, first_line
 from sparsekit.evaluation import evaluating, flat_tensors
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import SpeedSearch, search_with
@@ -80,6 +80,7 @@ class PruneResult:
     - `steps` says what each step brought, `seconds` how long all of it took, and `kept` which fractions of "macs",
       "params" and "channels" are left.
     - `remarks` is what the caller should know: few images, layers that could not be repaired, a speed that was missed.
+    - `interrupted` says whether Ctrl-C ended the learning.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class PruneResult:
     kept: Mapping[Quantity, float]
     seconds: float
     remarks: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 def prune(
@@ -119,16 +121,18 @@ def prune(
     """Make a finished model faster with a few hundred images of the kind it will see; no labels are needed.
 
     `images` are normalised as the model expects them: a tensor, an iterable of batches, or a DataLoader, whose labels
-    are ignored; up to `max_images` are read. At least one target is needed, and all that are given hold: `speedup` or
-    `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions of "macs", "params"
-    or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole residual blocks go too,
-    and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
+    are ignored; the first `max_images` are read, so shuffle them. At least one target is needed, and all that are given
+    hold: `speedup` or `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions
+    of "macs", "params" or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole
+    residual blocks go too, and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
 
     The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
-    network run to see what that costs; the knapsack takes what costs least for its time; the model is cut and proved,
-    repaired in closed form, and then learns from the dense model for `distill_seconds`, or `distill_steps` if that is
-    less. After each step the outputs are compared with the dense model's on a fifth of the images, which no step fits;
-    a step that does not bring them nearer is left out. Ctrl-C while it learns returns what was best so far.
+    network run to see what that costs. The knapsack takes what costs least for its time. The model is cut and proved,
+    repaired in closed form and layer by layer, and learns from the dense model for `distill_seconds`, or for
+    `distill_steps` where these are given. After each step the outputs are compared with the dense model's on images
+    kept apart, a fifth of all and at most 128; a step that does not bring them nearer is left out. Nothing is fitted to
+    these images, but they choose: channels by their loss curves, and steps. Ctrl-C while it learns returns what was
+    best so far.
 
     The caller's model is not changed. The result has its device, dtype and training flags. With a target that is no
     time, and `distill_steps`, the result depends on `seed` alone. Progress is shown on `console`; by default on stderr
@@ -140,6 +144,9 @@ def prune(
     called = time.monotonic()
     speed = _Speed(speedup, latency_ms)
     limits = _checked_targets(speed, keep, distill_seconds, distill_steps)
+    for name, value in (("threads", threads), ("batch_size", batch_size), ("max_images", max_images)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} must be a whole number >= 1, got {value!r}")
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=max_images)
@@ -161,9 +168,9 @@ def prune(
             show.begin("measuring layers")
             on_cpu = _on_cpu(model)
             groups = measure_layers(on_cpu, groups, timed, threads=threads, progress=show.share)
-            _check_reach(groups, speed)
-        dense = _working_copy(model, groups)
-        used, apart = (_laid_out(_like(part, dense)) for part in _split(found, seed))
+        _check_reach(groups, speed, limits)
+        dense, layout = _working_copy(model, groups, example)
+        used, apart = (_like(part, dense).contiguous(memory_format=layout) for part in _split(found, seed))
         n_found = len(found)
         del found, images
 
@@ -212,26 +219,32 @@ def prune(
             progress=show.share,
         )
         best.offer("refit layer by layer", started, *held_out.better_of_end_and_middle(best.model, fitted))
+        interrupted = False
         if distill_seconds > 0 and distill_steps != 0:
             show.begin("learning from the dense model")
             started = time.monotonic()
-            learned = distill(
-                dense,
-                best.model,
-                plan,
-                used,
-                held_out,
-                seconds=distill_seconds,
-                steps=distill_steps,
-                stages=held_out.stages,
-                seed=seed,
-                progress=lambda now: show.share(now.share, 1.0),
-            )
-            best.offer("learning from the dense model", started, learned.model, learned.divergence)
-            if learned.interrupted:
-                remarks.append(
-                    "learning from the dense model was interrupted; what was best until then is returned"
+            try:
+                learned = distill(
+                    dense,
+                    best.model,
+                    plan,
+                    used,
+                    held_out,
+                    seconds=distill_seconds,
+                    steps=distill_steps,
+                    stages=held_out.stages,
+                    seed=seed,
+                    progress=lambda now: show.share(now.share, 1.0),
                 )
+            except TrainingError as error:
+                remarks.append(f"the repaired model was left as it is: {error}")
+            else:
+                interrupted = learned.interrupted
+                best.offer("learning from the dense model", started, learned.model, learned.divergence)
+                if interrupted:
+                    remarks.append(
+                        "learning from the dense model was interrupted; what was best until then is returned"
+                    )
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
@@ -249,6 +262,7 @@ def prune(
             *_left_out(statistics, plan),
             *([search.remark] if search and search.remark else []),
         ),
+        interrupted=interrupted,
     )
 
 
@@ -279,6 +293,17 @@ class _Speed:
 def _checked_targets(
     speed: _Speed, keep: Mapping[Quantity, float] | None, seconds: float, steps: int | None
 ) -> dict[Quantity, float]:
+    if keep is not None and not isinstance(keep, Mapping):
+        raise InputError(f"keep must be fractions by quantity, such as {{'macs': 0.5}}, got {keep!r}")
+    for name, number in (
+        ("speedup", speed.speedup),
+        ("latency_ms", speed.latency_ms),
+        ("distill_seconds", seconds),
+    ):
+        if number is None and name != "distill_seconds":
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise InputError(f"{name} must be a number, got {number!r}")
     limits = dict(keep or {})
     allowed = [quantity for quantity in get_args(Quantity) if quantity != "latency"]
     if not speed.asked and not limits:
@@ -291,9 +316,9 @@ def _checked_targets(
     if speed.speedup is not None and speed.speedup <= 1:
         raise InputError(f"speedup {speed.speedup:g} is met already: it must be above 1")
     for quantity, share in limits.items():
-        if quantity not in allowed or not 0 < share < 1:
+        if quantity not in allowed or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise InputError(
-                f"keep must be fractions in (0, 1) of {', '.join(allowed)}, got {quantity}: {share}"
+                f"keep must be fractions in (0, 1] of {', '.join(allowed)}, got {quantity}: {share}"
             )
     if not seconds >= 0 or (steps is not None and steps < 0):
         raise InputError(
@@ -304,13 +329,18 @@ def _checked_targets(
     return limits
 
 
-def _check_reach(groups: ChannelGroups, speed: _Speed) -> None:
+def _check_reach(groups: ChannelGroups, speed: _Speed, limits: Mapping[Quantity, float]) -> None:
+    """Refuse targets that are met already or out of reach, before minutes are spent on them."""
+    smallest = Knapsack(groups, all_alike(groups))
+    smallest.under(limits)
+    if not speed.asked:
+        return
     asked, dense_ms = speed.over(groups), sum(layer.ms or 0.0 for layer in groups.layers)
     if asked <= 1:
         raise InputError(
             f"latency_ms {speed.latency_ms:g} is met already: the dense model takes {dense_ms:.3g} ms in ONNX Runtime"
         )
-    most = 1 / Knapsack(groups, all_alike(groups)).least("latency")
+    most = 1 / smallest.least("latency")
     # Predictions are a few per cent off, so only a speed-up far beyond is refused.
     if asked > 1.1 * most:
         raise InputError(
@@ -400,8 +430,10 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().float()
 
 
-def _working_copy(model: nn.Module, groups: ChannelGroups) -> nn.Module:
-    """A copy to work with, in eval mode, in the memory format that is faster for maps.
+def _working_copy(
+    model: nn.Module, groups: ChannelGroups, example: Tensor
+) -> tuple[nn.Module, torch.memory_format]:
+    """A copy to work with, in eval mode, and its memory format: the one that is faster for maps, if it runs in it.
 
     Standardised convolutions whose inputs may go are plain in it, so that they can be masked and repaired.
     """
@@ -409,20 +441,22 @@ def _working_copy(model: nn.Module, groups: ChannelGroups) -> nn.Module:
     copied.train()  # in steps: the `train` of some timm modules returns nothing
     copied.eval()
     make_readers_plain_(copied, (m.tensor for group in groups.free for m in group.of_role("consumer")))
-    if any(parameter.dim() == 4 for parameter in copied.parameters()):
-        copied = copied.to(memory_format=torch.channels_last)
-    return copied
+    tensors = [*copied.parameters(), *copied.buffers()]
+    if example.dim() != 4 or any(tensor.dim() == 5 for tensor in tensors):
+        return copied, torch.contiguous_format
+    faster = copy.deepcopy(copied).to(memory_format=torch.channels_last)
+    try:  # a `view` of a map may refuse it
+        with evaluating(faster):
+            faster(example.repeat(2, 1, 1, 1).contiguous(memory_format=torch.channels_last))
+    except Exception:
+        return copied, torch.contiguous_format
+    return faster, torch.channels_last
 
 
 def _like(images: Tensor, model: nn.Module) -> Tensor:
     """The images on the device and in the dtype of the model."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), images)
     return images.to(parameter.device, parameter.dtype)
-
-
-def _laid_out(images: Tensor) -> Tensor:
-    """The images in the memory format of the working copy."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def _split(images: Tensor, seed: int) -> tuple[Tensor, Tensor]:

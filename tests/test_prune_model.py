@@ -349,9 +349,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no time": ({"latency_ms": 0.0}, r"latency_ms must be a finite number > 0"),
     "all": (
         {"keep": {"macs": 1.0}},
-        r"keep must be fractions in \(0, 1\) of macs, params, channels, got macs: 1",
+        r"nothing was cut",
     ),
-    "none": ({"keep": {"params": 0.0}}, r"keep must be fractions in \(0, 1\).*got params: 0"),
+    "none": ({"keep": {"params": 0.0}}, r"keep must be fractions in \(0, 1\].*got params: 0"),
     "latency": ({"keep": {"latency": 0.5}}, r"keep must be fractions.*got latency: 0\.5"),
     "flops": ({"keep": {"flops": 0.5}}, r"keep must be fractions.*got flops"),
     "out of reach": (
@@ -367,6 +367,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no end": ({"distill_seconds": math.inf, "distill_steps": None}, r"without end; give distill_steps"),
     "too coarse": ({"round_to": 512, "min_channels": 512}, r"out of reach|nothing was cut"),
     "threads": ({"threads": 0, "speedup": 2.0}, r"threads"),
+    "no mapping": ({"keep": 0.5}, r"keep must be fractions by quantity, such as .*got 0.5"),
+    "no seconds": ({"distill_seconds": None}, r"distill_seconds must be a number, got None"),
+    "negative batch": ({"batch_size": -1}, r"batch_size must be a whole number >= 1, got -1"),
+    "some images": ({"max_images": 1.5}, r"max_images must be a whole number >= 1, got 1.5"),
 }
 
 
@@ -423,3 +427,53 @@ def test_few_images_are_complained_of_where_it_matters() -> None:
         "the images are few for this model" in remark and "more than 32" in remark
         for remark in result.remarks
     )
+
+
+class Viewing(nn.Module):
+    """Flattens a map with a `view`, which refuses the memory format that is faster."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.max_pool2d(self.first(x).relu(), 2).view(len(x), -1))
+
+
+class Deciding(nn.Module):
+    """Gives classes, not logits: nothing can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Viewing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).argmax(1)
+
+
+class WithALoss(Viewing):
+    """Gives a number for the whole batch beside the logits."""
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits, logits.mean()
+
+
+@pytest.mark.parametrize("kind", [Viewing, WithALoss])
+def test_models_that_view_maps_or_give_a_number_are_pruned(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(40, 1, 8, 8)
+    result = sk.prune(kind(), images, **{**QUICK, "keep": {"macs": 0.6}, "distill_steps": 2})
+    assert 0 < result.kl < math.inf
+    assert 0 <= result.agreement <= 1
+
+
+def test_a_model_without_outputs_to_compare_is_refused() -> None:
+    with pytest.raises(ModelError, match="logits, not decisions"):
+        sk.prune(Deciding(), torch.randn(40, 1, 8, 8), **{**QUICK, "keep": {"macs": 0.6}})
+
+
+def test_a_dataset_is_refused_with_the_way_to_mend_it() -> None:
+    dataset = torch.utils.data.TensorDataset(torch.randn(40, 1, 8, 8), torch.zeros(40))
+    with pytest.raises(DataError, match="wrap it: DataLoader"):
+        sk.prune(Viewing(), dataset, **QUICK)

@@ -226,7 +226,7 @@ def _repair_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Con
     if cut.method not in ("auto", "budget") or cut.importance != "magnitude" or cut.recalibrate:
         yield Contradiction(
             ("cut.repair", "cut.method", "cut.importance", "cut.recalibrate"),
-            "cut.repair chooses channels by itself and repairs BatchNorms too: leave cut.method, cut.importance and "
+            "cut.repair chooses channels and repairs by itself: leave cut.method, cut.importance and "
             "cut.recalibrate out",
         )
 

@@ -24,7 +24,7 @@ def repair_weights(model: nn.Module, plan: PrunePlan, statistics: InputStatistic
         pruned = sk.apply_plan(repaired, plan)
         sk.verify_cut(repaired, pruned, plan)
 
-    `statistics` come from `input_statistics(model, groups, images)`.
+    `statistics` come from `input_statistics(model, groups, images.split(16))`.
     """
     repaired = with_plain_readers(model, plan)
     repair_(repaired, plan, statistics)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from sparsekit.errors import TrainingError
-from sparsekit.evaluation import eval_mode, flat_tensors
-from sparsekit.repair.divergence import Divergence, kl
+from sparsekit.evaluation import eval_mode
+from sparsekit.repair.divergence import Divergence, compared, kl
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.structure.plan import PrunePlan
 
@@ -65,8 +65,8 @@ def distill(
 
     The loss is the divergence of the outputs, KL(dense || pruned), and for each of `stages` the squared difference of
     the channels that stayed, over their variance. Adam, with ten steps of warm-up and a cosine; norms and dropout as in
-    evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It ends after `seconds`
-    or `steps`, whichever comes first, or with Ctrl-C. Both models stay as they are; the result is the best seen:
+    evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It takes `steps`
+    or, where these are None, `seconds`; Ctrl-C ends it. Both models stay as they are; the result is the best seen:
     the start, eight moments on the way, and half way to the end.
 
     Raises TrainingError if the loss is not finite from the first step on.
@@ -103,8 +103,8 @@ def distill(
                     warm = min((n + 1) / _WARMUP_STEPS, 1.0)
                     settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
                 with torch.no_grad():
-                    target = flat_tensors(dense(batch))
-                loss = _loss(target, flat_tensors(student(batch)), theirs, ours, rows)
+                    target = compared(dense(batch))
+                loss = _loss(target, compared(student(batch)), theirs, ours, rows)
                 if not bool(loss.isfinite()):
                     if n == 0:
                         raise TrainingError(
@@ -129,9 +129,10 @@ def distill(
 
 
 def _share(spent: float, seconds: float, done: int, steps: int | None) -> float:
-    """How much of the seconds or the steps is over, whichever is more; 1 or more at the end."""
-    of_steps = 0.0 if steps is None else done / steps if steps else 1.0
-    return max(spent / seconds if seconds > 0 else 1.0, of_steps)
+    """How much of the steps is over or, without steps, of the seconds; 1 or more at the end."""
+    if steps is not None:
+        return done / steps if steps else 1.0
+    return spent / seconds if seconds > 0 else 1.0
 
 
 def _loss(
@@ -142,7 +143,7 @@ def _loss(
     rows: Mapping[str, Sequence[Tensor]],
 ) -> Tensor:
     loss = sum(
-        (kl(t, o) for t, o in zip(target, output, strict=True) if t.is_floating_point() and t.numel()),
+        (kl(t, o) for t, o in zip(target, output, strict=True)),
         torch.zeros((), device=output[0].device),
     )
     for name, features in ours.items():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparsekit.evaluation import flat_tensors
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,9 @@ class Divergence:
     - `kl` is the mean Kullback-Leibler divergence KL(dense || model) of the predicted classes, in nats.
     - `agreement` is the share of images, in [0, 1], whose most likely class is the same.
 
-    An output that is no table of (images, classes) counts as a Gaussian with the dense output's variance: its kl is
-    half the mean squared difference over that variance, and it has no part in `agreement` (NaN if there is no other).
-    Several outputs are added up.
+    An output of two dimensions counts as (images, classes). Any other counts as a Gaussian with the dense output's
+    variance: its kl is half the mean squared difference over that variance, and it has no part in `agreement` (NaN if
+    there is no other). Several outputs are added up.
     """
 
     kl: float
@@ -29,6 +32,11 @@ class Divergence:
 def is_logits(output: Tensor) -> bool:
     """Whether an output is a table of (images, classes)."""
     return output.dim() == 2 and output.shape[1] > 1 and output.is_floating_point()
+
+
+def compared(outputs: Any) -> list[Tensor]:
+    """Return the tensors in a model's output that are compared: floating-point numbers, some for each image."""
+    return [t for t in flat_tensors(outputs) if t.is_floating_point() and t.dim() and t.numel()]
 
 
 def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence:
@@ -61,7 +69,12 @@ def sampled_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tenso
     """
     total = torch.zeros((), device=outputs[0].device)
     for output in outputs:
-        if not output.is_floating_point() or not output.requires_grad or not output.numel():
+        if (
+            not output.is_floating_point()
+            or not output.requires_grad
+            or not output.numel()
+            or not output.dim()
+        ):
             continue
         if is_logits(output):
             probabilities = output.detach().float().softmax(1).cpu()

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparsekit.evaluation import evaluating, flat_tensors
-from sparsekit.repair.divergence import Divergence, divergence
+from sparsekit.errors import ModelError
+from sparsekit.evaluation import evaluating
+from sparsekit.repair.divergence import Divergence, compared, divergence
 from sparsekit.repair.replay import Recording, Stations, batches_of
 from sparsekit.structure.groups import ChannelGroups
 
@@ -38,6 +39,11 @@ class HeldOut:
     ) -> None:
         self._inputs = inputs
         self._dense = [outputs_of(model, batch) for batch in batches_of(inputs, _BATCH)]
+        if not self._dense[0] or not all(bool(t.isfinite().all()) for one in self._dense for t in one):
+            raise ModelError(
+                f"{type(model).__name__} gives no finite floating-point outputs for the images, so no cut can be "
+                "judged by them; give a model that returns logits, not decisions"
+            )
         first = next(batches_of(inputs, _BATCH))
         self.stations = Stations.of(model, groups, tuple(x[:1] for x in first))
         self._recordings: list[Recording] = []
@@ -71,13 +77,13 @@ class HeldOut:
 
         Weights fitted to few images go too far in directions that only these images show; half way there is often
         nearer on others (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022). A bias that `start` does not
-        have stays as it is.
+        have is zero there.
         """
         middle, before = copy.deepcopy(end), dict(start.named_parameters())
         with torch.no_grad():
             for name, ours in middle.named_parameters():
-                if ours.is_floating_point() and name in before:
-                    ours.lerp_(before[name].to(ours), 0.5)
+                if ours.is_floating_point():
+                    ours.lerp_(before[name].to(ours) if name in before else torch.zeros_like(ours), 0.5)
         candidates = [(model, self.of(model)) for model in (end, middle)]
         return min(candidates, key=lambda candidate: candidate[1].kl)
 
@@ -92,9 +98,9 @@ class HeldOut:
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return all tensors that a model gives in eval mode."""
+    """Return the outputs of a model that are compared, in eval mode."""
     with evaluating(model):
-        return flat_tensors(model(*inputs))
+        return compared(model(*inputs))
 
 
 def _weighted(parts: list[tuple[Divergence, int]]) -> Divergence:

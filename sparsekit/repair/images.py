@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from sparsekit.errors import DataError
 
@@ -47,6 +48,10 @@ def collect_images(images: Any, *, most: int) -> Tensor:
 
 
 def _joined(batches: Any, most: int) -> Tensor:
+    if isinstance(batches, Dataset):
+        raise DataError(
+            "images must come in batches, got a Dataset; wrap it: DataLoader(dataset, batch_size=32, shuffle=True)"
+        )
     if isinstance(batches, (str, bytes, dict)) or not isinstance(batches, Iterable):
         raise DataError(
             f"images must be a tensor, an iterable of batches or a DataLoader, got {type(batches).__name__}"

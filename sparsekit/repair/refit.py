@@ -82,7 +82,8 @@ def _refit_one_(pair: _Pair, number: int, reader: Reader, generator: torch.Gener
     n = 0
     for seen in pair.at(number, reader.module):
         wanted = seen.target(scale)
-        x = own.rows(layer, seen.read)
+        precise = torch.promote_types(seen.read.dtype, torch.float32)
+        x, wanted = own.rows(layer, seen.read).to(precise), wanted.to(precise)
         y = wanted.flatten(2).mT if isinstance(layer, nn.modules.conv._ConvNd) else wanted
         y = y.reshape(*x.shape[:2], reader.conv_groups, -1)
         if x.shape[1] > most:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.evaluation import evaluating, flat_tensors
+from sparsekit.repair.divergence import compared
 from sparsekit.structure.groups import ChannelGroups
 
 # A station takes at most this share of the MACs, if it can be divided.
@@ -73,14 +74,14 @@ class Recording:
         with evaluating(model), ExitStack() as hooks:
             for name in stations.names:
                 hooks.enter_context(_noting(model.get_submodule(name), self._given))
-            self.outputs = flat_tensors(model(*inputs))
+            self.outputs = compared(model(*inputs))
 
     def outputs_from(self, model: nn.Module, first: int) -> list[Tensor]:
         """Return the outputs of the model, with all stations before number `first` giving what they gave."""
         with evaluating(model), ExitStack() as replaced:
             for name, given in zip(self._stations.names[:first], self._given, strict=False):
                 replaced.enter_context(answering(model.get_submodule(name), given))
-            return flat_tensors(model(*self.inputs))
+            return compared(model(*self.inputs))
 
     def is_needed(self, model: nn.Module, first: int, numbers: Iterable[int]) -> bool:
         """Whether the rest of the network, from station `first` on, needs what one of these stations gave."""

@@ -24,6 +24,8 @@ from sparsekit.surgery.norms import make_readers_plain_
 # Of a map, so many positions an image are enough: neighbours are alike. Layers with more columns need more rows.
 _MOST_POSITIONS = 64
 _COLUMNS_PER_POSITION = 8
+# A layer that reads more columns is left out: its covariance would take over 300 MB.
+_WIDEST = 6144
 # What the rows of one layer may take while a batch is worked on.
 _MOST_BYTES = 64 * 2**20
 
@@ -77,7 +79,7 @@ def input_statistics(
     The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
     loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
-    is that of a batch, and 8 bytes for each pair of columns of a layer: at most 46 MB each.
+    is that of a batch, and 8 bytes for each pair of columns of a layer.
 
     Raises InputError if there is no batch, and ModelError if the model does not run on one.
     """
@@ -101,7 +103,7 @@ class _Sums:
 
     def add(self, rows: Tensor) -> None:
         """Add rows (n, conv_groups, columns)."""
-        by_group = rows.movedim(1, 0)
+        by_group = _precise(rows).movedim(1, 0)
         self.rows += rows.shape[0]
         self.first = self.first + by_group.double().sum(1)
         self.second = self.second + (by_group.mT @ by_group).double()
@@ -125,6 +127,11 @@ class _Sums:
         )
 
 
+def _precise(tensor: Tensor) -> Tensor:
+    """At least float32: products of halves overflow."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class _Gathering:
     """One pass over batches, and the sums of all layers so far."""
 
@@ -138,14 +145,21 @@ class _Gathering:
         tensors = dict.fromkeys(member.tensor for _, member in consumers)
         make_readers_plain_(model, tensors)
         plain = plain_layers(model, tensors, conv_groups=True)
+        read = readers(groups, plain)
         self._sums = {
-            tensor: _Sums(reader, plain[tensor]) for tensor, reader in readers(groups, plain).items()
+            tensor: _Sums(reader, plain[tensor])
+            for tensor, reader in read.items()
+            if reader.columns <= _WIDEST
         }
         self._gates: Scores = {g.name: torch.zeros(g.n_channels, dtype=torch.float64) for g in groups.free}
         self._left_out = {
             t: "its weight is computed, shared, or not that of a convolution or linear layer"
             for t in tensors
             if t not in plain
+        } | {
+            t: f"it reads {reader.columns} columns, more than {_WIDEST}"
+            for t, reader in read.items()
+            if reader.columns > _WIDEST
         }
         self._held: list[tuple[str, Tensor, Tensor]] = []
 
@@ -155,7 +169,7 @@ class _Gathering:
             parameter.requires_grad_(False)
         with eval_mode(self._model), self._watching(), torch.set_grad_enabled(self._gradients):
             for batch in batches:
-                n_images += self._one(batch if isinstance(batch, tuple) else (batch,))
+                n_images += self._one(_inputs_of(batch))
         if not n_images:
             raise InputError("there are no images to take statistics from; give at least one batch")
         seen = {tensor: sums for tensor, sums in self._sums.items() if sums.rows}
@@ -184,9 +198,11 @@ class _Gathering:
         if self._gradients:
             loss = sampled_loss(outputs, self._generator)
             wanted = [t for _, x, y in self._held for t in (x, y)]
-            if loss.requires_grad and wanted:
-                found = torch.autograd.grad(loss, wanted, allow_unused=True)
-                self._add_gradients(found, len(inputs[0]))
+            followed = [t for t in wanted if t.requires_grad]  # what does not come from the images has none
+            if loss.requires_grad and followed:
+                found = iter(torch.autograd.grad(loss, followed, allow_unused=True))
+                all_found = tuple(next(found) if t.requires_grad else None for t in wanted)
+                self._add_gradients(all_found, len(inputs[0]))
         with torch.no_grad():
             for tensor, x, _ in self._held:
                 self._add_rows(tensor, x.detach())
@@ -219,7 +235,7 @@ class _Gathering:
                 rows = of_output.movedim(channel_dim(sums.layer), -1)
                 rows = rows.reshape(len(of_output), -1, rows.shape[-1])
                 some = self._some(rows, sums.reader.columns)
-                part = some.flatten(0, 1)
+                part = _precise(some).flatten(0, 1)
                 sums.gradients = sums.gradients + (part.T @ part).double() * (rows.shape[1] / some.shape[1])
             if of_input is None or len(x) % n_images:
                 continue
@@ -273,3 +289,15 @@ class _Gathering:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _inputs_of(batch: Any) -> tuple[Tensor, ...]:
+    """The inputs of a batch: a tensor, a tuple for a model with several inputs, or what a loader gives, a list."""
+    if isinstance(batch, list) and batch and isinstance(batch[0], Tensor):
+        batch = batch[0]  # labels come after it
+    found = batch if isinstance(batch, tuple) else (batch,)
+    if not all(isinstance(one, Tensor) and one.dim() > 1 for one in found):
+        raise InputError(
+            "batches must be an iterable of batches of images; of a tensor give images.split(16)"
+        )
+    return found

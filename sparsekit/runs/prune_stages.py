@@ -100,6 +100,8 @@ def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
             min_channels=spec.min_channels,
         )
     )
+    if found.interrupted:  # the stage is not done: --resume makes it again
+        raise KeyboardInterrupt
     for step in found.steps:
         run.files.log(
             f"{step.name}: {step.kl:.4g} nats from the dense model" + ("" if step.taken else "; not taken")

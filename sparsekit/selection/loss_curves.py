@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["LossCurve"]
+
+
+_UNUSABLE = 1e3
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class LossCurve:
         n = len(order)
         predicted = costs.flip(0).numpy().astype(np.float64)  # by how many are left
         losses = np.zeros(n + 1)
-        known = sorted({n: 0.0, **measured}.items(), reverse=True)
+        # What is not a number is as bad as can be: outputs that nobody can use.
+        finite = {count: loss if math.isfinite(loss) else _UNUSABLE for count, loss in measured.items()}
+        known = sorted({n: 0.0, **finite}.items(), reverse=True)
         for (more, above), (fewer, below) in itertools.pairwise(known):
             rise = predicted[fewer] - predicted[more]
             counts = np.arange(fewer, more + 1)

@@ -165,7 +165,7 @@ def test_progress_runs_from_none_to_all() -> None:
     assert all(math.isfinite(now.loss) and now.loss > 0 for now in told)
 
 
-@pytest.mark.parametrize("limits", [{"steps": 0}, {"seconds": 0.0}, {"seconds": 0.0, "steps": 5}])
+@pytest.mark.parametrize("limits", [{"steps": 0}, {"seconds": 0.0}])
 def test_no_time_is_no_learning(limits: dict[str, Any]) -> None:
     one = case()
     found = one.learn(**limits)
