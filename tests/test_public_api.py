@@ -215,9 +215,23 @@ def _is_public(name: str) -> bool:
     return len(parts) == 3 or (len(parts) == 4 and parts[3] in getattr(module, "__all__", vars(module)))
 
 
+# A benchmark lets peers' cuts learn as ours do, and judges each step of ours: parts that no call gives out alone.
+INSIDE = {
+    "benchmarks/finished_model.py": (
+        "sparsekit.prune_model._split",
+        "sparsekit.repair.distillation.distill",
+        "sparsekit.repair.divergence.divergence",
+        "sparsekit.repair.held_out.HeldOut",
+        "sparsekit.repair.held_out.outputs_of",
+        "sparsekit.repair.refit.refit",
+    )
+}
+
+
 @pytest.mark.parametrize("file", [*PROGRAMS, *PAGES], ids=lambda file: str(file.relative_to(ROOT)))
 def test_what_we_show_uses_only_what_is_public(file: Path) -> None:
-    assert [name for source in _shown(file) for name in _private(source)] == []
+    inside = INSIDE.get(str(file.relative_to(ROOT)), ())
+    assert [n for source in _shown(file) for n in _private(source) if n not in inside] == []
 
 
 @pytest.mark.parametrize(
