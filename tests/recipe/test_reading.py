@@ -365,6 +365,8 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
+    ("cut.repair={}", "cut.repair is for finished models: it needs sparsify.epochs 0, got 3; "),
+    ("cut.repair={images: 8}", "cut.repair.images must be "),
     ("cut.importance=fpgm", "cut.importance is read where masks are chosen at the cut, got fpgm although "),
     (
         "cut.target={}",
@@ -422,6 +424,14 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         (
             ["cut.target={speedup: 2}", "cut.method=threshold", "cut.threshold=0.1"],
             "cut.method threshold cannot reach a speed, an accuracy or several shares, got a cut.target of speedup",
+        ),
+        (
+            ["cut.repair={}", "sparsify.epochs=0", "cut.target={max_accuracy_drop: 0.01}"],
+            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, ",
+        ),
+        (
+            ["cut.repair={}", "sparsify.epochs=0", "cut.recalibrate=64"],
+            "cut.repair chooses channels and repairs by itself: leave cut.method, ",
         ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (
