@@ -22,7 +22,7 @@ from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError, ModelError, TrainingError, first_line
 from sparsekit.evaluation import evaluating, flat_tensors
 from sparsekit.latency.layers import measure_layers
-from sparsekit.latency.search import SpeedSearch, search_with
+from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.options import Quantity, RoundTo
 from sparsekit.repair.closed_form import repair_weights
 from sparsekit.repair.curves import loss_curves, order_by_gates
@@ -36,6 +36,7 @@ from sparsekit.repair.statistics import InputStatistics, input_statistics
 from sparsekit.selection.costs import CostModel
 from sparsekit.selection.importance import all_alike
 from sparsekit.selection.knapsack import Knapsack
+from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, make_plan
@@ -45,6 +46,8 @@ from sparsekit.surgery.verify import Agreement, verify_cut
 
 __all__ = ["PruneResult", "PruneStep", "prune"]
 
+# By group, the importance of its channels or its measured loss curve.
+_Known = Mapping[str, Tensor | LossCurve]
 # Of the images, this share is kept apart, and at most so many.
 _KEPT_APART = 0.2
 _MOST_KEPT_APART = 128
@@ -185,9 +188,9 @@ def prune(
 
         show.begin("choosing channels")
         started = time.monotonic()
-        by_gates = Knapsack(groups, order_by_gates(groups, statistics.gates))
-        knapsack = judge.nearer(Knapsack(groups, curves), by_gates, limits | speed.limit(groups))
-        masks, search = _masks(knapsack, model, groups, timed, speed, limits, threads)
+        gates = order_by_gates(groups, statistics.gates)
+        importance = judge.nearer(curves, gates, limits | speed.limit(groups))
+        masks, search = _masks(importance, model, groups, timed, speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
@@ -198,53 +201,14 @@ def prune(
         proof = verify_cut(dense, pruned, plan)
         best = _Best(pruned, held_out.of(pruned), started, show)
 
-        show.begin("repairing")
-        started = time.monotonic()
-        repaired = repair_weights(dense, plan, statistics)
-        candidate = apply_plan(repaired, plan)
-        proof_of_repaired = verify_cut(repaired, candidate, plan)
-        if best.offer("closed form", started, candidate, held_out.of(candidate)):
-            proof = proof_of_repaired
+        work = _Work(dense, plan, statistics, held_out, used, seed, show)
+        proof = _repair(best, work) or proof
         remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],), recorded=0), n_found)
-        show.begin("refitting layer by layer")
-        started = time.monotonic()
-        fitted = refit(
-            dense,
-            best.model,
-            plan,
-            statistics.readers,
-            used,
-            held_out.stations,
-            seed=seed,
-            progress=show.share,
-        )
-        best.offer("refit layer by layer", started, *held_out.better_of_end_and_middle(best.model, fitted))
+        _refit(best, work)
         interrupted = False
         if distill_seconds > 0 and distill_steps != 0:
-            show.begin("learning from the dense model")
-            started = time.monotonic()
-            try:
-                learned = distill(
-                    dense,
-                    best.model,
-                    plan,
-                    used,
-                    held_out,
-                    seconds=distill_seconds,
-                    steps=distill_steps,
-                    stages=held_out.stages,
-                    seed=seed,
-                    progress=lambda now: show.share(now.share, 1.0),
-                )
-            except TrainingError as error:
-                remarks.append(f"the repaired model was left as it is: {error}")
-            else:
-                interrupted = learned.interrupted
-                best.offer("learning from the dense model", started, learned.model, learned.divergence)
-                if interrupted:
-                    remarks.append(
-                        "learning from the dense model was interrupted; what was best until then is returned"
-                    )
+            remark, interrupted = _learn(best, work, distill_seconds, distill_steps)
+            remarks += [remark] if remark else []
     return PruneResult(
         model=_as_given(best.model, model),
         plan=plan,
@@ -361,20 +325,20 @@ class _Judge:
     statistics: InputStatistics
     held_out: HeldOut
 
-    def nearer(self, first: Knapsack, second: Knapsack, limits: Mapping[Quantity, float]) -> Knapsack:
-        """Return the knapsack whose masks under `limits` leave the outputs nearer to the dense model's."""
+    def nearer(self, first: _Known, second: _Known, limits: Mapping[Quantity, float]) -> _Known:
+        """Return the importance whose masks under `limits` leave the outputs nearer to the dense model's."""
         return first if self._kl(first, limits) <= self._kl(second, limits) else second
 
-    def _kl(self, knapsack: Knapsack, limits: Mapping[Quantity, float]) -> float:
+    def _kl(self, known: _Known, limits: Mapping[Quantity, float]) -> float:
         try:
-            plan = make_plan(self.groups, knapsack.under(limits))
+            plan = make_plan(self.groups, Knapsack(self.groups, known).under(limits))
         except InputError:  # gate scores do not let blocks go, so they reach less
             return math.inf
         return self.held_out.of(apply_plan(repair_weights(self.dense, plan, self.statistics), plan)).kl
 
 
 def _masks(
-    knapsack: Knapsack,
+    known: _Known,
     model: nn.Module,
     groups: ChannelGroups,
     example: Tensor,
@@ -383,11 +347,11 @@ def _masks(
     threads: int,
 ) -> tuple[Masks, SpeedSearch | None]:
     if not speed.asked:
-        return knapsack.under(limits), None
-    search = search_with(
-        knapsack,
+        return Knapsack(groups, known).under(limits), None
+    search = search_speed(
         _on_cpu(model),
         groups,
+        known,
         example,
         speedup=speed.speedup,
         latency_ms=speed.latency_ms,
@@ -420,6 +384,71 @@ class _Best:
             f"{name}: {divergence.kl:.4g} nats from the dense model, {divergence.agreement:.3f} of the answers the "
             f"same, {seconds:.0f} s" + ("" if taken else "; not taken")
         )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every step after the cut works with; `used` are the images that may be fitted."""
+
+    dense: nn.Module
+    plan: PrunePlan
+    statistics: InputStatistics
+    held_out: HeldOut
+    used: Tensor
+    seed: int
+    show: StepDisplay
+
+
+def _repair(best: _Best, work: _Work) -> Agreement | None:
+    """Offer the cut of the repaired model; returns its proof if it was taken."""
+    work.show.begin("repairing")
+    started = time.monotonic()
+    repaired = repair_weights(work.dense, work.plan, work.statistics)
+    candidate = apply_plan(repaired, work.plan)
+    proof = verify_cut(repaired, candidate, work.plan)
+    return proof if best.offer("closed form", started, candidate, work.held_out.of(candidate)) else None
+
+
+def _refit(best: _Best, work: _Work) -> None:
+    """Offer the model refitted layer by layer, or what is half way to it."""
+    work.show.begin("refitting layer by layer")
+    started = time.monotonic()
+    fitted = refit(
+        work.dense,
+        best.model,
+        work.plan,
+        work.statistics.readers,
+        work.used,
+        work.held_out.stations,
+        seed=work.seed,
+        progress=work.show.share,
+    )
+    best.offer("refit layer by layer", started, *work.held_out.better_of_end_and_middle(best.model, fitted))
+
+
+def _learn(best: _Best, work: _Work, seconds: float, steps: int | None) -> tuple[str, bool]:
+    """Offer what the model becomes when it learns; returns what the caller should know, and if Ctrl-C ended it."""
+    work.show.begin("learning from the dense model")
+    started = time.monotonic()
+    try:
+        learned = distill(
+            work.dense,
+            best.model,
+            work.plan,
+            work.used,
+            work.held_out,
+            seconds=seconds,
+            steps=steps,
+            stages=work.held_out.stages,
+            seed=work.seed,
+            progress=lambda now: work.show.share(now.share, 1.0),
+        )
+    except TrainingError as error:
+        return f"the repaired model was left as it is: {error}", False
+    best.offer("learning from the dense model", started, learned.model, learned.divergence)
+    if not learned.interrupted:
+        return "", False
+    return "learning from the dense model was interrupted; what was best until then is returned", True
 
 
 # -------------------------------------------------------------------------------------------------- small matters

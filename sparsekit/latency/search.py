@@ -17,8 +17,9 @@ from sparsekit.latency.compare import LatencyComparison, compare_latency
 from sparsekit.options import Quantity
 from sparsekit.selection.costs import kept_share
 from sparsekit.selection.knapsack import Knapsack
+from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroups
-from sparsekit.structure.masks import Masks, Scores
+from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import make_plan
 from sparsekit.surgery.cut import apply_plan
 
@@ -78,7 +79,7 @@ class SpeedSearch:
 def search_speed(
     model: nn.Module,
     groups: ChannelGroups,
-    importance: Scores,
+    importance: Mapping[str, Tensor | LossCurve],
     example_input: Tensor | tuple[Tensor, ...],
     *,
     speedup: float | None = None,
@@ -93,41 +94,17 @@ def search_speed(
     the dense model, at the batch of `example_input`. The measurement corrects the prediction, up to eight times, until
     it is within 1 % of what was asked for. The model is not changed.
 
-    `groups` come from `measure_layers`; `importance` is as in `choose_channels`; `limits` are further shares to keep at
-    most of "macs", "params" or "channels". `progress(trial)` is called after each measurement.
+    `groups` come from `measure_layers`; `importance` is as in `choose_channels`, or has a measured loss curve for a
+    group; `limits` are further shares to keep at most of "macs", "params" or "channels". `progress(trial)` is called
+    after each measurement.
 
     Raises InputError for a speed that even the fewest channels do not reach, and names the one that they do.
     """
-    return search_with(
-        Knapsack(groups, importance),
-        model,
-        groups,
-        example_input,
-        speedup=speedup,
-        latency_ms=latency_ms,
-        limits=limits,
-        threads=threads,
-        progress=progress,
-    )
-
-
-def search_with(
-    knapsack: Knapsack,
-    model: nn.Module,
-    groups: ChannelGroups,
-    example_input: Tensor | tuple[Tensor, ...],
-    *,
-    speedup: float | None = None,
-    latency_ms: float | None = None,
-    limits: Mapping[Quantity, float] | None = None,
-    threads: int = 1,
-    progress: Callable[[SpeedTrial], None] | None = None,
-) -> SpeedSearch:
-    """As `search_speed`, with masks from a knapsack."""
     if (speedup is None) == (latency_ms is None):
         raise InputError("search_speed needs one of speedup and latency_ms")
     if not 0 < (asked_value := speedup or latency_ms or 0.0) < math.inf:
         raise InputError(f"a speed-up or a latency must be a finite number > 0, got {asked_value}")
+    knapsack = Knapsack(groups, importance)
     with TemporaryDirectory() as folder:
         stopwatch = _Stopwatch(model, groups, example_input, threads, Path(folder))
         return _Search(knapsack, groups, dict(limits or {}), stopwatch, progress).run(speedup, latency_ms)

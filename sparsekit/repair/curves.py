@@ -152,13 +152,14 @@ def masked_in_place(
     names = [cut.tensor for cut in plan.cuts if cut.role == "consumer" and cut.drop]
     names += [scale for block in plan.blocks for scale in block.scales] if blocks else []
     before = {name: tensors[name].detach().clone() for name in names}
-    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    biases = {
-        name: (layer, layer._parameters.get("bias"), None)
-        for name, layer in layers.items()
+    layers = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    # A repair adds to biases, or makes one where there was none.
+    biases = [
+        (layer, bias, None if bias is None else bias.detach().clone())
+        for layer in layers
         if "bias" in layer._parameters
-    }
-    kept = {name: None if bias is None else bias.detach().clone() for name, (_, bias, _) in biases.items()}
+        for bias in [layer._parameters["bias"]]
+    ]
     try:
         repair_(model, plan, statistics)
         with torch.no_grad():
@@ -168,10 +169,10 @@ def masked_in_place(
         yield names
     finally:
         with torch.no_grad():
-            for name, (layer, bias, _) in biases.items():
+            for layer, bias, kept in biases:
                 layer._parameters["bias"] = bias
-                if bias is not None:
-                    bias.copy_(kept[name])  # type: ignore[arg-type]
+                if bias is not None and kept is not None:
+                    bias.copy_(kept)
             for name, values in before.items():
                 tensors[name].copy_(values)
 
