@@ -167,6 +167,7 @@ def prune(
             round_to=round_to,
             min_channels=min_channels,
         )
+        _check_free(model, groups)
         if speed.asked:
             show.begin("measuring layers")
             on_cpu = _on_cpu(model)
@@ -291,6 +292,16 @@ def _checked_targets(
     if math.isinf(seconds) and steps is None:
         raise InputError("distill_seconds is without end; give distill_steps too")
     return limits
+
+
+def _check_free(model: nn.Module, groups: ChannelGroups) -> None:
+    if groups.free:
+        return
+    why = "; ".join(f"{group.name}: {group.frozen}" for group in groups.groups[:3])
+    raise ModelError(
+        f"nothing of {type(model).__name__} can be cut: "
+        + (why or "it has no convolution or linear layer in floating point; prune before you quantise")
+    )
 
 
 def _check_reach(groups: ChannelGroups, speed: _Speed, limits: Mapping[Quantity, float]) -> None:

@@ -477,3 +477,25 @@ def test_a_dataset_is_refused_with_the_way_to_mend_it() -> None:
     dataset = torch.utils.data.TensorDataset(torch.randn(40, 1, 8, 8), torch.zeros(40))
     with pytest.raises(DataError, match="wrap it: DataLoader"):
         sk.prune(Viewing(), dataset, **QUICK)
+
+
+class Remembering(Viewing):
+    """Keeps something in its state that is no tensor, as quantised modules do."""
+
+    def get_extra_state(self) -> Any:
+        return {"kind": "none"}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state == {"kind": "none"}
+
+
+def test_a_state_that_is_no_tensor_is_no_hindrance() -> None:
+    result = sk.prune(Remembering(), torch.randn(40, 1, 8, 8), **{**QUICK, "distill_steps": 2})
+    assert result.kept["macs"] <= 0.6
+
+
+def test_a_model_of_which_nothing_can_be_cut_is_refused_with_the_reason() -> None:
+    with pytest.raises(ModelError, match=r"nothing of Linear can be cut: .*reaches the model's output"):
+        sk.prune(nn.Linear(16, 4), torch.randn(40, 16), **QUICK)
+    with pytest.raises(ModelError, match="no convolution or linear layer in floating point; prune before"):
+        sk.prune(nn.Sequential(nn.Flatten(), nn.Softmax(1)), torch.randn(40, 16), **QUICK)

@@ -207,7 +207,7 @@ def randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, e
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in trial.state_dict().items():
-            if tensor.dim() == 1 and tensor.is_floating_point():
+            if isinstance(tensor, Tensor) and tensor.dim() == 1 and tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
                 centred = name.endswith(("bias", "running_mean"))
                 tensor.copy_(0.2 * (noise - 0.5) if centred else 0.5 + noise)
