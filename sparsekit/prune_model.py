@@ -51,7 +51,8 @@ _Known = Mapping[str, Tensor | LossCurve]
 # Of the images, this share is kept apart, and at most so many.
 _KEPT_APART = 0.2
 _MOST_KEPT_APART = 128
-_STATISTICS_BYTES = 192 * 2**20
+# What a pass with gradients may take, and how much of the layers' outputs it holds at once: about half, as measured.
+_STATISTICS_BYTES, _HELD_AT_ONCE = 320 * 2**20, 0.5
 _LARGEST_BATCH = 32
 # Outputs on images that were used may be nearer to the dense model's by this much before more images are asked for.
 _OPTIMISM, _OPTIMISM_KL = 2.0, 0.02
@@ -179,8 +180,8 @@ def prune(
         del found, images
 
         show.begin("statistics of the layers' inputs")
-        batches = torch.split(used, _batch_size(dense, used))
-        statistics = input_statistics(dense, groups, show.over(batches), seed=seed)
+        at_once = _batch_size(dense, used)
+        statistics = input_statistics(dense, groups, show.over(torch.split(used, at_once)), seed=seed)
         show.begin("measuring loss curves")
         held_out = HeldOut(dense, groups, (apart,))
         curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
@@ -202,7 +203,7 @@ def prune(
         proof = verify_cut(dense, pruned, plan)
         best = _Best(pruned, held_out.of(pruned), started, show)
 
-        work = _Work(dense, plan, statistics, held_out, used, seed, show)
+        work = _Work(dense, plan, statistics, held_out, used, at_once, seed, show)
         proof = _repair(best, work) or proof
         remarks = _few_images(best, HeldOut(dense, groups, (used[: len(apart)],), recorded=0), n_found)
         _refit(best, work)
@@ -399,13 +400,17 @@ class _Best:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every step after the cut works with; `used` are the images that may be fitted."""
+    """What every step after the cut works with.
+
+    `used` are the images that may be fitted; so many `at_once` pass with gradients.
+    """
 
     dense: nn.Module
     plan: PrunePlan
     statistics: InputStatistics
     held_out: HeldOut
     used: Tensor
+    at_once: int
     seed: int
     show: StepDisplay
 
@@ -451,6 +456,7 @@ def _learn(best: _Best, work: _Work, seconds: float, steps: int | None) -> tuple
             seconds=seconds,
             steps=steps,
             stages=work.held_out.stages,
+            at_once=work.at_once,
             seed=work.seed,
             progress=lambda now: work.show.share(now.share, 1.0),
         )
@@ -525,7 +531,7 @@ def _batch_size(model: nn.Module, images: Tensor) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return int(min(max(_STATISTICS_BYTES // max(2 * total, 1), 1), _LARGEST_BATCH))
+    return int(min(max(_STATISTICS_BYTES // max(_HELD_AT_ONCE * total, 1), 1), _LARGEST_BATCH))
 
 
 def _as_given(pruned: nn.Module, model: nn.Module) -> nn.Module:

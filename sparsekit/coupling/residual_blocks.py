@@ -158,6 +158,8 @@ def _identities(
 
     `shared`: units that other modules hold as well may be among them.
     """
+    if not modules:
+        return {}
     parameters = dict(model.named_parameters())
     recorded = _recorded_arguments(model, modules, input_shapes)
     found: dict[str, list[str]] = {}
@@ -189,6 +191,8 @@ def _needed(
         return _is_identity(module, list(tensors.values()), args, keywords)
 
     needed = list(units)
+    if silent(needed[-1:]):  # so it is with most: the last layer or norm of the only branch
+        return needed[-1:]
     if not silent(needed):
         return []
     for unit in units:  # what need not be zero ends no branch

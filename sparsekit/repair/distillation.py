@@ -57,6 +57,7 @@ def distill(
     seconds: float = math.inf,
     steps: int | None = None,
     stages: Sequence[str] = (),
+    at_once: int = _BATCH,
     lr: float = _LR,
     seed: int = 0,
     progress: Callable[[DistillProgress], None] | None = None,
@@ -65,9 +66,9 @@ def distill(
 
     The loss is the divergence of the outputs, KL(dense || pruned), and for each of `stages` the squared difference of
     the channels that stayed, over their variance. Adam, with ten steps of warm-up and a cosine; norms and dropout as in
-    evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It takes `steps`
-    or, where these are None, `seconds`; Ctrl-C ends it. Both models stay as they are; the result is the best seen:
-    the start, eight moments on the way, and half way to the end.
+    evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It takes `steps` of 16
+    images, of which `at_once` pass together, or, where these are None, `seconds`; Ctrl-C ends it. Both models stay as
+    they are; the result is the best seen: the start, eight moments on the way, and half way to the end.
 
     Raises TrainingError if the loss is not finite from the first step on.
     """
@@ -102,21 +103,26 @@ def distill(
                 for settings in optimizer.param_groups:
                     warm = min((n + 1) / _WARMUP_STEPS, 1.0)
                     settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
-                with torch.no_grad():
-                    target = compared(dense(batch))
-                loss = _loss(target, compared(student(batch)), theirs, ours, rows)
-                if not bool(loss.isfinite()):
+                optimizer.zero_grad()
+                loss = 0.0
+                for part in torch.split(batch, at_once):
+                    with torch.no_grad():
+                        target = compared(dense(part))
+                    part_loss = _loss(target, compared(student(part)), theirs, ours, rows) * (
+                        len(part) / len(batch)
+                    )
+                    loss += float(part_loss.detach())
+                    torch.autograd.backward(part_loss)
+                if not math.isfinite(loss):
                     if n == 0:
                         raise TrainingError(
                             "learning from the dense model: the loss is not finite at the first step"
                         )
                     break
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
                 optimizer.step()
                 n += 1
                 if progress is not None:
-                    progress(DistillProgress(n, min(share, 1.0), float(loss.detach())))
+                    progress(DistillProgress(n, min(share, 1.0), loss))
         except KeyboardInterrupt:
             interrupted = True
     with torch.no_grad():

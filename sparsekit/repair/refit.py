@@ -30,7 +30,8 @@ _MOST_BYTES = 384 * 2**20
 _BATCH = 16
 # With fewer rows than this times the columns a layer keeps what the closed form gave it.
 _FEWEST_ROWS = 2
-_MOST_POSITIONS, _COLUMNS_PER_POSITION = 64, 4
+# Of each image so many positions are looked at, or more where all images would give fewer rows than this a column.
+_MOST_POSITIONS, _ROWS_PER_COLUMN = 64, 32
 _SAME = 1e-3
 
 
@@ -62,71 +63,98 @@ def refit(
         if progress is not None:
             progress(number, len(stations.names))
         pair.enter(number)
-        inside = [t for t in lost if t.startswith(f"{name}.")]
-        by_module = {readers[t].module: readers[t] for t in inside}
-        for layer in pair.in_running_order(number, list(by_module)):
-            _refit_one_(pair, number, by_module[layer], generator)
-        pair.advance(number)
+        inside = {readers[t].module: readers[t] for t in lost if t.startswith(f"{name}.")}
+        order = pair.in_running_order(number, list(inside))
+        layers = [_Layer.of(inside[layer], pair, number) for layer in order]
+        targets = pair.advance_dense(number, layers, generator)
+        for layer in layers:
+            _refit_one_(layer, pair.seen(number, layer, targets[layer.name]))
+        pair.advance_pruned(number)
     return refitted
 
 
-def _refit_one_(pair: _Pair, number: int, reader: Reader, generator: torch.Generator) -> None:
-    layer = pair.pruned.get_submodule(reader.module)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    columns = weight[0].numel()
-    own = Reader(reader.tensor, False, reader.conv_groups, columns, reader.taps)
-    scale = pair.scale_to_the_end(number, reader.module)
-    most = max(_MOST_POSITIONS, columns // _COLUMNS_PER_POSITION)
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the pruned model that is refitted.
+
+    With `scale`, by channel, a change of what it gives changes the output of its station by so much.
+    """
+
+    reader: Reader
+    module: nn.Module
+    scale: Tensor | None
+
+    @staticmethod
+    def of(reader: Reader, pair: _Pair, number: int) -> _Layer:
+        module = pair.pruned.get_submodule(reader.module)
+        assert isinstance(module.weight, Tensor)
+        own = Reader(reader.tensor, False, reader.conv_groups, module.weight[0].numel(), reader.taps)
+        return _Layer(own, module, pair.scale_to_the_end(number, reader.module))
+
+    @property
+    def name(self) -> str:
+        return self.reader.module
+
+    def positions(self, output: Tensor) -> Tensor:
+        """What the layer gives, as (images, positions, channels)."""
+        if isinstance(self.module, nn.modules.conv._ConvNd):
+            return output.flatten(2).mT
+        return output.reshape(len(output), -1, output.shape[-1])
+
+    def pick(self, rows: Tensor, n_batch: int, n_images: int, generator: torch.Generator) -> Tensor | None:
+        """Pick positions of rows (n, positions, channels) of a batch, if there are too many."""
+        most = max(_MOST_POSITIONS, _ROWS_PER_COLUMN * self.reader.columns // n_images)
+        # Of all rows of an image: some models stack windows of it along the batch.
+        count = max(most * n_batch // rows.shape[0], 1)
+        if rows.shape[1] <= count:
+            return None
+        return torch.randperm(rows.shape[1], generator=generator)[:count].to(rows.device)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the dense network gives at some positions of one batch: at a layer, and, if need be, at its station's end.
+
+    Both are (images, positions, channels), with the channels that stay.
+    """
+
+    picked: Tensor | None
+    given: Tensor
+    end: Tensor | None
+
+
+def _at(rows: Tensor, picked: Tensor | None) -> Tensor:
+    return rows if picked is None else rows[:, picked]
+
+
+def _refit_one_(layer: _Layer, seen: Iterator[tuple[Tensor, Tensor]]) -> None:
+    """Fit a layer to rows (images, positions, conv_groups, columns) and what it should give for them."""
+    reader, module = layer.reader, layer.module
     sums: list[Tensor] = []
     n = 0
-    for seen in pair.at(number, reader.module):
-        wanted = seen.target(scale)
-        precise = torch.promote_types(seen.read.dtype, torch.float32)
-        x, wanted = own.rows(layer, seen.read).to(precise), wanted.to(precise)
-        y = wanted.flatten(2).mT if isinstance(layer, nn.modules.conv._ConvNd) else wanted
-        y = y.reshape(*x.shape[:2], reader.conv_groups, -1)
-        if x.shape[1] > most:
-            picked = torch.randperm(x.shape[1], generator=generator)[:most].to(x.device)
-            x, y = x[:, picked], y[:, picked]
-        x, y = (t.flatten(0, 1).movedim(1, 0) for t in (x, y))  # (conv_groups, rows, ...)
+    for rows, wanted in seen:
+        precise = torch.promote_types(rows.dtype, torch.float32)
+        y = wanted.to(precise).reshape(*rows.shape[:2], reader.conv_groups, -1)
+        x, y = (t.flatten(0, 1).movedim(1, 0) for t in (rows.to(precise), y))  # (conv_groups, rows, ...)
         parts = [x.mT @ x, y.mT @ x, x.sum(1), y.sum(1)]
-        sums = [
-            part.double() if not sums else total + part.double()
-            for part, total in zip(parts, sums or parts, strict=True)
-        ]
+        sums = (
+            [part.double() for part in parts]
+            if not sums
+            else [s.add_(p) for s, p in zip(sums, parts, strict=True)]
+        )
         n += x.shape[1]
-    if not sums or n < _FEWEST_ROWS * columns:
+    if not sums or n < _FEWEST_ROWS * reader.columns:
         return
     xx, yx, x1, y1 = (total / n for total in sums)
     moments = Moments(x1, xx - x1[:, :, None] * x1[:, None], n)
     cross = yx - y1[:, :, None] * x1[:, None]
-    before = own.weight(layer).to(xx.device)
-    new = fit(before, cross, moments)
-    bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros(weight.shape[0]).to(weight)
+    new = fit(reader.weight(module).to(xx.device), cross, moments)
+    bias = (
+        module.bias if isinstance(module.bias, Tensor) else torch.zeros(new.shape[0] * new.shape[1]).to(new)
+    )
     shift = (y1 - (new @ x1[:, :, None])[:, :, 0]).flatten()
-    own.set_weight_(layer, new)
-    add_to_bias_(layer, shift.to(bias) - bias.detach())
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What one batch shows at a layer: what it reads and gives in the pruned network, and what the dense one gives.
-
-    `ends` are the outputs of the station in both, if they have one shape.
-    """
-
-    read: Tensor
-    given: Tensor
-    dense: Tensor
-    ends: tuple[Tensor, Tensor] | None
-
-    def target(self, scale: Tensor | None) -> Tensor:
-        """What the layer should give. With `scale`, a change of it changes the station's output by so much."""
-        if scale is None or self.ends is None:
-            return self.dense
-        dense, pruned = self.ends
-        return self.given + (dense - pruned) / scale
+    reader.set_weight_(module, new)
+    add_to_bias_(module, shift.to(bias) - bias.detach())
 
 
 class _Pair:
@@ -147,6 +175,8 @@ class _Pair:
         self._batches: list[tuple[Tensor, ...]] = []
         # By batch and station, what the two models gave there.
         self._given: list[dict[str, tuple[Tensor, Tensor]]] = []
+        # By batch, what the dense model gave at the station that is worked on.
+        self._pending: list[Tensor] = []
         self._blanks: dict[tuple[int, ...], Tensor] = {}
 
     def enter(self, number: int) -> None:
@@ -180,27 +210,38 @@ class _Pair:
                 self._run(self.pruned, 1, 0, number)
         return [name for name in dict.fromkeys(order) if order.count(name) == 1]
 
-    def at(self, number: int, layer: str) -> Iterator[_Seen]:
-        """Give what each batch shows at a layer of a station."""
-        keep = self._keep.get(f"{layer}.weight")
+    def advance_dense(
+        self, number: int, layers: Sequence[_Layer], generator: torch.Generator
+    ) -> dict[str, list[_Target]]:
+        """Run the station in the dense model, and note what the layers should give, by layer and batch."""
+        targets: dict[str, list[_Target]] = {layer.name: [] for layer in layers}
+        n_images = sum(len(batch[0]) for batch in self._batches)
         for b in range(len(self._batches)):
-            with _holding(self.dense, layer) as theirs:
-                dense_end = self._run(self.dense, 0, b, number)
-            with _holding(self.pruned, layer) as ours:
-                pruned_end = self._run(self.pruned, 1, b, number)
-            given, whole = theirs["given"], theirs["given"]
-            if keep is not None:
-                dim = (
-                    1
-                    if isinstance(self.pruned.get_submodule(layer), nn.modules.conv._ConvNd)
-                    else whole.dim() - 1
-                )
-                given = whole.index_select(dim, keep)
-                if dense_end.shape == whole.shape:
-                    dense_end = dense_end.index_select(dim, keep)
-            ends = (dense_end, pruned_end)
-            alike = dense_end.shape == pruned_end.shape == ours["given"].shape
-            yield _Seen(ours["read"], ours["given"], given, ends if alike else None)
+            with ExitStack() as hooks:
+                held = {layer.name: hooks.enter_context(_holding(self.dense, layer.name)) for layer in layers}
+                end = self._run(self.dense, 0, b, number)
+            for layer in layers:
+                output = held[layer.name]["given"]
+                rows = layer.positions(output)
+                picked = layer.pick(rows, len(self._batches[b][0]), n_images, generator)
+                keep = self._keep.get(layer.reader.tensor, slice(None))
+                alike = layer.scale is not None and end.shape == output.shape
+                at_end = _at(layer.positions(end), picked)[..., keep] if alike else None
+                targets[layer.name].append(_Target(picked, _at(rows, picked)[..., keep], at_end))
+            self._pending.append(_packed(end))
+        return targets
+
+    def seen(self, number: int, layer: _Layer, targets: Sequence[_Target]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give for each batch what the layer reads in the pruned network, as rows, and what it should give for them."""
+        for b, target in enumerate(targets):
+            to_the_end = layer.scale is not None and target.end is not None
+            with _holding(self.pruned, layer.name) as ours:
+                end = self._run(self.pruned, 1, b, number, None if to_the_end else layer.module)
+            wanted = target.given
+            if layer.scale is not None and target.end is not None and end.shape == ours["given"].shape:
+                given, reached = (_at(layer.positions(t), target.picked) for t in (ours["given"], end))
+                wanted = given + (target.end - reached) / layer.scale
+            yield layer.reader.rows(layer.module, ours["read"], target.picked), wanted
 
     def scale_to_the_end(self, number: int, layer: str) -> Tensor | None:
         """Return by how much the station's output changes with the layer's, by channel; None if it is not linear.
@@ -231,16 +272,16 @@ class _Pair:
         scale = (change * noise).sum(others, keepdim=True) / noise.square().sum(others, keepdim=True)
         error = (change - scale * noise).square().mean().sqrt()
         usable = bool(error <= _SAME * change.square().mean().sqrt()) and bool((scale.abs() > _SAME).all())
-        return scale if usable else None
+        return scale.flatten() if usable else None
 
-    def advance(self, number: int) -> None:
-        """Run the station in both models, keep what it gives, and forget what no later station needs."""
+    def advance_pruned(self, number: int) -> None:
+        """Run the station in the pruned model, keep what both gave, and forget what no later station needs."""
         name = self._stations.names[number]
         for b, given in enumerate(self._given):
-            ends = self._run(self.dense, 0, b, number), self._run(self.pruned, 1, b, number)
-            given[name] = (_packed(ends[0]), _packed(ends[1]))
+            given[name] = (self._pending[b], _packed(self._run(self.pruned, 1, b, number)))
             for old in set(given) - self._needed[number]:
                 del given[old]
+        self._pending = []
 
     def _run_to(self, model: nn.Module, number: int, names: set[str]) -> dict[str, Tensor]:
         """Run the newest batch from the start to a station; returns what stations of these names gave."""
@@ -259,8 +300,13 @@ class _Pair:
                 model(*self._batches[-1])
         return found
 
-    def _run(self, model: nn.Module, which: int, b: int, number: int) -> Tensor:
-        """Run one station of a model on a batch: what is before answers from memory, what is after does not run."""
+    def _run(
+        self, model: nn.Module, which: int, b: int, number: int, last: nn.Module | None = None
+    ) -> Tensor:
+        """Run one station of a model on a batch, or up to a module `last` within it; returns what that gives.
+
+        What is before answers from memory, what is after does not run.
+        """
         station = _submodule(model, self._stations.names[number])
         if station is None:  # the block that holds it is bypassed, and nothing reads it
             return torch.zeros(0)
@@ -272,7 +318,7 @@ class _Pair:
                     answer = self._blank(which, b, earlier) if given is None else given[which]
                     answer = answer.to(self._batches[b][0].dtype)
                     changed.enter_context(answering(module, answer, copied=given is not None))
-            changed.enter_context(_stopping_after(station))
+            changed.enter_context(_stopping_after(last or station))
             try:
                 model(*self._batches[b])
             except _Stop as stop:

@@ -100,15 +100,29 @@ class Reader:
         n = matrix.shape[0] // self.conv_groups
         return matrix[conv_group * n : (conv_group + 1) * n, conv_group * n : (conv_group + 1) * n]
 
-    def rows(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return what the layer reads of x, as (images, positions, conv_groups, columns)."""
+    def n_positions(self, layer: nn.Module, x: Tensor) -> int:
+        """Return how many rows an image of x has."""
+        if isinstance(layer, nn.Linear):
+            return prod(x.shape[1:-1])
+        return prod(x.shape[2:]) if self.pointwise else prod(_Window.of(layer, x).outputs)
+
+    def rows(self, layer: nn.Module, x: Tensor, picked: Tensor | None = None) -> Tensor:
+        """Return what the layer reads of x, as (images, positions, conv_groups, columns).
+
+        With `picked`, the numbers of positions, in row-major order, only there.
+        """
         if isinstance(layer, nn.Linear):
             rows = x.reshape(x.shape[0], -1, x.shape[-1])
+            rows = rows if picked is None else rows[:, picked]
             if self.maps > 1:
                 rows = rows.reshape(x.shape[0], -1, self.columns, self.maps).transpose(2, 3)
                 rows = rows.reshape(x.shape[0], -1, self.columns)
             return rows[:, :, None]
-        rows = x.flatten(2).transpose(1, 2) if self.pointwise else _patches(layer, x)
+        if self.pointwise:
+            rows = x.flatten(2).mT
+            rows = rows if picked is None else rows[:, picked]
+        else:
+            rows = _patches(layer, x, picked)
         return rows.reshape(*rows.shape[:2], self.conv_groups, -1)
 
 
@@ -157,16 +171,51 @@ def _in_maps(member: Member, maps: int) -> bool:
     )
 
 
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what each output position of a convolution reads: (images, positions, channels x kernel)."""
+@dataclass(frozen=True)
+class _Window:
+    """Where a convolution reads a padded map: in each dimension its kernel, steps, and how many outputs there are."""
+
+    padding: list[int]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @staticmethod
+    def of(layer: nn.Module, x: Tensor) -> _Window:
+        assert isinstance(layer, CONVOLUTIONS)
+        padding = list(layer._reversed_padding_repeated_twice)
+        both = [padding[2 * d] + padding[2 * d + 1] for d in reversed(range(len(layer.kernel_size)))]
+        sizes = zip(x.shape[2:], both, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        outputs = tuple((n + more - d * (k - 1) - 1) // s + 1 for n, more, k, d, s in sizes)
+        return _Window(padding, layer.kernel_size, layer.dilation, layer.stride, outputs)
+
+    def places(self, shape: Sequence[int], picked: Tensor) -> Tensor:
+        """Return which places of a padded map of this shape, flattened, the picked positions read: (picked, taps)."""
+        corner = torch.zeros_like(picked)
+        tap = torch.zeros(1, dtype=torch.int64, device=picked.device)
+        axes = zip(
+            torch.unravel_index(picked, self.outputs),
+            shape,
+            self.kernel,
+            self.dilation,
+            self.stride,
+            strict=True,
+        )
+        for position, size, k, d, s in axes:
+            corner = corner * size + position * s
+            tap = (tap[:, None] * size + torch.arange(k, device=picked.device) * d).flatten()
+        return corner[:, None] + tap
+
+
+def _patches(layer: nn.Module, x: Tensor, picked: Tensor | None) -> Tensor:
+    """Return what output positions of a convolution read: (images, positions, channels x kernel)."""
     assert isinstance(layer, CONVOLUTIONS)
-    both_sides: Sequence[int] = layer._reversed_padding_repeated_twice
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, list(both_sides), mode=mode)
-    if all(size == 1 for size in layer.kernel_size):
-        steps = (slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))
-        return x[steps].flatten(2).transpose(1, 2)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, dilation, stride = x[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
-    return F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
+    window = _Window.of(layer, x)
+    if picked is None:
+        picked = torch.arange(prod(window.outputs), device=x.device)
+    if any(window.padding):
+        x = F.pad(x, window.padding, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    places = window.places(x.shape[2:], picked)
+    read = x.flatten(2).mT[:, places]  # (images, positions, taps, channels)
+    return read.mT.flatten(2)

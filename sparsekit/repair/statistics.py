@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sparsekit.evaluation import eval_mode, flat_tensors
 from sparsekit.repair.divergence import sampled_loss
 from sparsekit.repair.least_squares import Moments
 from sparsekit.repair.rows import Reader, readers
-from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.structure.masks import Scores
 from sparsekit.surgery.constants import Reading, channel_dim, plain_layers
 from sparsekit.surgery.norms import make_readers_plain_
@@ -26,6 +27,8 @@ _MOST_POSITIONS = 64
 _COLUMNS_PER_POSITION = 8
 # A layer that reads more columns is left out: its covariance would take over 300 MB.
 _WIDEST = 6144
+# Products of so many rows are summed in float32 before they are added in float64.
+_ROWS_IN_FLOAT32 = 1024
 # What the rows of one layer may take while a batch is worked on.
 _MOST_BYTES = 64 * 2**20
 
@@ -90,40 +93,69 @@ def input_statistics(
 
 @dataclass
 class _Sums:
-    """The sums of one layer over all rows so far; float64, but those of a single batch."""
+    """The sums of one layer over all rows so far; float64, but those of the latest rows and of gradients."""
 
     reader: Reader
     layer: nn.Module
     rows: float = 0.0
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))
-    gradients: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor | None = None
+    gradients: Tensor | None = None
     low: Tensor | None = None
     high: Tensor | None = None
+    _latest: Tensor | None = None
+    _latest_rows: int = 0
 
     def add(self, rows: Tensor) -> None:
         """Add rows (n, conv_groups, columns)."""
         by_group = _precise(rows).movedim(1, 0)
         self.rows += rows.shape[0]
-        self.first = self.first + by_group.double().sum(1)
-        self.second = self.second + (by_group.mT @ by_group).double()
+        self.first = self.first + by_group.sum(1, dtype=torch.float64)
+        if self._latest is None:
+            self._latest = by_group.mT @ by_group
+        else:
+            self._latest.baddbmm_(by_group.mT, by_group)
+        self._latest_rows += rows.shape[0]
+        if self._latest_rows >= _ROWS_IN_FLOAT32:
+            self._round_off()
+
+    def _round_off(self) -> None:
+        """Add the sums of the latest rows to all: to do so for every few rows would take longer than the products."""
+        if self._latest is not None and self.second is None:
+            self.second = self._latest.double()
+        elif self._latest is not None and self.second is not None:
+            self.second += self._latest
+        self._latest, self._latest_rows = None, 0
+
+    def add_gradients(self, rows: Tensor, times: float) -> None:
+        """Add the gradients of outputs, rows (n, outputs), each of which stands for so many."""
+        rows = _precise(rows)
+        if self.gradients is None:
+            self.gradients = torch.zeros(rows.shape[1], rows.shape[1]).to(rows)
+        self.gradients.addmm_(rows.T, rows, alpha=times)
 
     def see(self, x: Tensor) -> None:
         values = x.movedim(channel_dim(self.layer), 0).flatten(1)
-        low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
+        low, high = (end.double().cpu() for end in torch.aminmax(values, dim=1))
         self.low = low if self.low is None else torch.minimum(low, self.low)
         self.high = high if self.high is None else torch.maximum(high, self.high)
 
     def result(self, n_images: int) -> LayerStatistics:
-        assert self.low is not None
-        assert self.high is not None
+        """Return what was summed, which is not kept."""
+        self._round_off()
+        low, high, covariance, gradients = self.low, self.high, self.second, self.gradients
+        assert low is not None
+        assert high is not None
+        assert covariance is not None
+        self.second = self.gradients = None
         mean = self.first / self.rows
         if not self.reader.affine(self.layer):
             mean = torch.zeros_like(mean)
-        covariance = self.second / self.rows - mean[:, :, None] * mean[:, None]
-        moments = Moments(mean, (covariance + covariance.mT) / 2, self.rows)
+        covariance /= self.rows
+        covariance -= mean[:, :, None] * mean[:, None]
+        sensitivity = torch.zeros(()) if gradients is None else gradients.div_(max(n_images, 1))
         return LayerStatistics(
-            self.reader, moments, self.gradients / max(n_images, 1), Reading(self.low, self.high)
+            self.reader, Moments(mean, covariance, self.rows), sensitivity, Reading(low, high)
         )
 
 
@@ -161,7 +193,16 @@ class _Gathering:
             for t, reader in read.items()
             if reader.columns > _WIDEST
         }
-        self._held: list[tuple[str, Tensor, Tensor]] = []
+        # By weight, the groups whose channels it reads.
+        self._read: dict[str, list[tuple[ChannelGroup, Member]]] = {tensor: [] for tensor in self._sums}
+        for group, member in consumers:
+            if member.tensor in self._sums:
+                self._read[member.tensor].append((group, member))
+        # Of the batch that is worked on: its images, and by group what closing each channel would change for each.
+        self._n_images = 0
+        self._closing: Scores = {}
+        # A zero that is added to what layers read. Gradients are followed to it: neither weights nor images need any.
+        self._probe = torch.zeros((), requires_grad=gradients)
 
     def over(self, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> InputStatistics:
         n_images = 0
@@ -172,24 +213,21 @@ class _Gathering:
                 n_images += self._one(_inputs_of(batch))
         if not n_images:
             raise InputError("there are no images to take statistics from; give at least one batch")
-        seen = {tensor: sums for tensor, sums in self._sums.items() if sums.rows}
-        unseen = dict.fromkeys(set(self._sums) - set(seen), "it does not run")
+        found = {tensor: sums.result(n_images) for tensor, sums in self._sums.items() if sums.rows}
+        unseen = {tensor: "it does not run" for tensor in self._sums if tensor not in found}
         return InputStatistics(
-            {tensor: sums.result(n_images) for tensor, sums in seen.items()},
+            found,
             {name: total / n_images for name, total in self._gates.items()},
             {**self._left_out, **unseen},
             n_images,
         )
 
     def _one(self, inputs: tuple[Tensor, ...]) -> int:
-        # Gradients start at the images: no weight needs one.
-        leaves = tuple(
-            x.detach().clone().requires_grad_(self._gradients) if x.is_floating_point() else x for x in inputs
-        )
-        self._held = []
+        self._n_images = len(inputs[0])
+        self._closing = {}
         try:
             # Copies, because models may overwrite their input.
-            outputs = flat_tensors(self._model(*(x.clone() for x in leaves)))
+            outputs = flat_tensors(self._model(*(x.detach().clone() for x in inputs)))
         except Exception as error:
             raise ModelError(
                 f"{type(self._model).__name__} does not run on images of shape "
@@ -197,87 +235,85 @@ class _Gathering:
             ) from error
         if self._gradients:
             loss = sampled_loss(outputs, self._generator)
-            wanted = [t for _, x, y in self._held for t in (x, y)]
-            followed = [t for t in wanted if t.requires_grad]  # what does not come from the images has none
-            if loss.requires_grad and followed:
-                found = iter(torch.autograd.grad(loss, followed, allow_unused=True))
-                all_found = tuple(next(found) if t.requires_grad else None for t in wanted)
-                self._add_gradients(all_found, len(inputs[0]))
-        with torch.no_grad():
-            for tensor, x, _ in self._held:
-                self._add_rows(tensor, x.detach())
-        self._held = []
-        return len(inputs[0])
+            if loss.requires_grad:
+                torch.autograd.grad(loss, self._probe)  # hooks take what they need on the way
+        for name, moved in self._closing.items():
+            self._gates[name] += moved.square().sum(0)
+        return self._n_images
 
     def _add_rows(self, tensor: str, x: Tensor) -> None:
         sums = self._sums[tensor]
+        reader, layer = sums.reader, sums.layer
         sums.see(x)
-        bytes_each = 4 * sums.reader.columns * sums.reader.conv_groups * max(x[0].numel() // x.shape[1], 1)
+        picked = self._picked(reader.n_positions(layer, x), reader, x)
+        n_positions = len(picked) if picked is not None else reader.n_positions(layer, x)
+        bytes_each = 4 * reader.columns * reader.conv_groups * n_positions
         for part in torch.split(x, max(_MOST_BYTES // max(bytes_each, 1), 1)):
-            rows = sums.reader.rows(sums.layer, part)
-            sums.add(self._some(rows, sums.reader.columns).flatten(0, 1))
+            sums.add(reader.rows(layer, part, picked).flatten(0, 1))
 
-    def _some(self, rows: Tensor, columns: int) -> Tensor:
-        """Pick positions of (images, positions, ...) at random, if there are too many."""
-        most = max(self._most, columns // _COLUMNS_PER_POSITION)
-        if rows.shape[1] <= most:
-            return rows
-        picked = torch.randperm(rows.shape[1], generator=self._generator)[:most]
-        return rows[:, picked.to(rows.device)]
+    def _picked(self, n_positions: int, reader: Reader, like: Tensor) -> Tensor | None:
+        """Pick positions at random, if there are too many for a layer."""
+        most = max(self._most, reader.columns // _COLUMNS_PER_POSITION)
+        if n_positions <= most:
+            return None
+        return torch.randperm(n_positions, generator=self._generator)[:most].to(like.device)
 
-    def _add_gradients(self, found: tuple[Tensor | None, ...], n_images: int) -> None:
-        by_group = {
-            g.name: torch.zeros(n_images, g.n_channels, dtype=torch.float64) for g in self._groups.free
-        }
-        for (tensor, x, _), of_input, of_output in zip(self._held, found[0::2], found[1::2], strict=True):
-            sums = self._sums[tensor]
-            if of_output is not None:
-                rows = of_output.movedim(channel_dim(sums.layer), -1)
-                rows = rows.reshape(len(of_output), -1, rows.shape[-1])
-                some = self._some(rows, sums.reader.columns)
-                part = _precise(some).flatten(0, 1)
-                sums.gradients = sums.gradients + (part.T @ part).double() * (rows.shape[1] / some.shape[1])
-            if of_input is None or len(x) % n_images:
-                continue
-            # Windows of an image, which some models stack along the batch, are of that image.
-            closing = (x.detach() * of_input).movedim(channel_dim(sums.layer), -1)
-            moved = closing.reshape(n_images, -1, closing.shape[-1]).sum(1).double().cpu()
-            self._add_gates(tensor, moved, by_group)
-        for name, values in by_group.items():
-            self._gates[name] += values.square().sum(0)
+    def _add_output_gradient(self, tensor: str, gradient: Tensor) -> None:
+        sums = self._sums[tensor]
+        rows = gradient.movedim(channel_dim(sums.layer), -1)
+        rows = rows.reshape(len(gradient), -1, rows.shape[-1])
+        picked = self._picked(rows.shape[1], sums.reader, rows)
+        some = rows if picked is None else rows[:, picked]
+        sums.add_gradients(some.flatten(0, 1), rows.shape[1] / some.shape[1])
 
-    def _add_gates(self, tensor: str, moved: Tensor, by_group: dict[str, Tensor]) -> None:
-        """Add what closing each input channel of a layer would change, (images, inputs), to the groups it is of."""
-        conv_groups = self._sums[tensor].reader.conv_groups
-        folded = moved.reshape(len(moved), conv_groups, -1).sum(1) if conv_groups > 1 else moved
-        for group in self._groups.free:
-            for member in group.of_role("consumer"):
-                if member.tensor == tensor and max(member.positions) < folded.shape[1]:
-                    own = folded[:, list(member.positions)]
-                    by_group[group.name] += own.reshape(len(own), group.n_channels, member.repeat).sum(2)
+    def _add_input_gradient(self, tensor: str, x: Tensor, gradient: Tensor) -> None:
+        """Add what closing each input channel of a layer would change, to the groups that it is of."""
+        n_images, sums = self._n_images, self._sums[tensor]
+        if len(x) % n_images:
+            return
+        # Windows of an image, which some models stack along the batch, are of that image.
+        closing = (x * gradient).movedim(channel_dim(sums.layer), -1)
+        moved = closing.reshape(n_images, -1, closing.shape[-1]).sum(1, dtype=torch.float64).cpu()
+        conv_groups = sums.reader.conv_groups
+        folded = moved.reshape(n_images, conv_groups, -1).sum(1) if conv_groups > 1 else moved
+        for group, member in self._read[tensor]:
+            if max(member.positions) < folded.shape[1]:
+                own = (
+                    folded[:, list(member.positions)]
+                    .reshape(n_images, group.n_channels, member.repeat)
+                    .sum(2)
+                )
+                before = self._closing.get(group.name)
+                self._closing[group.name] = own if before is None else before + own
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Hold what each layer reads and gives while the model runs; copies, because models work in place."""
+        """Take what each layer reads while the model runs, and gradients on the way back.
+
+        Layers get and give copies, because models work in place.
+        """
 
         def before(tensor: str) -> Callable[..., Any]:
-            def hold(
+            def take(
                 module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                read = (args[0] if args else keywords["input"]).clone()
-                self._held.append((tensor, read, read))
+                x = args[0] if args else keywords["input"]
+                read = x + self._probe.to(x)
+                with torch.no_grad():
+                    self._add_rows(tensor, read.detach())
+                if read.requires_grad:
+                    read.register_hook(partial(self._add_input_gradient, tensor, read.detach()))
                 return ((read, *args[1:]), keywords) if args else ((), {**keywords, "input": read})
 
-            return hold
+            return take
 
         def after(tensor: str) -> Callable[..., Any]:
-            def hold(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-                # The latest call of this layer: a layer within a layer has no weight of ours.
-                index = next(i for i in reversed(range(len(self._held))) if self._held[i][0] == tensor)
-                self._held[index] = (tensor, self._held[index][1], output)
+            def take(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                if output.requires_grad:
+                    output.register_hook(partial(self._add_output_gradient, tensor))  # type: ignore[no-untyped-call]
                 return output.clone()
 
-            return hold
+            return take
 
         hooks = [
             sums.layer.register_forward_pre_hook(before(tensor), with_kwargs=True)
