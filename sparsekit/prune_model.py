@@ -25,7 +25,7 @@ from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.options import Quantity, RoundTo
 from sparsekit.repair.closed_form import repair_weights
-from sparsekit.repair.curves import loss_curves, order_by_gates
+from sparsekit.repair.curves import Trials, curves_around, curves_near, loss_curves, order_by_gates
 from sparsekit.repair.display import StepDisplay
 from sparsekit.repair.distillation import distill
 from sparsekit.repair.divergence import Divergence
@@ -54,6 +54,8 @@ _MOST_KEPT_APART = 128
 # What a pass with gradients may take, and how much of the layers' outputs it holds at once: about half, as measured.
 _STATISTICS_BYTES, _HELD_AT_ONCE = 320 * 2**20, 0.5
 _LARGEST_BATCH = 32
+# If a choice loses more nats than these, curves are measured again near it, and half way to it as well.
+_LITTLE_LOST, _MUCH_LOST = 0.05, 0.5
 # Outputs on images that were used may be nearer to the dense model's by this much before more images are asked for.
 _OPTIMISM, _OPTIMISM_KL = 2.0, 0.02
 
@@ -185,13 +187,12 @@ def prune(
         show.begin("measuring loss curves")
         held_out = HeldOut(dense, groups, (apart,))
         curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
-        held_out.forget()
         judge = _Judge(dense, groups, statistics, held_out)
+        started = time.monotonic()
+        importance = _importance(judge, curves, limits | speed.limit(groups), show)
+        held_out.forget()
 
         show.begin("choosing channels")
-        started = time.monotonic()
-        gates = order_by_gates(groups, statistics.gates)
-        importance = judge.nearer(curves, gates, limits | speed.limit(groups))
         masks, search = _masks(importance, model, groups, timed, speed, limits, threads)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
@@ -337,9 +338,10 @@ class _Judge:
     statistics: InputStatistics
     held_out: HeldOut
 
-    def nearer(self, first: _Known, second: _Known, limits: Mapping[Quantity, float]) -> _Known:
-        """Return the importance whose masks under `limits` leave the outputs nearer to the dense model's."""
-        return first if self._kl(first, limits) <= self._kl(second, limits) else second
+    def nearest(self, limits: Mapping[Quantity, float], *known: _Known) -> tuple[_Known, float]:
+        """Return the importance whose masks leave the outputs nearest to the dense model's, and how near: the KL."""
+        found = [(one, self._kl(one, limits)) for one in known]
+        return min(found, key=lambda pair: pair[1])
 
     def _kl(self, known: _Known, limits: Mapping[Quantity, float]) -> float:
         try:
@@ -347,6 +349,27 @@ class _Judge:
         except InputError:  # gate scores do not let blocks go, so they reach less
             return math.inf
         return self.held_out.of(apply_plan(repair_weights(self.dense, plan, self.statistics), plan)).kl
+
+    def trials(self, known: _Known, limits: Mapping[Quantity, float]) -> Trials:
+        """Return trials around the choice under these limits."""
+        base = Knapsack(self.groups, known).under(limits)
+        return Trials(self.dense, self.groups, self.statistics, self.held_out, base)
+
+
+def _importance(judge: _Judge, curves: _Known, limits: Mapping[Quantity, float], show: StepDisplay) -> _Known:
+    """Return what channels are chosen by: the curves, measured again among the other cuts where much is lost."""
+    gates = order_by_gates(judge.groups, judge.statistics.gates)
+    known, kl = judge.nearest(limits, curves, gates)
+    if kl > _MUCH_LOST and known is curves:
+        show.begin("measuring loss curves half way")
+        half = {quantity: share**0.5 for quantity, share in limits.items()}
+        again = curves_around(judge.trials(known, half), known, progress=show.share)
+        known, kl = judge.nearest(limits, known, again)
+    if kl > _LITTLE_LOST and known is not gates:
+        show.begin("measuring loss curves near the choice")
+        near = curves_near(judge.trials(known, limits), known, progress=show.share)
+        known, kl = judge.nearest(limits, known, near)
+    return known
 
 
 def _masks(

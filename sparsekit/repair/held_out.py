@@ -46,14 +46,28 @@ class HeldOut:
             )
         first = next(batches_of(inputs, _BATCH))
         self.stations = Stations.of(model, groups, tuple(x[:1] for x in first))
-        self._recordings: list[Recording] = []
+        self._recorded = recorded
+        self._recordings = self._record(model)
+        # What the dense model gives for the recorded images.
+        self._targets = [one.outputs for one in self._recordings]
+
+    def _record(self, model: nn.Module) -> list[Recording]:
+        recordings: list[Recording] = []
         used = 0
-        for batch in batches_of(tuple(x[:recorded] for x in inputs), _BATCH) if recorded else ():
+        for batch in (
+            batches_of(tuple(x[: self._recorded] for x in self._inputs), _BATCH) if self._recorded else ()
+        ):
             recording = Recording(model, self.stations, batch)
-            if self._recordings and used + recording.n_bytes > _MOST_BYTES:
+            if recordings and used + recording.n_bytes > _MOST_BYTES:
                 break
             used += recording.n_bytes
-            self._recordings.append(recording)
+            recordings.append(recording)
+        return recordings
+
+    def record_(self, model: nn.Module) -> None:
+        """Record another model of the same modules in the dense one's place; `of_change` still compares with that."""
+        self._recordings = []
+        self._recordings = self._record(model)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -88,11 +102,11 @@ class HeldOut:
         return min(candidates, key=lambda candidate: candidate[1].kl)
 
     def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
-        """Compare the recorded model, of which only `tensors` were changed, with itself before, on recorded images."""
+        """Compare the recorded model, of which only `tensors` were changed, with the dense one, on recorded images."""
         first = self.stations.first_of(tensors)
         found = [
-            (divergence(one.outputs, one.outputs_from(model, first)), len(one.inputs[0]))
-            for one in self._recordings
+            (divergence(target, one.outputs_from(model, first)), len(one.inputs[0]))
+            for target, one in zip(self._targets, self._recordings, strict=True)
         ]
         return _weighted(found)
 

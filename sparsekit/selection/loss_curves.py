@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,3 +56,19 @@ class LossCurve:
         # Noise must not make fewer channels look better than more.
         rising = np.maximum.accumulate(np.maximum(losses[::-1], 0.0))[::-1]
         return LossCurve(order.flip(0), rising)
+
+    @staticmethod
+    def near(order: Tensor, losses: Mapping[int, float]) -> LossCurve:
+        """Draw a curve that is straight between losses at some numbers of channels left, and forbids fewer than these.
+
+        `order` ranks the channels, the last to go first. Losses are relative to that of the most channels; more than
+        these bring nothing.
+        """
+        counts = sorted(losses)
+        every = np.interp(np.arange(len(order) + 1), counts, [losses[n] - losses[counts[-1]] for n in counts])
+        every[: counts[0]] = _UNUSABLE
+        return LossCurve(order, np.maximum.accumulate(np.maximum(every[::-1], 0.0))[::-1])
+
+    def mean_with(self, other: LossCurve) -> LossCurve:
+        """Return the mean of two curves of one order."""
+        return LossCurve(self.order, (self.losses + other.losses) / 2)

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 import sparsekit as sk
 from sparsekit.repair.closed_form import repair_weights
-from sparsekit.repair.curves import channel_order, loss_curves, masked_in_place, order_by_gates
+from sparsekit.repair.curves import (
+    Trials,
+    channel_order,
+    curves_around,
+    curves_near,
+    loss_curves,
+    masked_in_place,
+    order_by_gates,
+)
 from sparsekit.repair.held_out import HeldOut
+from sparsekit.selection.costs import CostModel
+from sparsekit.selection.knapsack import Knapsack
 from sparsekit.surgery.mask import mask_model
 
 
@@ -81,6 +91,49 @@ def test_curves_pass_through_what_masked_copies_lose(name: str) -> None:
         plan = sk.make_plan(groups, {group.name: mask})
         loss = held_out.of(mask_model(repair_weights(model, plan, known), plan)).kl
         assert curve.losses[kept] >= loss * (1 - 1e-4) - 1e-9
+
+
+@pytest.mark.parametrize("name", [*NAMES, "LayerNormMlp", "test_resnet"])
+def test_a_trial_among_other_cuts_is_what_a_masked_copy_with_all_of_them_loses(name: str) -> None:
+    model, groups, known, apart = prepared(name, blocks="all", through_layer_norm=True)
+    base = random_masks(groups, 0.7, seed=3)
+    blocks = [group for group in groups.free if group.bypass]
+    base |= {group.name: torch.ones(1, dtype=torch.bool) for group in blocks}
+    base |= {group.name: torch.zeros(1, dtype=torch.bool) for group in blocks[1:2]}
+    held_out = HeldOut(model, groups, apart)
+    trials = Trials(model, groups, known, held_out, base)
+    before = copy.deepcopy(trials._model.state_dict())
+    tried = [group for group in groups.free if not trials.is_bypassed(group)][:6]
+    for group in tried:
+        for kept in {0 if group.bypass else 1, group.n_channels}:
+            mask = torch.arange(group.n_channels) < kept
+            plan = sk.make_plan(groups, base | {group.name: mask})
+            wanted = held_out.of(mask_model(repair_weights(model, plan, known), plan)).kl
+            assert trials.loss(group, mask) == pytest.approx(wanted, rel=1e-4, abs=1e-9), group.name
+    after = trials._model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(values, before[key]) for key, values in after.items())
+
+
+def test_curves_measured_again_allow_a_step_from_where_they_were_measured() -> None:
+    model, groups, known, apart = prepared("test_resnet", blocks="all")
+    held_out = HeldOut(model, groups, apart)
+    curves = loss_curves(model, groups, known, held_out)
+    base = Knapsack(groups, curves).under({"macs": 0.6})
+    trials = Trials(model, groups, known, held_out, base)
+    around, near = curves_around(trials, curves), curves_near(trials, curves, reach=0.25)
+    for masks in (
+        Knapsack(groups, around).under({"macs": 0.5}),
+        Knapsack(groups, near).under({"macs": 0.55}),
+    ):
+        assert CostModel(groups).share("macs", masks) <= 0.56
+    for group in groups.free:
+        assert torch.equal(around[group.name].order, curves[group.name].order)
+        n, moved = group.n_channels, Knapsack(groups, near).under({"macs": 0.55})[group.name]
+        if group.bypass:
+            assert torch.equal(moved, base[group.name])
+        elif not trials.is_bypassed(group):
+            assert abs(int(moved.sum()) - int(base[group.name].sum())) <= 0.25 * n + group.rounding.multiple
 
 
 def test_channels_that_nothing_depends_on_go_first() -> None:

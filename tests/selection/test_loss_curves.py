@@ -53,6 +53,19 @@ def test_a_prediction_of_nothing_gives_straight_lines() -> None:
     np.testing.assert_allclose(curve.losses, [1.0, 1.0, 1.0, 0.5, 0.0])
 
 
+def test_a_curve_near_a_choice_is_straight_between_and_forbids_fewer() -> None:
+    curve = LossCurve.near(torch.arange(6), {2: 3.0, 3: 1.5, 5: 0.5})
+    np.testing.assert_allclose(curve.losses[2:], [2.5, 1.0, 0.5, 0.0, 0.0])
+    assert (curve.losses[:2] > 100).all()
+
+
+def test_the_mean_of_two_curves_is_that_of_their_losses() -> None:
+    one, other = (
+        LossCurve(torch.arange(2), np.array(losses)) for losses in ([4.0, 1.0, 0.0], [2.0, 2.0, 0.0])
+    )
+    np.testing.assert_allclose(one.mean_with(other).losses, [3.0, 1.5, 0.0])
+
+
 def test_measurements_that_fall_count_as_the_largest_before() -> None:
     curve = LossCurve.through(torch.arange(6), torch.arange(7.0), {4: 2.0, 2: 1.0})
     assert (np.diff(curve.losses) <= 0).all()
