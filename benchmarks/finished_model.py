@@ -76,7 +76,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.prune_model import _split
+from sparsekit.finished.preparation import split
 from sparsekit.repair.distillation import distill
 from sparsekit.repair.divergence import divergence
 from sparsekit.repair.held_out import HeldOut, outputs_of
@@ -399,7 +399,7 @@ def steps_again(model: nn.Module, result: sk.PruneResult, images: Tensor, seed: 
 
     They are made of the images that `sk.prune` did not keep apart.
     """
-    used, apart = _split(images, seed)
+    used, apart = split(images, seed)
     found = sk.input_statistics(model, result.groups, used.split(BATCH), gradients=False, seed=seed)
     repaired = sk.repair_weights(model, result.plan, found)
     made = {"cut": sk.apply_plan(model, result.plan), "closed form": sk.apply_plan(repaired, result.plan)}
@@ -500,7 +500,7 @@ def learned(dense: nn.Module, pruned: nn.Module, images: Tensor, seconds: float,
     """A peer's cut after learning as ours does; features are compared where both models have as many channels."""
     in_format = {"memory_format": torch.channels_last}
     dense, pruned = (copy.deepcopy(model).eval().to(**in_format) for model in (dense, pruned))
-    used, apart = (part.contiguous(**in_format) for part in _split(images, seed))
+    used, apart = (part.contiguous(**in_format) for part in split(images, seed))
     groups = sk.find_groups(dense, images[:1])
     held_out = HeldOut(dense, groups, (apart,))
     plan = sk.PrunePlan((), (), groups.input_shapes)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from sparsekit.export.onnx_file import export_onnx as export_onnx
     from sparsekit.export.parity import Parity as Parity
     from sparsekit.export.parity import check_parity as check_parity
+    from sparsekit.finished.forecast import Forecast as Forecast
+    from sparsekit.finished.forecast import SpeedForecast as SpeedForecast
+    from sparsekit.finished.forecast import forecast as forecast
+    from sparsekit.finished.prune_model import PruneResult as PruneResult
+    from sparsekit.finished.prune_model import prune as prune
+    from sparsekit.finished.steps import PruneStep as PruneStep
     from sparsekit.integrations.torch_pruning import importance as importance
     from sparsekit.latency.compare import Interval as Interval
     from sparsekit.latency.compare import Latency as Latency
@@ -35,9 +41,6 @@ if TYPE_CHECKING:
     from sparsekit.latency.table import LatencyTable as LatencyTable
     from sparsekit.machine import describe_machine as describe_machine
     from sparsekit.machine import library_versions as library_versions
-    from sparsekit.prune_model import PruneResult as PruneResult
-    from sparsekit.prune_model import PruneStep as PruneStep
-    from sparsekit.prune_model import prune as prune
     from sparsekit.repair.closed_form import repair_weights as repair_weights
     from sparsekit.repair.recalibration import recalibrate_batchnorms as recalibrate_batchnorms
     from sparsekit.repair.statistics import InputStatistics as InputStatistics
@@ -84,6 +87,7 @@ __all__ = [
     "Distillation",
     "EpochMetrics",
     "FileError",
+    "Forecast",
     "GraphSummary",
     "InputError",
     "InputStatistics",
@@ -103,6 +107,7 @@ __all__ = [
     "RunReport",
     "SparsekitError",
     "Sparsifier",
+    "SpeedForecast",
     "SpeedSearch",
     "SpeedTrial",
     "StepHook",
@@ -122,6 +127,7 @@ __all__ = [
     "export_onnx",
     "find_groups",
     "fit",
+    "forecast",
     "importance",
     "input_statistics",
     "keep_carriers",
@@ -154,6 +160,7 @@ _HOMES = {
     "Distillation": "training.options",
     "EpochMetrics": "training.display",
     "FileError": "errors",
+    "Forecast": "finished.forecast",
     "GraphSummary": "export.graph_summary",
     "InputError": "errors",
     "InputStatistics": "repair.statistics",
@@ -165,14 +172,15 @@ _HOMES = {
     "Parity": "export.parity",
     "PhaseShares": "sparsify.schedules",
     "PrunePlan": "structure.plan",
-    "PruneResult": "prune_model",
-    "PruneStep": "prune_model",
+    "PruneResult": "finished.prune_model",
+    "PruneStep": "finished.steps",
     "RecipeError": "errors",
     "Rounding": "structure.groups",
     "RunError": "errors",
     "RunReport": "report.schema",
     "SparsekitError": "errors",
     "Sparsifier": "sparsify.sparsifier",
+    "SpeedForecast": "finished.forecast",
     "SpeedSearch": "latency.search",
     "SpeedTrial": "latency.search",
     "StepHook": "training.options",
@@ -192,6 +200,7 @@ _HOMES = {
     "export_onnx": "export.onnx_file",
     "find_groups": "coupling.find_groups",
     "fit": "training.loop",
+    "forecast": "finished.forecast",
     "importance": "integrations.torch_pruning",
     "input_statistics": "repair.statistics",
     "keep_carriers": "selection.carriers",
@@ -200,7 +209,7 @@ _HOMES = {
     "load": "artifact.load",
     "make_plan": "structure.plan",
     "measure_layers": "latency.layers",
-    "prune": "prune_model",
+    "prune": "finished.prune_model",
     "read_report": "report.schema",
     "rebind_scheduler": "surgery.transplant",
     "recalibrate_batchnorms": "repair.recalibration",

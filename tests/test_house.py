@@ -15,12 +15,12 @@ __main__
 cli
 runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal accuracy_search
     run_directory arguments results
-prune_model
 report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
+finished: prune_model forecast steps choice preparation targets images display
 latency: search layers table operators compare
 artifact: save load dense_model format
-repair: curves distillation refit held_out replay closed_form statistics rows images display divergence least_squares
+repair: curves distillation refit held_out replay closed_form statistics rows divergence least_squares
     recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox

@@ -30,6 +30,7 @@ def test_the_public_names_are_these() -> None:
         "Distillation",
         "EpochMetrics",
         "FileError",
+        "Forecast",
         "GraphSummary",
         "InputError",
         "InputStatistics",
@@ -49,6 +50,7 @@ def test_the_public_names_are_these() -> None:
         "RunReport",
         "SparsekitError",
         "Sparsifier",
+        "SpeedForecast",
         "SpeedSearch",
         "SpeedTrial",
         "StepHook",
@@ -68,6 +70,7 @@ def test_the_public_names_are_these() -> None:
         "export_onnx",
         "find_groups",
         "fit",
+        "forecast",
         "importance",
         "input_statistics",
         "keep_carriers",
@@ -218,7 +221,7 @@ def _is_public(name: str) -> bool:
 # A benchmark lets peers' cuts learn as ours do, and judges each step of ours: parts that no call gives out alone.
 INSIDE = {
     "benchmarks/finished_model.py": (
-        "sparsekit.prune_model._split",
+        "sparsekit.finished.preparation.split",
         "sparsekit.repair.distillation.distill",
         "sparsekit.repair.divergence.divergence",
         "sparsekit.repair.held_out.HeldOut",

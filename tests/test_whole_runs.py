@@ -231,6 +231,14 @@ def test_a_finished_checkpoint_is_repaired_without_training_and_stays_near_to_it
     # One-shot cuts of this size lose most of it.
     assert report.sparse.accuracy_after_cut >= report.sparse.accuracy_before_cut - 0.2
     assert report.pruned.accuracy == report.sparse.accuracy_after_cut
+    planned = in_this_process("plan", tmp_path / "run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    found = json.loads(planned.stdout)
+    assert found["left"]["macs"] <= 0.6
+    assert [speed["asked"] for speed in found["speeds"]] == sorted(
+        speed["asked"] for speed in found["speeds"]
+    )
+    assert all(speed["kl"] > 0 and 0 < speed["kept"]["macs"] < 1 for speed in found["speeds"])
 
 
 def test_a_checkpoint_with_another_number_of_classes_is_refused(recipe: Path, tmp_path: Path) -> None:

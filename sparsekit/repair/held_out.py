@@ -70,6 +70,11 @@ class HeldOut:
         self._recordings = self._record(model)
 
     @property
+    def n_images(self) -> int:
+        """How many images are kept apart."""
+        return len(self._inputs[0])
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Up to five modules spread over the second half of the network, whose outputs may be compared too."""
         names = self.stations.names[:-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +12,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sparsekit.finished.forecast import SpeedForecast
 from sparsekit.latency.search import SpeedTrial
 from sparsekit.selection.costs import CostShare, kept_share
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
+
+# The longest bar, in characters.
+_BAR = 24
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class DryRun:
     """A target of a model, the keep-masks that would meet it, and the speed-up that they give.
 
     `found` is the trial of these masks and `trials` are all that were measured. `remark` says what the reader should
-    know: why the target was not met, or that the weights are random.
+    know: why the target was not met, or that the weights are random. `speeds` says what several speeds would cost, if
+    the model is repaired after the cut.
     """
 
     model: str
@@ -32,6 +38,7 @@ class DryRun:
     found: SpeedTrial
     trials: tuple[SpeedTrial, ...]
     remark: str
+    speeds: tuple[SpeedForecast, ...] = ()
 
     @property
     def left(self) -> CostShare:
@@ -59,6 +66,7 @@ class DryRun:
             "found": asdict(self.found),
             "trials": [asdict(trial) for trial in self.trials],
             "remark": self.remark,
+            "speeds": [asdict(speed) for speed in self.speeds],
         }
 
     def table(self) -> RenderableType:
@@ -85,4 +93,28 @@ class DryRun:
             lines.append("not trustworthy: two runs of the dense model differ, because the machine is busy")
         if self.remark:
             lines.append(self.remark)
-        return Group(table, Text("\n".join(lines)))
+        below: list[Text | Table] = [Text(""), _forecast_table(self.speeds)] if self.speeds else []
+        return Group(table, Text("\n".join(lines)), *below)
+
+
+def _forecast_table(speeds: Sequence[SpeedForecast]) -> Table:
+    """What several speeds would cost, before any fine-tuning: a row each, with a bar for the divergence."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for column in ("speed-up", "MACs left", "params left", "same answers", "nats lost"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    most = max(speed.kl for speed in speeds)
+    for speed in speeds:
+        answers = f"{speed.agreement:.3f}" if math.isfinite(speed.agreement) else ""
+        bar = "#" * max(round(_BAR * speed.kl / most), 1) if most > 0 else ""
+        table.add_row(
+            f"{speed.speedup:.2f}",
+            f"{speed.kept.macs:.3f}",
+            f"{speed.kept.params:.3f}",
+            answers,
+            f"{speed.kl:.3f}",
+            bar,
+        )
+    table.caption = "predicted, after the repair in closed form; the other steps bring the outputs nearer"
+    table.caption_justify = "left"
+    return table

@@ -6,7 +6,7 @@ budget of accuracy or several shares the knapsack chooses the masks of all group
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sparsekit.selection.costs import channel_latencies, channel_macs
 from sparsekit.selection.importance import all_alike, output_shares, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.knapsack import Knapsack, choose_channels
+from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.training.checkpoint import load_state
@@ -139,7 +140,7 @@ def search_masks(
     target: Target,
     model: nn.Module,
     groups: ChannelGroups,
-    importance: Scores,
+    importance: Mapping[str, Tensor | LossCurve],
     example: Tensor,
     *,
     threads: int,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import FileError, InputError
 from sparsekit.export.onnx_file import export_onnx, metadata_texts
+from sparsekit.finished.forecast import forecast
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import time_masks
 from sparsekit.recipe.recipe import Recipe
@@ -22,11 +23,11 @@ from sparsekit.report.inspection import Inspection, inspect_module
 from sparsekit.report.schema import RunReport
 from sparsekit.runs.arguments import Arguments, Target, build_model
 from sparsekit.runs.choosing import cut_importance, search_masks
-from sparsekit.runs.rehearsal import open_inputs
+from sparsekit.runs.rehearsal import Inputs, open_inputs, training_images
 from sparsekit.runs.report_assembly import write_report
 from sparsekit.selection.importance import output_shares
 from sparsekit.selection.keep_masks import keep_masks
-from sparsekit.selection.knapsack import choose_channels
+from sparsekit.selection.knapsack import Knapsack, choose_channels
 from sparsekit.training.models import create_model, input_config, load_weights_
 
 
@@ -77,13 +78,11 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
     remarks = [] if trained else ["the weights are random: trust how many channels go, not which ones"]
-    if recipe.cut.repair is not None:
-        remarks.append(
-            "with cut.repair the channels are chosen by what the outputs lose; here by their magnitude"
-        )
     if target.takes_attempts:
         remarks.append("max_accuracy_drop needs training, so it is left out here")
         target = replace(target, max_accuracy_drop=None)
+    if recipe.cut.repair is not None:
+        return _dry_run_with_repair(recipe, target, inputs, model, timed, remarks, console)
     with console.status("measuring"):
         groups = find_groups(model, example, **Arguments.of(recipe).grouping)
         given = cut_importance(recipe, inputs, model, groups)
@@ -110,6 +109,54 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
             trials = (found,)
     asked = target.besides_accuracy
     return DryRun(recipe.model.name, asked, measured, masks, found, trials, "; ".join(remarks))
+
+
+def _dry_run_with_repair(
+    recipe: Recipe,
+    target: Target,
+    inputs: Inputs,
+    model: nn.Module,
+    timed: Tensor,
+    remarks: list[str],
+    console: Console,
+) -> DryRun:
+    """As `dry_run`, for a finished model: by measured loss curves, and with a forecast for several speeds."""
+    spec, threads = recipe.cut, recipe.benchmark.threads
+    assert spec.repair is not None
+    images = training_images(recipe, inputs, spec.repair.images)
+    found = forecast(
+        model,
+        images,
+        ignore=spec.ignore,
+        threads=threads,
+        batch_size=recipe.export.batch_size,
+        blocks=spec.blocks,
+        through_layer_norm=spec.through_layer_norm,
+        round_to=spec.round_to,
+        min_channels=spec.min_channels,
+        max_images=spec.repair.images,
+        seed=recipe.seed,
+        console=console,
+    )
+    with console.status("measuring"):
+        if target.is_speed:
+            search = search_masks(
+                target,
+                model,
+                found.groups,
+                found.known,
+                timed,
+                threads=threads,
+                say=lambda line: console.print(line, highlight=False),
+            )
+            masks, trial, trials, said = search.masks, search.found, search.trials, search.remark
+        else:
+            masks = Knapsack(found.groups, found.known).under(target.limits)
+            trial = time_masks(model, found.groups, masks, timed, threads=threads)
+            trials, said = (trial,), ""
+    remark = "; ".join(filter(None, [said, *remarks, found.remark]))
+    asked = target.besides_accuracy
+    return DryRun(recipe.model.name, asked, found.groups, masks, trial, trials, remark, found.speeds)
 
 
 def export_again(

@@ -11,9 +11,10 @@ from torch import nn
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
-from sparsekit.prune_model import prune
+from sparsekit.finished.prune_model import prune
 from sparsekit.runs.arguments import make_sparsifier
 from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
+from sparsekit.runs.rehearsal import training_images
 from sparsekit.runs.results import ChoiceFound, CutResult, LayerKept, SparsifyResult, as_json, from_json
 from sparsekit.runs.run import Run
 from sparsekit.selection.carriers import keep_carriers
@@ -78,7 +79,7 @@ def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
     """Prune a finished model with training images, whose labels are not used (`sparsekit.prune`)."""
     spec, target = run.recipe.cut, run.arguments.target
     assert spec.repair is not None
-    images = run.training_images(spec.repair.images)
+    images = training_images(run.recipe, run.inputs, spec.repair.images)
     repair = spec.repair
     found = run.by_the_first(
         lambda: prune(

@@ -37,6 +37,20 @@ class Inputs:
     fingerprint: str
 
 
+def training_images(recipe: Recipe, inputs: Inputs, count: int) -> Tensor:
+    """Return random training images, as in evaluation: (n, channels, height, width), on the CPU."""
+    spec, images = recipe.data, inputs.data.train
+    chosen = np.random.default_rng(recipe.seed).permutation(len(images))[:count]
+    loader = make_loader(
+        images.subset(chosen),
+        inputs.config,
+        training=False,
+        batch_size=spec.eval_batch_size or spec.batch_size,
+        workers=spec.workers,
+    )
+    return torch.cat([batch for batch, _ in loader])
+
+
 def check_inputs(recipe: Recipe) -> list[str]:
     """List the problems of a valid recipe: model name, data, checkpoint, device, threads. Trains nothing."""
     try:

@@ -162,12 +162,6 @@ class Run:
             loader = self.loader(images.subset(chosen), training=False)
             recalibrate_batchnorms(model, (batch.to(self.accelerator.device) for batch, _ in loader))
 
-    def training_images(self, count: int) -> Tensor:
-        """Return random training images, as in evaluation: (n, channels, height, width), on the CPU."""
-        images = self.inputs.data.train
-        chosen = np.random.default_rng(self.recipe.seed).permutation(len(images))[:count]
-        return torch.cat([batch for batch, _ in self.loader(images.subset(chosen), False)])
-
     def keep_weights(self, model: nn.Module, name: str) -> None:
         """Write the weights for later stages (`weights`). All processes wait for it."""
         if self.files.writes:

@@ -8,7 +8,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sparsekit.repair.display import StepDisplay
+from sparsekit.finished.display import StepDisplay
 
 
 def test_on_no_terminal_only_lines_are_written() -> None:

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sparsekit as sk
-from sparsekit import prune_model
 from sparsekit.errors import DataError, InputError, ModelError
 from sparsekit.evaluation import flat_tensors
+from sparsekit.finished import steps
 from sparsekit.repair.distillation import DistillProgress
 
 QUICK: dict[str, Any] = {"keep": {"macs": 0.6}, "distill_steps": 8, "round_to": 4, "min_channels": 4}
@@ -272,8 +272,8 @@ def test_an_interruption_while_it_learns_returns_what_was_best(monkeypatch: pyte
 
         return learn(*args, progress=stop, **options)
 
-    learn = prune_model.distill
-    monkeypatch.setattr(prune_model, "distill", interrupting)
+    learn = steps.distill
+    monkeypatch.setattr(steps, "distill", interrupting)
     model = trained()
     before = copy.deepcopy(model)
     result = sk.prune(model, _digits()[0][:60], **QUICK)

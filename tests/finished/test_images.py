@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsekit.errors import DataError
-from sparsekit.repair.images import collect_images
+from sparsekit.finished.images import collect_images
 
 IMAGES = torch.randn(40, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40)

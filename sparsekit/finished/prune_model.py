@@ -1,0 +1,207 @@
+"""`sk.prune`: the one call for a finished model and a few hundred images, as a story.
+
+    groups -> latencies -> statistics -> curves -> choice -> cut and repair -> learning from the dense model
+
+Each step is judged on images kept apart, and taken only if it brings the outputs nearer to the dense model's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsekit.errors import InputError
+from sparsekit.finished.choice import choose_importance, choose_masks
+from sparsekit.finished.display import StepDisplay
+from sparsekit.finished.preparation import Options, prepare
+from sparsekit.finished.steps import Best, PruneStep, Work, learning_step, refit_step, repair_step
+from sparsekit.finished.targets import Speed, check_reach, checked_targets
+from sparsekit.latency.search import SpeedSearch
+from sparsekit.options import Quantity, RoundTo
+from sparsekit.repair.held_out import HeldOut
+from sparsekit.repair.statistics import InputStatistics
+from sparsekit.selection.costs import CostModel
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.masks import Masks
+from sparsekit.structure.plan import PrunePlan, make_plan
+from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.verify import Agreement, verify_cut
+
+__all__ = ["PruneResult", "prune"]
+
+# Outputs on images that were used may be nearer to the dense model's by this much before more images are asked for.
+_OPTIMISM, _OPTIMISM_KL = 2.0, 0.02
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `prune` returns.
+
+    - `model` is the pruned model, `plan` what was cut, made of the keep-masks `masks` of `groups`; `proof` says how
+      exactly the cut model computed what the masked one does.
+    - `speed` is the search that measured the speed-up; None if no speed was asked for.
+    - `kl` and `agreement` compare the outputs with the dense model's on images kept apart; those images decided between
+      steps too, so measure the accuracy on others. See `Divergence`.
+    - `steps` says what each step brought, `seconds` how long all of it took, and `kept` which fractions of "macs",
+      "params" and "channels" are left.
+    - `remarks` is what the caller should know: few images, layers that could not be repaired, a speed that was missed.
+    - `interrupted` says whether Ctrl-C ended the learning.
+    """
+
+    model: nn.Module
+    plan: PrunePlan
+    groups: ChannelGroups
+    masks: Masks
+    proof: Agreement
+    speed: SpeedSearch | None
+    kl: float
+    agreement: float
+    steps: tuple[PruneStep, ...]
+    kept: Mapping[Quantity, float]
+    seconds: float
+    remarks: tuple[str, ...] = ()
+    interrupted: bool = False
+
+
+def prune(
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    *,
+    speedup: float | None = None,
+    latency_ms: float | None = None,
+    keep: Mapping[Quantity, float] | None = None,
+    ignore: Sequence[str] = (),
+    threads: int = 1,
+    batch_size: int = 1,
+    distill_seconds: float = 120.0,
+    distill_steps: int | None = None,
+    blocks: bool = True,
+    through_layer_norm: bool = False,
+    round_to: RoundTo = "auto",
+    min_channels: int = 8,
+    max_images: int = 512,
+    seed: int = 0,
+    console: Console | None = None,
+) -> PruneResult:
+    """Make a finished model faster with a few hundred images of the kind it will see; no labels are needed.
+
+    `images` are normalised as the model expects them: a tensor, an iterable of batches, or a DataLoader, whose labels
+    are ignored; the first `max_images` are read, so shuffle them. At least one target is needed, and all that are given
+    hold: `speedup` or `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions
+    of "macs", "params" or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole
+    residual blocks go too, and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
+
+    The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
+    network run to see what that costs. The knapsack takes what costs least for its time. The model is cut and proved,
+    repaired in closed form and layer by layer, and learns from the dense model for `distill_seconds`, or for
+    `distill_steps` where these are given. After each step the outputs are compared with the dense model's on images
+    kept apart, a fifth of all and at most 128; a step that does not bring them nearer is left out. Nothing is fitted to
+    these images, but they choose: channels by their loss curves, and steps. Ctrl-C while it learns returns what was
+    best so far.
+
+    The caller's model is not changed. The result has its device, dtype and training flags. With a target that is no
+    time, and `distill_steps`, the result depends on `seed` alone. Progress is shown on `console`; by default on stderr
+    if that is a terminal.
+
+    Raises InputError for arguments and targets that are wrong or out of reach, DataError for images, ModelError for a
+    model that cannot be analysed or does not run on the images, VerificationError if the cut cannot be proved.
+    """
+    called = time.monotonic()
+    speed = Speed(speedup, latency_ms)
+    limits = checked_targets(speed, keep, distill_seconds, distill_steps)
+    options = Options(
+        ignore, threads, batch_size, blocks, through_layer_norm, round_to, min_channels, max_images, seed
+    )
+    with StepDisplay(console) as show:
+        one = prepare(
+            model,
+            images,
+            options,
+            show,
+            latencies=speed.asked,
+            check=lambda groups: check_reach(groups, speed, limits),
+        )
+        del images
+        started, groups, held_out = time.monotonic(), one.groups, one.held_out
+        importance = choose_importance(one, limits | speed.limit(groups), show)
+        held_out.forget()
+        show.begin("choosing channels")
+        masks, search = choose_masks(importance, one, speed, limits, threads)
+        plan = make_plan(groups, masks)
+        if not (plan.cuts or plan.blocks):
+            raise InputError(
+                "nothing was cut: no group can lose a whole step of channels under this target; ask for more, or lower "
+                "round_to or min_channels"
+            )
+        pruned = apply_plan(one.dense, plan)
+        proof = verify_cut(one.dense, pruned, plan)
+        best = Best(pruned, held_out.of(pruned), started, show)
+
+        work = Work(one.dense, plan, one.statistics, held_out, one.used, one.at_once, seed, show)
+        proof = repair_step(best, work) or proof
+        seen = HeldOut(one.dense, groups, (one.used[: held_out.n_images],), recorded=0)
+        remarks = _few_images(best, seen, one.n_images)
+        refit_step(best, work)
+        interrupted = False
+        if distill_seconds > 0 and distill_steps != 0:
+            remark, interrupted = learning_step(best, work, distill_seconds, distill_steps)
+            remarks += [remark] if remark else []
+    return PruneResult(
+        model=_as_given(best.model, model),
+        plan=plan,
+        groups=groups,
+        masks=masks,
+        proof=proof,
+        speed=search,
+        kl=best.divergence.kl,
+        agreement=best.divergence.agreement,
+        steps=tuple(best.steps),
+        kept=_kept(groups, masks),
+        seconds=time.monotonic() - called,
+        remarks=(
+            *remarks,
+            *_left_out(one.statistics, plan),
+            *([search.remark] if search and search.remark else []),
+        ),
+        interrupted=interrupted,
+    )
+
+
+def _as_given(pruned: nn.Module, model: nn.Module) -> nn.Module:
+    """The pruned model in the usual memory format, with the training flags of the caller's model."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    pruned = pruned.to(memory_format=torch.contiguous_format)
+    for name, module in pruned.named_modules():
+        module.training = flags.get(name, model.training)
+    return pruned
+
+
+def _kept(groups: ChannelGroups, masks: Masks) -> dict[Quantity, float]:
+    costs = CostModel(groups)
+    quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
+    return {quantity: costs.share(quantity, masks) for quantity in quantities}
+
+
+def _few_images(best: Best, on_used: HeldOut, count: int) -> list[str]:
+    """Say so if the outputs on images that were used are much nearer to the dense model's."""
+    seen, apart = on_used.of(best.model).kl, best.divergence.kl
+    if apart <= _OPTIMISM * seen + _OPTIMISM_KL:
+        return []
+    return [
+        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's "
+        f"on images kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
+    ]
+
+
+def _left_out(statistics: InputStatistics, plan: PrunePlan) -> list[str]:
+    """Say which layers lost inputs and were not repaired."""
+    lost = {cut.tensor for cut in plan.cuts if cut.role == "consumer"} & set(statistics.left_out)
+    return [
+        f"{tensor} lost inputs and was not repaired: {statistics.left_out[tensor]}" for tensor in sorted(lost)
+    ]

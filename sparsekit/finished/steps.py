@@ -1,0 +1,129 @@
+"""The steps after the cut: repair, refit and learning, each taken only if it brings the outputs nearer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sparsekit.errors import TrainingError
+from sparsekit.finished.display import StepDisplay
+from sparsekit.repair.closed_form import repair_weights
+from sparsekit.repair.distillation import distill
+from sparsekit.repair.divergence import Divergence
+from sparsekit.repair.held_out import HeldOut
+from sparsekit.repair.refit import refit
+from sparsekit.repair.statistics import InputStatistics
+from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.cut import apply_plan
+from sparsekit.surgery.verify import Agreement, verify_cut
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """One step: its name, what it took, and how far the outputs are from the dense model's after it.
+
+    `taken` is False if the step before was nearer, and its model was kept.
+    """
+
+    name: str
+    seconds: float
+    kl: float
+    agreement: float
+    taken: bool = True
+
+
+class Best:
+    """The best model so far, and the steps that led to it."""
+
+    def __init__(self, model: nn.Module, divergence: Divergence, started: float, show: StepDisplay) -> None:
+        self.model, self.divergence, self._show = model, divergence, show
+        self.steps: list[PruneStep] = []
+        self._note("choice and cut", started, divergence, True)
+
+    def offer(self, name: str, started: float, model: nn.Module, divergence: Divergence) -> bool:
+        """Take a model if its outputs are nearer to the dense model's; returns whether it was taken."""
+        taken = divergence.kl < self.divergence.kl
+        if taken:
+            self.model, self.divergence = model, divergence
+        self._note(name, started, divergence, taken)
+        return taken
+
+    def _note(self, name: str, started: float, divergence: Divergence, taken: bool) -> None:
+        seconds = time.monotonic() - started
+        self.steps.append(PruneStep(name, seconds, divergence.kl, divergence.agreement, taken))
+        self._show.say(
+            f"{name}: {divergence.kl:.4g} nats from the dense model, {divergence.agreement:.3f} of the answers the "
+            f"same, {seconds:.0f} s" + ("" if taken else "; not taken")
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every step after the cut works with.
+
+    `used` are the images that may be fitted; so many `at_once` pass with gradients.
+    """
+
+    dense: nn.Module
+    plan: PrunePlan
+    statistics: InputStatistics
+    held_out: HeldOut
+    used: Tensor
+    at_once: int
+    seed: int
+    show: StepDisplay
+
+
+def repair_step(best: Best, work: Work) -> Agreement | None:
+    """Offer the cut of the repaired model; returns its proof if it was taken."""
+    work.show.begin("repairing")
+    started = time.monotonic()
+    repaired = repair_weights(work.dense, work.plan, work.statistics)
+    candidate = apply_plan(repaired, work.plan)
+    proof = verify_cut(repaired, candidate, work.plan)
+    return proof if best.offer("closed form", started, candidate, work.held_out.of(candidate)) else None
+
+
+def refit_step(best: Best, work: Work) -> None:
+    """Offer the model refitted layer by layer, or what is half way to it."""
+    work.show.begin("refitting layer by layer")
+    started = time.monotonic()
+    fitted = refit(
+        work.dense,
+        best.model,
+        work.plan,
+        work.statistics.readers,
+        work.used,
+        work.held_out.stations,
+        seed=work.seed,
+        progress=work.show.share,
+    )
+    best.offer("refit layer by layer", started, *work.held_out.better_of_end_and_middle(best.model, fitted))
+
+
+def learning_step(best: Best, work: Work, seconds: float, steps: int | None) -> tuple[str, bool]:
+    """Offer what the model becomes when it learns; returns what the caller should know, and if Ctrl-C ended it."""
+    work.show.begin("learning from the dense model")
+    started = time.monotonic()
+    try:
+        learned = distill(
+            work.dense,
+            best.model,
+            work.plan,
+            work.used,
+            work.held_out,
+            seconds=seconds,
+            steps=steps,
+            stages=work.held_out.stages,
+            at_once=work.at_once,
+            seed=work.seed,
+            progress=lambda now: work.show.share(now.share, 1.0),
+        )
+    except TrainingError as error:
+        return f"the repaired model was left as it is: {error}", False
+    best.offer("learning from the dense model", started, learned.model, learned.divergence)
+    if not learned.interrupted:
+        return "", False
+    return "learning from the dense model was interrupted; what was best until then is returned", True
