@@ -187,6 +187,7 @@ def plan(
     """Show how many channels a target keeps, and the speed-up: predicted, and measured in ONNX Runtime.
 
     Channels are chosen by cut.importance in the dense model of the run, or in the model that the recipe starts from.
+    With cut.repair they are chosen as `prune` does, and several speeds are listed with what they would cost: minutes.
     Nothing is trained.
     """
     from sparsekit.recipe.reading import load_recipe

@@ -18,7 +18,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     flags = [(module, module.training) for module in model.modules()]
     # Some timm models compute tensors in eval mode, keep them, and drop them in `train`; so these are called, even if
     # the model is in eval mode already: its weights may have changed. For all others a flag is enough, and much faster.
-    own = [(m, training) for m, training in flags if (type(m).train, type(m).eval) != _PLAIN]
+    own = [(m, training) for m, training in flags if _functions(m.train, m.eval) != _PLAIN]
     try:
         # In steps: the `train` of some timm modules returns nothing.
         for module, _ in own:
@@ -34,6 +34,11 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, training in flags:
             if module.training != training:
                 module.training = training
+
+
+def _functions(*methods: Any) -> tuple[Any, ...]:
+    """What the methods run: one may be set on the module itself."""
+    return tuple(getattr(method, "__func__", None) for method in methods)
 
 
 @contextmanager

@@ -43,9 +43,10 @@ class Judge:
 
     def _kl(self, known: Known, limits: Limits) -> float:
         try:
-            return self.of(Knapsack(self.prepared.groups, known).under(limits)).kl
-        except InputError:  # gate scores do not let blocks go, so they reach less
+            kl = self.of(Knapsack(self.prepared.groups, known).under(limits)).kl
+        except InputError:
             return math.inf
+        return kl if math.isfinite(kl) else math.inf
 
     def of(self, masks: Masks) -> Divergence:
         """Return what masks leave of the outputs, after the repair in closed form."""
@@ -65,12 +66,12 @@ def choose_importance(prepared: Prepared, limits: Limits, show: StepDisplay) -> 
     judge, curves = Judge(prepared), prepared.curves
     gates = order_by_gates(prepared.groups, prepared.statistics.gates)
     known, kl = judge.nearest(limits, curves, gates)
-    if kl > _MUCH_LOST and known is curves:
+    if _MUCH_LOST < kl < math.inf and known is curves:
         show.begin("measuring loss curves half way")
         half = {quantity: share**0.5 for quantity, share in limits.items()}
         again = curves_around(judge.trials(known, half), known, progress=show.share)
         known, kl = judge.nearest(limits, known, again)
-    if kl > _LITTLE_LOST and known is not gates:
+    if _LITTLE_LOST < kl < math.inf and known is not gates:
         show.begin("measuring loss curves near the choice")
         near = curves_near(judge.trials(known, limits), known, progress=show.share)
         known, kl = judge.nearest(limits, known, near)

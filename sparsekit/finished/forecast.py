@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
 
 __all__ = ["Forecast", "SpeedForecast", "forecast"]
+
+SPEEDS = (1.25, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def forecast(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     *,
-    speedups: Sequence[float] = (1.25, 1.5, 2.0, 3.0),
+    speedups: Sequence[float] = SPEEDS,
     ignore: Sequence[str] = (),
     threads: int = 1,
     batch_size: int = 1,
@@ -77,14 +79,27 @@ def forecast(
     Raises InputError for speeds that are not above 1, DataError for images, ModelError for a model that cannot be
     analysed.
     """
-    for value in speedups:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value < math.inf:
-            raise InputError(f"speedups must be finite numbers above 1, got {value!r}")
     options = Options(
         ignore, threads, batch_size, blocks, through_layer_norm, round_to, min_channels, max_images, seed
     )
+    return forecast_with(model, images, tuple(speedups), options, console=console)
+
+
+def forecast_with(
+    model: nn.Module,
+    images: Tensor | Iterable[Any],
+    speedups: Sequence[float],
+    options: Options,
+    *,
+    check: Callable[[ChannelGroups], None] = lambda groups: None,
+    console: Console | None = None,
+) -> Forecast:
+    """As `forecast`; `check` may refuse the measured groups before minutes are spent."""
+    for value in speedups:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value < math.inf:
+            raise InputError(f"speedups must be finite numbers above 1, got {value!r}")
     with StepDisplay(console) as show:
-        prepared = prepare(model, images, options, show, latencies=True, check=lambda groups: None)
+        prepared = prepare(model, images, options, show, latencies=True, check=check)
         prepared.held_out.forget()
         show.begin("predicting")
         return _forecast(prepared, sorted(set(speedups)))

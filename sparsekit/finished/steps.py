@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -44,7 +45,8 @@ class Best:
 
     def offer(self, name: str, started: float, model: nn.Module, divergence: Divergence) -> bool:
         """Take a model if its outputs are nearer to the dense model's; returns whether it was taken."""
-        taken = divergence.kl < self.divergence.kl
+        before, now = self.divergence.kl, divergence.kl
+        taken = now < before or (math.isfinite(now) and not math.isfinite(before))
         if taken:
             self.model, self.divergence = model, divergence
         self._note(name, started, divergence, taken)
@@ -87,7 +89,7 @@ def repair_step(best: Best, work: Work) -> Agreement | None:
 
 
 def refit_step(best: Best, work: Work) -> None:
-    """Offer the model refitted layer by layer, or what is half way to it."""
+    """Offer the model refitted layer by layer, or what lies on the way to it."""
     work.show.begin("refitting layer by layer")
     started = time.monotonic()
     fitted = refit(
@@ -100,7 +102,7 @@ def refit_step(best: Best, work: Work) -> None:
         seed=work.seed,
         progress=work.show.share,
     )
-    best.offer("refit layer by layer", started, *work.held_out.better_of_end_and_middle(best.model, fitted))
+    best.offer("refit layer by layer", started, *work.held_out.nearest_between(best.model, fitted))
 
 
 def learning_step(best: Best, work: Work, seconds: float, steps: int | None) -> tuple[str, bool]:

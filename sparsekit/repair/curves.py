@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,21 +104,32 @@ class Trials:
         self._dense, self.groups, self._statistics, self._held_out = dense, groups, statistics, held_out
         self.base = dict(base or {})
         self._model = copy.deepcopy(dense)
+        plan = make_plan(groups, self.base)
+        # Masking in place does not know the cuts of norms that look at all channels.
+        self._by_copies = _looks_at_all_channels(plan)
+        if self._by_copies:
+            self.base_loss = self._loss_of_copy(plan)
+            return
         if self.base:
-            mask_(self._model, make_plan(groups, self.base), statistics)
+            mask_(self._model, plan, statistics)
             held_out.record_(self._model)
+        self.base_loss = held_out.of_change(self._model, ()).kl
 
     def loss(self, group: ChannelGroup, mask: Tensor) -> float:
         """Return the divergence with this mask of a group."""
         plan = make_plan(self.groups, self.base | {group.name: mask})
-        if any(cut.role in ("layer_norm", "response") for cut in plan.cuts):
-            return self._held_out.of(mask_model(repair_weights(self._dense, plan, self._statistics), plan)).kl
+        if self._by_copies or _looks_at_all_channels(plan):
+            return self._loss_of_copy(plan)
         own = {member.tensor for member in group.of_role("consumer")}
         if group.bypass:
             without = make_plan(self.groups, {group.name: torch.zeros(1, dtype=torch.bool)})
             own = {scale for block in without.blocks for scale in block.scales}
         with masked_in_place(self._model, plan, self._statistics, dense=self._dense, only=own):
             return self._held_out.of_change(self._model, own).kl
+
+    def _loss_of_copy(self, plan: PrunePlan) -> float:
+        masked = mask_model(repair_weights(self._dense, plan, self._statistics), plan)
+        return self._held_out.of_recorded(masked).kl
 
     def is_bypassed(self, group: ChannelGroup) -> bool:
         """Whether the group lies in a residual block that the base leaves out."""
@@ -126,6 +138,11 @@ class Trials:
             for other in self.groups.free
             if other.name in self.base and not bool(self.base[other.name].any())
         )
+
+
+def _looks_at_all_channels(plan: PrunePlan) -> bool:
+    """Whether it cuts norms that look at all channels."""
+    return any(cut.role in ("layer_norm", "response") for cut in plan.cuts)
 
 
 def loss_curves(
@@ -174,6 +191,8 @@ def curves_around(
         before = known[group.name]
         if isinstance(before, LossCurve) and not trials.is_bypassed(group):
             whole = trials.loss(group, torch.ones(group.n_channels, dtype=torch.bool))
+            if not math.isfinite(whole):
+                continue
             measured = {n: trials.loss(group, _first(before.order, n)) - whole for n in _widths(group)}
             shape = torch.from_numpy(before.losses[::-1].copy())
             again = LossCurve.through(before.order.flip(0), shape, measured)
@@ -198,17 +217,17 @@ def curves_near(
         if not isinstance(before, LossCurve):
             continue
         now, order = int(trials.base[group.name].sum()), before.order
-        if trials.is_bypassed(group) or (group.bypass and not now):
-            curves[group.name] = LossCurve(order, np.zeros(group.n_channels + 1))
-        elif group.bypass:
-            curves[group.name] = LossCurve.near(order, {1: 0.0})
+        if group.bypass or trials.is_bypassed(
+            group
+        ):  # no fewer than now; what is out costs nothing to leave out
+            curves[group.name] = LossCurve.near(order, {now: 0.0})
         else:
             step = max(int(reach * group.n_channels), 1)
             allowed = [int(n) for n in counts_of(group)]
             fewer = max((n for n in allowed if n <= now - step), default=min(allowed))
             more = min((n for n in allowed if n >= now + step), default=max(allowed))
-            losses = {n: trials.loss(group, _first(order, n)) for n in {fewer, now, more}}
-            curves[group.name] = LossCurve.near(order, losses)
+            losses = {n: trials.loss(group, _first(order, n)) for n in {fewer, more} - {now}}
+            curves[group.name] = LossCurve.near(order, {now: trials.base_loss, **losses})
     return curves
 
 
@@ -282,7 +301,7 @@ def masked_in_place(
     kept = {name: bias.detach().clone() for name, bias in biases.items() if bias is not None}
     try:
         if dense is not None:
-            _take_(model, dense, names, biases)
+            _take_(model, dense, names, biases.keys())
         mask_(model, plan, statistics)
         yield names
     finally:

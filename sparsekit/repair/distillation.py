@@ -19,7 +19,7 @@ from sparsekit.repair.divergence import Divergence, compared, kl
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.structure.plan import PrunePlan
 
-# Twice as much is worse, and ten times destroys what the repair has won.
+# Ten times as much destroys what the repair has won.
 _LR = 5e-5
 _WARMUP_STEPS = 10
 _BATCH = 16
@@ -68,7 +68,7 @@ def distill(
     the channels that stayed, over their variance. Adam, with ten steps of warm-up and a cosine; norms and dropout as in
     evaluation; random crops of 0.6 to 1 of an image, and flips, for images of four dimensions. It takes `steps` of 16
     images, of which `at_once` pass together, or, where these are None, `seconds`; Ctrl-C ends it. Both models stay as
-    they are; the result is the best seen: the start, eight moments on the way, and half way to the end.
+    they are; the result is the best seen: the start, eight moments, and three weights between start and end.
 
     Raises TrainingError if the loss is not finite from the first step on.
     """
@@ -96,23 +96,22 @@ def distill(
                     check = int(share * _CHECKS) + 1
                     best, best_state = _better(student, held_out, best, best_state)
                 if share >= 1:
-                    middle, found = held_out.better_of_end_and_middle(pruned, student)
+                    between, found = held_out.nearest_between(pruned, student)
                     if found.kl < best.kl:
-                        best, best_state = found, _state(middle)
+                        best, best_state = found, _state(between)
                     break
                 for settings in optimizer.param_groups:
                     warm = min((n + 1) / _WARMUP_STEPS, 1.0)
                     settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
                 optimizer.zero_grad()
+                with torch.no_grad():
+                    target = compared(dense(batch))
                 loss = 0.0
-                for part in torch.split(batch, at_once):
-                    with torch.no_grad():
-                        target = compared(dense(part))
-                    part_loss = _loss(target, compared(student(part)), theirs, ours, rows) * (
-                        len(part) / len(batch)
-                    )
-                    loss += float(part_loss.detach())
-                    torch.autograd.backward(part_loss)
+                for part in _parts(batch, [*target, *theirs.values()], at_once):
+                    own = _loss(part, target, compared(student(batch[part])), theirs, ours, rows)
+                    own = own * ((part.stop - part.start) / len(batch))
+                    loss += float(own.detach())
+                    torch.autograd.backward(own)
                 if not math.isfinite(loss):
                     if n == 0:
                         raise TrainingError(
@@ -141,21 +140,39 @@ def _share(spent: float, seconds: float, done: int, steps: int | None) -> float:
     return spent / seconds if seconds > 0 else 1.0
 
 
+def _parts(batch: Tensor, given: Sequence[Tensor], at_once: int) -> Iterator[slice]:
+    """Split a batch into parts of about one size; whole, if what the dense model gives cannot be split by image."""
+    n = len(batch)
+    if any(tensor.dim() == 0 or len(tensor) % n for tensor in given):
+        at_once = n
+    count = -(-n // at_once)
+    for i in range(count):
+        yield slice(i * n // count, (i + 1) * n // count)
+
+
+def _of_part(tensor: Tensor, part: slice, output: Tensor) -> Tensor:
+    """What a tensor of the whole batch has for a part of it: some models stack windows of an image along the batch."""
+    each = len(output) // (part.stop - part.start)
+    return tensor[part.start * each : part.stop * each]
+
+
 def _loss(
+    part: slice,
     target: Sequence[Tensor],
     output: Sequence[Tensor],
     theirs: Mapping[str, Tensor],
     ours: Mapping[str, Tensor],
     rows: Mapping[str, Sequence[Tensor]],
 ) -> Tensor:
-    loss = sum(
-        (kl(t, o) for t, o in zip(target, output, strict=True)),
-        torch.zeros((), device=output[0].device),
-    )
+    """The loss of a part of a batch. `target` and `theirs` are of the whole batch, which variances are taken from."""
+    loss = torch.zeros((), device=output[0].device)
+    for t, o in zip(target, output, strict=True):
+        loss = loss + kl(_of_part(t, part, o), o, variance=t.float().var())
     for name, features in ours.items():
         wanted = _of_what_stays(theirs[name].detach(), features, rows[name])
         if wanted is not None:
-            loss = loss + (features - wanted).square().mean() / wanted.var().clamp_min(_SMALLEST)
+            error = (features - _of_part(wanted, part, features)).square().mean()
+            loss = loss + error / wanted.var().clamp_min(_SMALLEST)
     return loss
 
 
@@ -232,11 +249,11 @@ def _kept_rows(model: nn.Module, plan: PrunePlan, stages: Sequence[str]) -> dict
 
 def _of_what_stays(wanted: Tensor, features: Tensor, rows: Sequence[Tensor]) -> Tensor | None:
     """Return the channels of a dense stage's output that the pruned one still has; None if they are not found."""
-    if wanted.shape == features.shape:
+    if wanted.shape[1:] == features.shape[1:]:
         return wanted
     dim = 1 if wanted.dim() == 4 and wanted.shape[2:] == features.shape[2:] else -1
     for keep in rows:
         if len(keep) == features.shape[dim] and int(keep.max()) < wanted.shape[dim]:
             stays = wanted.index_select(dim, keep.to(wanted.device))
-            return stays if stays.shape == features.shape else None
+            return stays if stays.shape[1:] == features.shape[1:] else None
     return None

@@ -51,13 +51,18 @@ def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence
     return Divergence(total, sum(agreements) / len(agreements) if agreements else float("nan"))
 
 
-def kl(dense: Tensor, output: Tensor) -> Tensor:
-    """Return KL(dense || output) of one output, averaged over the images; a gradient can be taken."""
+def kl(dense: Tensor, output: Tensor, *, variance: Tensor | None = None) -> Tensor:
+    """Return KL(dense || output) of one output, averaged over the images; a gradient can be taken.
+
+    `variance` is that of the dense output over more images than these, for outputs that are no logits.
+    """
     dtype = torch.float64 if dense.dtype == torch.float64 else torch.float32
     dense, output = dense.to(dtype), output.to(dtype)
     if is_logits(dense):
         return F.kl_div(output.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True)
-    variance = dense.var().clamp_min(torch.finfo(torch.float32).tiny)
+    variance = (dense.var() if variance is None else variance.to(dtype)).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
     return (output - dense).square().mean() / (2 * variance)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -14,12 +15,14 @@ from sparsekit.repair.divergence import Divergence, compared, divergence
 from sparsekit.repair.replay import Recording, Stations, batches_of
 from sparsekit.structure.groups import ChannelGroups
 
-# What the recordings of a dense model may take.
+# What the recordings of a model may take.
 _MOST_BYTES = 256 * 2**20
 # Images that the curves are measured on, where memory allows.
 _MOST_RECORDED = 64
 _BATCH = 16
 _STAGES = 5
+# Of the way to weights that were fitted.
+_SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
 class HeldOut:
@@ -83,28 +86,31 @@ class HeldOut:
         return tuple(half[::-1][::step][:_STAGES][::-1])
 
     def forget(self) -> None:
-        """Give back the memory of the recordings; `of_change` cannot be asked any more."""
-        self._recordings = []
+        """Give back the memory of the recordings; changes cannot be asked for any more."""
+        self._recordings, self._targets = [], []
 
     def of(self, model: nn.Module) -> Divergence:
         """Compare a model with the dense one, on all images kept apart."""
         ours = [outputs_of(model, batch) for batch in batches_of(self._inputs, _BATCH)]
         return _weighted([(divergence(d, o), len(d[0])) for d, o in zip(self._dense, ours, strict=True)])
 
-    def better_of_end_and_middle(self, start: nn.Module, end: nn.Module) -> tuple[nn.Module, Divergence]:
-        """Return `end`, or a model with weights half way from `start`, whichever is nearer to the dense one.
+    def of_recorded(self, model: nn.Module) -> Divergence:
+        """Compare a model with the dense one, on the images that `of_change` looks at."""
+        found = [
+            (divergence(target, outputs_of(model, one.inputs)), len(one.inputs[0]))
+            for target, one in zip(self._targets, self._recordings, strict=True)
+        ]
+        return _weighted(found)
 
-        Weights fitted to few images go too far in directions that only these images show; half way there is often
+    def nearest_between(self, start: nn.Module, end: nn.Module) -> tuple[nn.Module, Divergence]:
+        """Return the model on the way from `start` to `end`, at a quarter, half, three or all of it, that is nearest.
+
+        Weights fitted to few images go too far in directions that only these images show; what lies between is often
         nearer on others (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022). A bias that `start` does not
         have is zero there.
         """
-        middle, before = copy.deepcopy(end), dict(start.named_parameters())
-        with torch.no_grad():
-            for name, ours in middle.named_parameters():
-                if ours.is_floating_point():
-                    ours.lerp_(before[name].to(ours) if name in before else torch.zeros_like(ours), 0.5)
-        candidates = [(model, self.of(model)) for model in (end, middle)]
-        return min(candidates, key=lambda candidate: candidate[1].kl)
+        found = [(model, self.of(model)) for model in (_between(start, end, share) for share in _SHARES)]
+        return min(found, key=lambda one: one[1].kl if math.isfinite(one[1].kl) else math.inf)
 
     def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
         """Compare the recorded model, of which only `tensors` were changed, with the dense one, on recorded images."""
@@ -114,6 +120,17 @@ class HeldOut:
             for target, one in zip(self._targets, self._recordings, strict=True)
         ]
         return _weighted(found)
+
+
+def _between(start: nn.Module, end: nn.Module, share: float) -> nn.Module:
+    """A model with weights at this share of the way."""
+    between, before = copy.deepcopy(end), dict(start.named_parameters())
+    with torch.no_grad():
+        for name, ours in between.named_parameters():
+            if ours.is_floating_point():
+                theirs = before[name].to(ours) if name in before else torch.zeros_like(ours)
+                ours.copy_(theirs.lerp(ours, share))
+    return between
 
 
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

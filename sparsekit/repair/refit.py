@@ -31,7 +31,7 @@ _BATCH = 16
 # With fewer rows than this times the columns a layer keeps what the closed form gave it.
 _FEWEST_ROWS = 2
 # Of each image so many positions are looked at, or more where all images would give fewer rows than this a column.
-_MOST_POSITIONS, _ROWS_PER_COLUMN = 64, 32
+_MOST_POSITIONS, _ROWS_PER_COLUMN = 64, 16
 _SAME = 1e-3
 
 
@@ -50,6 +50,7 @@ def refit(
 
     `readers` are those of the dense model's layers. Layers that are read "pointwise", stand in no station, or see too
     few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 384 MB.
+    What the layers of one station should give comes on top of that.
     """
     refitted = copy.deepcopy(pruned)
     lost = {
@@ -218,7 +219,10 @@ class _Pair:
         n_images = sum(len(batch[0]) for batch in self._batches)
         for b in range(len(self._batches)):
             with ExitStack() as hooks:
-                held = {layer.name: hooks.enter_context(_holding(self.dense, layer.name)) for layer in layers}
+                held = {
+                    layer.name: hooks.enter_context(_holding(self.dense, layer.name, read=False))
+                    for layer in layers
+                }
                 end = self._run(self.dense, 0, b, number)
             for layer in layers:
                 output = held[layer.name]["given"]
@@ -226,8 +230,8 @@ class _Pair:
                 picked = layer.pick(rows, len(self._batches[b][0]), n_images, generator)
                 keep = self._keep.get(layer.reader.tensor, slice(None))
                 alike = layer.scale is not None and end.shape == output.shape
-                at_end = _at(layer.positions(end), picked)[..., keep] if alike else None
-                targets[layer.name].append(_Target(picked, _at(rows, picked)[..., keep], at_end))
+                at_end = _packed(_at(layer.positions(end), picked)[..., keep]) if alike else None
+                targets[layer.name].append(_Target(picked, _packed(_at(rows, picked)[..., keep]), at_end))
             self._pending.append(_packed(end))
         return targets
 
@@ -267,7 +271,7 @@ class _Pair:
         if noise.shape != end.shape:
             return None
         change = pushed - end
-        dim = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d)) else end.dim() - 1
+        dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else end.dim() - 1
         others = [d for d in range(end.dim()) if d != dim]
         scale = (change * noise).sum(others, keepdim=True) / noise.square().sum(others, keepdim=True)
         error = (change - scale * noise).square().mean().sqrt()
@@ -363,15 +367,16 @@ def _stopping_after(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _holding(model: nn.Module, layer: str) -> Iterator[dict[str, Tensor]]:
-    """Hold what a layer reads and gives; copies, because models work in place."""
+def _holding(model: nn.Module, layer: str, *, read: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Hold what a layer gives and, if need be, reads; copies, because models work in place."""
     held: dict[str, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
         held["given"] = output.clone()
 
     def before(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        held["read"] = (args[0] if args else keywords["input"]).clone()
+        if read:
+            held["read"] = (args[0] if args else keywords["input"]).clone()
 
     module = model.get_submodule(layer)
     hooks = [

@@ -1,4 +1,4 @@
-"""What the layers of a dense model read on images: one pass, sums in float64, no labels."""
+"""What the layers of a dense model read on images: one pass, its sums in float64, no labels."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def input_statistics(
     The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
     loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
-    is that of a batch, and 8 bytes for each pair of columns of a layer.
+    is that of a batch, 8 bytes for each pair of columns of a layer (12 for a while), and 4 for each pair of outputs.
 
     Raises InputError if there is no batch, and ModelError if the model does not run on one.
     """
@@ -201,6 +201,7 @@ class _Gathering:
         # Of the batch that is worked on: its images, and by group what closing each channel would change for each.
         self._n_images = 0
         self._closing: Scores = {}
+        self._failure: Exception | None = None
         # A zero that is added to what layers read. Gradients are followed to it: neither weights nor images need any.
         self._probe = torch.zeros((), requires_grad=gradients)
 
@@ -229,6 +230,8 @@ class _Gathering:
             # Copies, because models may overwrite their input.
             outputs = flat_tensors(self._model(*(x.detach().clone() for x in inputs)))
         except Exception as error:
+            if self._failure is not None:  # ours, not the model's
+                raise self._failure from None
             raise ModelError(
                 f"{type(self._model).__name__} does not run on images of shape "
                 f"{[tuple(x.shape) for x in inputs]}: {first_line(error)}"
@@ -236,7 +239,8 @@ class _Gathering:
         if self._gradients:
             loss = sampled_loss(outputs, self._generator)
             if loss.requires_grad:
-                torch.autograd.grad(loss, self._probe)  # hooks take what they need on the way
+                # Hooks take what they need on the way.
+                torch.autograd.grad(loss, self._probe, allow_unused=True)
         for name, moved in self._closing.items():
             self._gates[name] += moved.square().sum(0)
         return self._n_images
@@ -299,8 +303,12 @@ class _Gathering:
             ) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 x = args[0] if args else keywords["input"]
                 read = x + self._probe.to(x)
-                with torch.no_grad():
-                    self._add_rows(tensor, read.detach())
+                try:
+                    with torch.no_grad():
+                        self._add_rows(tensor, read.detach())
+                except Exception as error:
+                    self._failure = error
+                    raise
                 if read.requires_grad:
                     read.register_hook(partial(self._add_input_gradient, tensor, read.detach()))
                 return ((read, *args[1:]), keywords) if args else ((), {**keywords, "input": read})

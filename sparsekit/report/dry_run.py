@@ -66,7 +66,7 @@ class DryRun:
             "found": asdict(self.found),
             "trials": [asdict(trial) for trial in self.trials],
             "remark": self.remark,
-            "speeds": [asdict(speed) for speed in self.speeds],
+            "speeds": [_finite(asdict(speed)) for speed in self.speeds],
         }
 
     def table(self) -> RenderableType:
@@ -97,16 +97,22 @@ class DryRun:
         return Group(table, Text("\n".join(lines)), *below)
 
 
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is not a number: null."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+
+
 def _forecast_table(speeds: Sequence[SpeedForecast]) -> Table:
     """What several speeds would cost, before any fine-tuning: a row each, with a bar for the divergence."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in ("speed-up", "MACs left", "params left", "same answers", "nats lost"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
-    most = max(speed.kl for speed in speeds)
+    most = max((speed.kl for speed in speeds if math.isfinite(speed.kl)), default=0.0)
     for speed in speeds:
         answers = f"{speed.agreement:.3f}" if math.isfinite(speed.agreement) else ""
-        bar = "#" * max(round(_BAR * speed.kl / most), 1) if most > 0 else ""
+        share = min(speed.kl / most, 1.0) if most > 0 and math.isfinite(speed.kl) else 1.0
+        bar = "#" * max(round(_BAR * share), 1)
         table.add_row(
             f"{speed.speedup:.2f}",
             f"{speed.kept.macs:.3f}",

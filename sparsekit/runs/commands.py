@@ -14,7 +14,9 @@ from sparsekit.artifact.load import load as load_artifact
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import FileError, InputError
 from sparsekit.export.onnx_file import export_onnx, metadata_texts
-from sparsekit.finished.forecast import forecast
+from sparsekit.finished.forecast import SPEEDS, forecast_with
+from sparsekit.finished.preparation import Options
+from sparsekit.finished.targets import Speed, check_reach
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import time_masks
 from sparsekit.recipe.recipe import Recipe
@@ -65,7 +67,10 @@ def inspect_model(
 
 
 def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
-    """Choose channels for the recipe's target by `cut.importance` and measure the speed-up; trains nothing.
+    """Choose channels for the recipe's target and measure the speed-up; trains nothing.
+
+    They are chosen by `cut.importance`; with `cut.repair` by measured loss curves, which takes minutes and also tells
+    what several speeds would cost.
 
     The weights are those of the dense model in the run directory `run`, else those that the recipe starts from. Raises
     InputError for a recipe without a target, FileError for a run that has not trained its dense model.
@@ -124,18 +129,24 @@ def _dry_run_with_repair(
     spec, threads = recipe.cut, recipe.benchmark.threads
     assert spec.repair is not None
     images = training_images(recipe, inputs, spec.repair.images)
-    found = forecast(
+    options = Options(
+        spec.ignore,
+        threads,
+        recipe.export.batch_size,
+        spec.blocks,
+        spec.through_layer_norm,
+        spec.round_to,
+        spec.min_channels,
+        spec.repair.images,
+        recipe.seed,
+    )
+    speed = Speed(target.speedup, target.latency_ms)
+    found = forecast_with(
         model,
         images,
-        ignore=spec.ignore,
-        threads=threads,
-        batch_size=recipe.export.batch_size,
-        blocks=spec.blocks,
-        through_layer_norm=spec.through_layer_norm,
-        round_to=spec.round_to,
-        min_channels=spec.min_channels,
-        max_images=spec.repair.images,
-        seed=recipe.seed,
+        [*SPEEDS, *([target.speedup] if target.speedup else [])],
+        options,
+        check=lambda groups: check_reach(groups, speed, target.limits),
         console=console,
     )
     with console.status("measuring"):

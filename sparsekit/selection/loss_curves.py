@@ -38,9 +38,7 @@ class LossCurve:
         n = len(order)
         predicted = costs.flip(0).numpy().astype(np.float64)  # by how many are left
         losses = np.zeros(n + 1)
-        # What is not a number is as bad as can be: outputs that nobody can use.
-        finite = {count: loss if math.isfinite(loss) else _UNUSABLE for count, loss in measured.items()}
-        known = sorted({n: 0.0, **finite}.items(), reverse=True)
+        known = sorted({n: 0.0, **_finite(measured)}.items(), reverse=True)
         for (more, above), (fewer, below) in itertools.pairwise(known):
             rise = predicted[fewer] - predicted[more]
             counts = np.arange(fewer, more + 1)
@@ -64,7 +62,7 @@ class LossCurve:
         `order` ranks the channels, the last to go first. Losses are relative to that of the most channels; more than
         these bring nothing.
         """
-        counts = sorted(losses)
+        counts, losses = sorted(losses), _finite(losses)
         every = np.interp(np.arange(len(order) + 1), counts, [losses[n] - losses[counts[-1]] for n in counts])
         every[: counts[0]] = _UNUSABLE
         return LossCurve(order, np.maximum.accumulate(np.maximum(every[::-1], 0.0))[::-1])
@@ -72,3 +70,8 @@ class LossCurve:
     def mean_with(self, other: LossCurve) -> LossCurve:
         """Return the mean of two curves of one order."""
         return LossCurve(self.order, (self.losses + other.losses) / 2)
+
+
+def _finite(losses: Mapping[int, float]) -> dict[int, float]:
+    """What is not a number is as bad as can be: outputs that nobody can use."""
+    return {count: loss if math.isfinite(loss) else _UNUSABLE for count, loss in losses.items()}

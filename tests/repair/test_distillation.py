@@ -236,3 +236,23 @@ def test_inputs_of_any_dimensions_are_learned_from(shape: tuple[int, ...]) -> No
     assert found.divergence.kl < held_out.of(pruned).kl
     wanted, ours = flat_tensors(dense(x)), outputs_of(found.model, (x,))
     assert [one.shape for one in wanted] == [one.shape for one in ours]
+
+
+class OneNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("dense", [Net, OneNumber])
+def test_parts_of_a_batch_give_what_the_whole_gives(dense: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    one = case(dense())
+    stages = () if dense is OneNumber else ("second",)
+    whole, parts = (one.learn(steps=6, stages=stages, at_once=n) for n in (16, 5))
+    assert whole.divergence.kl < one.held_out.of(one.pruned).kl
+    for name, values in whole.model.state_dict().items():
+        assert torch.allclose(values, parts.model.state_dict()[name], atol=1e-5), name

@@ -116,3 +116,21 @@ def test_with_memory_for_few_images_or_for_all_the_outputs_come_nearer(
     model, pruned, plan, statistics, held_out = prepared()
     found = refit(model, pruned, plan, statistics.readers, images(96), held_out.stations)
     assert error(model, found, images(96)) < error(model, pruned, images(96))
+
+
+def test_three_dimensions_are_refitted_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv3d(3, 16, 3), nn.ReLU(), nn.Conv3d(16, 12, 1), nn.ReLU(), nn.Conv3d(12, 16, 1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ).eval()
+    x = torch.randn(60, 3, 6, 7, 9)
+    used, apart = x[:44], x[44:]
+    groups = find_groups(model, x[:1])
+    plan = sk.make_plan(groups, {g.name: torch.arange(g.n_channels) % 3 > 0 for g in groups.free})
+    known = sk.input_statistics(model, groups, [used])
+    pruned = sk.apply_plan(sk.repair_weights(model, plan, known), plan)
+    held_out = HeldOut(model, groups, (apart,))
+    found = refit(model, pruned, plan, known.readers, used, held_out.stations)
+    assert held_out.of(found).kl < 1.5 * held_out.of(pruned).kl
+    assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), pruned.parameters(), strict=True))

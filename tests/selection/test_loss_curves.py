@@ -59,6 +59,16 @@ def test_a_curve_near_a_choice_is_straight_between_and_forbids_fewer() -> None:
     assert (curve.losses[:2] > 100).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers_are_as_bad_as_can_be(bad: float) -> None:
+    for curve in (
+        LossCurve.near(torch.arange(6), {2: bad, 3: 1.5, 5: 0.5}),
+        LossCurve.through(torch.arange(6), torch.arange(7.0), {2: bad, 3: 1.0}),
+    ):
+        assert np.isfinite(curve.losses).all()
+        assert curve.losses[2] > 100 > curve.losses[3]
+
+
 def test_the_mean_of_two_curves_is_that_of_their_losses() -> None:
     one, other = (
         LossCurve(torch.arange(2), np.array(losses)) for losses in ([4.0, 1.0, 0.0], [2.0, 2.0, 0.0])
