@@ -211,7 +211,8 @@ def _metavar(kind: Any) -> str:
 
 # Where each public name stands on its page. A name that is missing here, or too many, is an error.
 SUBJECTS: dict[str, str] = {
-    "Finished models": "prune PruneResult PruneStep forecast Forecast SpeedForecast input_statistics InputStatistics repair_weights",
+    "Finished models": "prune PruneResult PruneStep forecast Forecast SpeedForecast input_statistics "
+    "InputStatistics repair_weights",
     "Channels that go together": "find_groups ChannelGroups ChannelGroup Rounding",
     "What they cost": "measure_layers LatencyTable channel_macs channel_latencies count_macs count_params",
     "Training to zeros": "Sparsifier AutoStrength ConstantStrength PhaseShares fit TrainOptions StepHook "
