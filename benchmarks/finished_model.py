@@ -404,10 +404,10 @@ def steps_again(model: nn.Module, result: sk.PruneResult, images: Tensor, seed: 
     repaired = sk.repair_weights(model, result.plan, found)
     made = {"cut": sk.apply_plan(model, result.plan), "closed form": sk.apply_plan(repaired, result.plan)}
     if any(step.name == REFIT and step.taken for step in result.steps):
-        stations = HeldOut(model, result.groups, (apart,)).stations
-        made["refitted"] = refit(
-            model, made["closed form"], result.plan, found.readers, used, stations, seed=seed
-        )
+        held_out = HeldOut(model, result.groups, (apart,))
+        start = made["closed form"]
+        fitted = refit(model, start, result.plan, found.readers, used, held_out.stations, seed=seed)
+        made["refitted"] = held_out.nearest_between(start, fitted)[0]
     return made
 
 
