@@ -20,8 +20,8 @@ integrations: transformers lightning torch_pruning
 finished: prune_model forecast steps choice preparation targets images display
 latency: search layers table operators compare
 artifact: save load dense_model format
-repair: curves distillation refit held_out replay closed_form statistics rows divergence least_squares
-    recalibration
+repair: curves trials channel_order distillation refit held_out replay closed_form statistics rows divergence
+    least_squares recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox
 selection: keep_masks bisection knapsack loss_curves carriers costs importance rounding

@@ -14,9 +14,11 @@ from sparsekit.finished.preparation import Prepared, float_on_cpu
 from sparsekit.finished.targets import Speed
 from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.options import Quantity
+from sparsekit.repair.channel_order import order_by_gates
 from sparsekit.repair.closed_form import repair_weights
-from sparsekit.repair.curves import Trials, curves_around, curves_near, order_by_gates
+from sparsekit.repair.curves import curves_around, curves_near
 from sparsekit.repair.divergence import Divergence
+from sparsekit.repair.trials import Trials
 from sparsekit.selection.knapsack import Knapsack
 from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.masks import Masks
