@@ -915,7 +915,7 @@ def parse() -> argparse.Namespace:
         "--model", nargs="+", choices=MODELS, help="by default all whose images are given; all, for a page"
     )
     parser.add_argument("--speed", type=float, nargs="+", default=list(ASKED), help="speed-ups to ask for")
-    parser.add_argument("--seconds", type=float, default=240.0, help="to learn from the dense model")
+    parser.add_argument("--seconds", type=float, default=120.0, help="to learn from the dense model")
     parser.add_argument("--draws", type=int, default=1, help="of the calibration images")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--threads", type=int, default=1, help="of torch; speed is measured with one")

@@ -24,8 +24,8 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         for module, _ in own:
             module.train()
             module.eval()
-        for module, training in flags:
-            if training or own:
+        for module, _ in flags:
+            if module.training:
                 module.training = False
         yield model
     finally:

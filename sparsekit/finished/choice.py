@@ -45,10 +45,9 @@ class Judge:
 
     def _kl(self, known: Known, limits: Limits) -> float:
         try:
-            kl = self.of(Knapsack(self.prepared.groups, known).under(limits)).kl
+            return self.of(Knapsack(self.prepared.groups, known).under(limits)).kl
         except InputError:
             return math.inf
-        return kl if math.isfinite(kl) else math.inf
 
     def of(self, masks: Masks) -> Divergence:
         """Return what masks leave of the outputs, after the repair in closed form."""
@@ -81,7 +80,7 @@ def choose_importance(prepared: Prepared, limits: Limits, show: StepDisplay) -> 
 
 
 def choose_masks(
-    known: Known, prepared: Prepared, speed: Speed, limits: Limits, threads: int
+    known: Known, prepared: Prepared, speed: Speed, limits: Limits
 ) -> tuple[Masks, SpeedSearch | None]:
     """Return keep-masks under the limits and, if one is asked for, at the speed, with its search."""
     if not speed.asked:
@@ -94,6 +93,6 @@ def choose_masks(
         speedup=speed.speedup,
         latency_ms=speed.latency_ms,
         limits=limits,
-        threads=threads,
+        threads=prepared.options.threads,
     )
     return search.masks, search

@@ -80,7 +80,15 @@ def forecast(
     analysed.
     """
     options = Options(
-        ignore, threads, batch_size, blocks, through_layer_norm, round_to, min_channels, max_images, seed
+        ignore=ignore,
+        threads=threads,
+        batch_size=batch_size,
+        blocks=blocks,
+        through_layer_norm=through_layer_norm,
+        round_to=round_to,
+        min_channels=min_channels,
+        max_images=max_images,
+        seed=seed,
     )
     return forecast_with(model, images, tuple(speedups), options, console=console)
 

@@ -32,19 +32,19 @@ _STATISTICS_BYTES, _HELD_AT_ONCE = 320 * 2**20, 0.5
 _LARGEST_BATCH = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How a model is looked at: see `prune`."""
 
-    ignore: Sequence[str]
-    threads: int
-    batch_size: int
-    blocks: bool
-    through_layer_norm: bool
-    round_to: RoundTo
-    min_channels: int
-    max_images: int
-    seed: int
+    ignore: Sequence[str] = ()
+    threads: int = 1
+    batch_size: int = 1
+    blocks: bool = True
+    through_layer_norm: bool = False
+    round_to: RoundTo = "auto"
+    min_channels: int = 8
+    max_images: int = 512
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size", "max_images"):
@@ -64,6 +64,7 @@ class Prepared:
     - `curves` are the loss curves of the groups.
     """
 
+    options: Options
     model: nn.Module
     dense: nn.Module
     groups: ChannelGroups
@@ -122,7 +123,9 @@ def prepare(
     show.begin("measuring loss curves")
     held_out = HeldOut(dense, groups, (apart,))
     curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
-    return Prepared(model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves)
+    return Prepared(
+        options, model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves
+    )
 
 
 def _check_free(model: nn.Module, groups: ChannelGroups) -> None:

@@ -116,7 +116,15 @@ def prune(
     speed = Speed(speedup, latency_ms)
     limits = checked_targets(speed, keep, distill_seconds, distill_steps)
     options = Options(
-        ignore, threads, batch_size, blocks, through_layer_norm, round_to, min_channels, max_images, seed
+        ignore=ignore,
+        threads=threads,
+        batch_size=batch_size,
+        blocks=blocks,
+        through_layer_norm=through_layer_norm,
+        round_to=round_to,
+        min_channels=min_channels,
+        max_images=max_images,
+        seed=seed,
     )
     with StepDisplay(console) as show:
         one = prepare(
@@ -132,7 +140,7 @@ def prune(
         importance = choose_importance(one, limits | speed.limit(groups), show)
         held_out.forget()
         show.begin("choosing channels")
-        masks, search = choose_masks(importance, one, speed, limits, threads)
+        masks, search = choose_masks(importance, one, speed, limits)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
@@ -143,7 +151,7 @@ def prune(
         proof = verify_cut(one.dense, pruned, plan)
         best = Best(pruned, held_out.of(pruned), started, show)
 
-        work = Work(one.dense, plan, one.statistics, held_out, one.used, one.at_once, seed, show)
+        work = Work(one, plan, show)
         proof = repair_step(best, work) or proof
         seen = HeldOut(one.dense, groups, (one.used[: held_out.n_images],), recorded=0)
         remarks = _few_images(best, seen, one.n_images)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsekit.errors import TrainingError
 from sparsekit.finished.display import StepDisplay
+from sparsekit.finished.preparation import Prepared
 from sparsekit.repair.closed_form import repair_weights
 from sparsekit.repair.distillation import distill
 from sparsekit.repair.divergence import Divergence
-from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.refit import refit
-from sparsekit.repair.statistics import InputStatistics
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.cut import apply_plan
 from sparsekit.surgery.verify import Agreement, verify_cut
@@ -45,8 +43,7 @@ class Best:
 
     def offer(self, name: str, started: float, model: nn.Module, divergence: Divergence) -> bool:
         """Take a model if its outputs are nearer to the dense model's; returns whether it was taken."""
-        before, now = self.divergence.kl, divergence.kl
-        taken = now < before or (math.isfinite(now) and not math.isfinite(before))
+        taken = divergence.kl < self.divergence.kl
         if taken:
             self.model, self.divergence = model, divergence
         self._note(name, started, divergence, taken)
@@ -63,64 +60,59 @@ class Best:
 
 @dataclass(frozen=True)
 class Work:
-    """What every step after the cut works with.
+    """What every step after the cut works with."""
 
-    `used` are the images that may be fitted; so many `at_once` pass with gradients.
-    """
-
-    dense: nn.Module
+    prepared: Prepared
     plan: PrunePlan
-    statistics: InputStatistics
-    held_out: HeldOut
-    used: Tensor
-    at_once: int
-    seed: int
     show: StepDisplay
 
 
 def repair_step(best: Best, work: Work) -> Agreement | None:
     """Offer the cut of the repaired model; returns its proof if it was taken."""
+    one = work.prepared
     work.show.begin("repairing")
     started = time.monotonic()
-    repaired = repair_weights(work.dense, work.plan, work.statistics)
+    repaired = repair_weights(one.dense, work.plan, one.statistics)
     candidate = apply_plan(repaired, work.plan)
     proof = verify_cut(repaired, candidate, work.plan)
-    return proof if best.offer("closed form", started, candidate, work.held_out.of(candidate)) else None
+    return proof if best.offer("closed form", started, candidate, one.held_out.of(candidate)) else None
 
 
 def refit_step(best: Best, work: Work) -> None:
     """Offer the model refitted layer by layer, or what lies on the way to it."""
+    one = work.prepared
     work.show.begin("refitting layer by layer")
     started = time.monotonic()
     fitted = refit(
-        work.dense,
+        one.dense,
         best.model,
         work.plan,
-        work.statistics.readers,
-        work.used,
-        work.held_out.stations,
-        seed=work.seed,
+        one.statistics.readers,
+        one.used,
+        one.held_out.stations,
+        seed=one.options.seed,
         progress=work.show.share,
     )
-    best.offer("refit layer by layer", started, *work.held_out.nearest_between(best.model, fitted))
+    best.offer("refit layer by layer", started, *one.held_out.nearest_between(best.model, fitted))
 
 
 def learning_step(best: Best, work: Work, seconds: float, steps: int | None) -> tuple[str, bool]:
     """Offer what the model becomes when it learns; returns what the caller should know, and if Ctrl-C ended it."""
+    one = work.prepared
     work.show.begin("learning from the dense model")
     started = time.monotonic()
     try:
         learned = distill(
-            work.dense,
+            one.dense,
             best.model,
             work.plan,
-            work.used,
-            work.held_out,
+            one.used,
+            one.held_out,
             seconds=seconds,
             steps=steps,
-            stages=work.held_out.stages,
-            at_once=work.at_once,
-            seed=work.seed,
+            stages=one.held_out.stages,
+            at_once=one.at_once,
+            seed=one.options.seed,
             progress=lambda now: work.show.share(now.share, 1.0),
         )
     except TrainingError as error:

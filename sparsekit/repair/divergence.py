@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Divergence:
 
     An output of two dimensions counts as (images, classes). Any other counts as a Gaussian with the dense output's
     variance: its kl is half the mean squared difference over that variance, and it has no part in `agreement` (NaN if
-    there is no other). Several outputs are added up.
+    there is no other). Several outputs are added up. Outputs that are no numbers are infinitely far away.
     """
 
     kl: float
@@ -45,7 +46,8 @@ def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence
     for target, output in zip(dense, outputs, strict=True):
         if target.is_floating_point() and target.numel():
             # In float64, where a rounding error does not make it negative.
-            total += max(float(kl(target.double(), output.double())), 0.0)
+            found = float(kl(target.double(), output.double()))
+            total += max(found, 0.0) if math.isfinite(found) else math.inf
         if is_logits(target):
             agreements.append(float((target.argmax(1) == output.argmax(1)).double().mean()))
     return Divergence(total, sum(agreements) / len(agreements) if agreements else float("nan"))

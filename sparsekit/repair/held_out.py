@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 
 import torch
@@ -109,8 +108,8 @@ class HeldOut:
         nearer on others (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022). A bias that `start` does not
         have is zero there.
         """
-        found = [(model, self.of(model)) for model in (_between(start, end, share) for share in _SHARES)]
-        return min(found, key=lambda one: one[1].kl if math.isfinite(one[1].kl) else math.inf)
+        found = ((model, self.of(model)) for model in (_between(start, end, share) for share in _SHARES))
+        return min(found, key=lambda one: one[1].kl)  # of a generator: two models at a time, not four
 
     def of_change(self, model: nn.Module, tensors: Iterable[str]) -> Divergence:
         """Compare the recorded model, of which only `tensors` were changed, with the dense one, on recorded images."""

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from sparsekit.finished.preparation import Options
 from sparsekit.options import Quantity
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import DataSpec, DenseSpec, FinetuneSpec, SparsifySpec, TargetSpec
@@ -83,13 +84,15 @@ class Phases:
 class Arguments:
     """The arguments that follow from a recipe.
 
-    `grouping` are those of `find_groups`; `augment` is None for no augmentation. `trains_baseline`: the dense model is
-    trained on for as long as the pruned one. By default it is, unless it is a finished model (`dense.epochs` is 0).
+    `grouping` are those of `find_groups`, and `finished` those of a model that is repaired (`cut.repair`), else None.
+    `augment` is None for no augmentation. `trains_baseline`: the dense model is trained on for as long as the pruned
+    one. By default it is, unless it is a finished model (`dense.epochs` is 0).
     """
 
     phases: Phases
     augment: Augment | None
     grouping: Mapping[str, Any]
+    finished: Options | None
     target: Target
     trains_baseline: bool
 
@@ -109,6 +112,19 @@ class Arguments:
                 "round_to": cut.round_to,
                 "min_channels": cut.min_channels,
             },
+            finished=None
+            if cut.repair is None
+            else Options(
+                ignore=cut.ignore,
+                threads=recipe.benchmark.threads,
+                batch_size=recipe.export.batch_size,
+                blocks=cut.blocks,
+                through_layer_norm=cut.through_layer_norm,
+                round_to=cut.round_to,
+                min_channels=cut.min_channels,
+                max_images=cut.repair.images,
+                seed=recipe.seed,
+            ),
             target=Target.of(cut.target),
             trains_baseline=dense.epochs > 0 if dense.baseline is None else dense.baseline,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
@@ -18,7 +17,7 @@ from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.runs.arguments import Target, build_model
-from sparsekit.runs.rehearsal import Inputs
+from sparsekit.runs.rehearsal import Inputs, some_of_training
 from sparsekit.runs.results import ChoiceFound, SparsifyResult
 from sparsekit.runs.run import Run, on_cpu
 from sparsekit.selection.costs import channel_latencies, channel_macs
@@ -29,7 +28,6 @@ from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.training.checkpoint import load_state
-from sparsekit.training.loader import make_loader
 
 
 def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: ChannelGroups) -> Scores | None:
@@ -37,14 +35,11 @@ def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: Cha
 
     "taylor" and "hessian" take the gradients of random training images.
     """
-    criterion, images = recipe.cut.importance, inputs.data.train
+    criterion = recipe.cut.importance
     if criterion == "magnitude":
         return None
-    count = min(recipe.cut.importance_images, len(images))
-    chosen = np.random.default_rng(recipe.seed).permutation(len(images))[:count]
-    size = recipe.data.eval_batch_size or recipe.data.batch_size
     device = next(model.parameters()).device
-    loader = make_loader(images.subset(chosen), inputs.config, training=False, batch_size=size)
+    loader = some_of_training(recipe, inputs, recipe.cut.importance_images)
     batches = ((batch.to(device), labels.to(device)) for batch, labels in loader)
     found = importance_by(model, groups, criterion, batches=batches, seed=recipe.seed)
     # A channel that the penalty took to zero goes first, whatever its filter is.

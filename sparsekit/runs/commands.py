@@ -15,7 +15,6 @@ from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import FileError, InputError
 from sparsekit.export.onnx_file import export_onnx, metadata_texts
 from sparsekit.finished.forecast import SPEEDS, forecast_with
-from sparsekit.finished.preparation import Options
 from sparsekit.finished.targets import Speed, check_reach
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import time_masks
@@ -126,24 +125,13 @@ def _dry_run_with_repair(
     console: Console,
 ) -> DryRun:
     """As `dry_run`, for a finished model: by measured loss curves, and with a forecast for several speeds."""
-    spec, threads = recipe.cut, recipe.benchmark.threads
-    assert spec.repair is not None
-    images = training_images(recipe, inputs, spec.repair.images)
-    options = Options(
-        spec.ignore,
-        threads,
-        recipe.export.batch_size,
-        spec.blocks,
-        spec.through_layer_norm,
-        spec.round_to,
-        spec.min_channels,
-        spec.repair.images,
-        recipe.seed,
-    )
+    threads = recipe.benchmark.threads
+    options = Arguments.of(recipe).finished
+    assert options is not None
     speed = Speed(target.speedup, target.latency_ms)
     found = forecast_with(
         model,
-        images,
+        training_images(recipe, inputs, options.max_images),
         [*SPEEDS, *([target.speedup] if target.speedup else [])],
         options,
         check=lambda groups: check_reach(groups, speed, target.limits),

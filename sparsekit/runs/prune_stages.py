@@ -77,10 +77,10 @@ def cut(run: Run, tick: Callable[[], None]) -> CutResult:
 
 def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
     """Prune a finished model with training images, whose labels are not used (`sparsekit.prune`)."""
-    spec, target = run.recipe.cut, run.arguments.target
-    assert spec.repair is not None
-    images = training_images(run.recipe, run.inputs, spec.repair.images)
-    repair = spec.repair
+    repair, options, target = run.recipe.cut.repair, run.arguments.finished, run.arguments.target
+    assert repair is not None
+    assert options is not None
+    images = training_images(run.recipe, run.inputs, repair.images)
     found = run.by_the_first(
         lambda: prune(
             model,
@@ -88,17 +88,9 @@ def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
             speedup=target.speedup,
             latency_ms=target.latency_ms,
             keep=target.limits,
-            threads=run.recipe.benchmark.threads,
-            batch_size=run.recipe.export.batch_size,
             distill_seconds=repair.distill_seconds,
-            max_images=repair.images,
-            seed=run.recipe.seed,
             console=run.console,
-            ignore=spec.ignore,
-            through_layer_norm=spec.through_layer_norm,
-            blocks=spec.blocks,
-            round_to=spec.round_to,
-            min_channels=spec.min_channels,
+            **vars(options),
         )
     )
     if found.interrupted:  # the stage is not done: --resume makes it again

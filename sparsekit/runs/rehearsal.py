@@ -24,6 +24,7 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import make_loader
 from sparsekit.training.models import InputConfig, build_arguments, load_weights_
 from sparsekit.training.optimizers import make_optimizer
+from sparsekit.training.options import Loader
 from sparsekit.training.splits import ImageData, fingerprint, open_data
 
 
@@ -37,18 +38,22 @@ class Inputs:
     fingerprint: str
 
 
-def training_images(recipe: Recipe, inputs: Inputs, count: int) -> Tensor:
-    """Return random training images, as in evaluation: (n, channels, height, width), on the CPU."""
+def some_of_training(recipe: Recipe, inputs: Inputs, count: int) -> Loader:
+    """Make a loader of random training images, as in evaluation."""
     spec, images = recipe.data, inputs.data.train
     chosen = np.random.default_rng(recipe.seed).permutation(len(images))[:count]
-    loader = make_loader(
+    return make_loader(
         images.subset(chosen),
         inputs.config,
         training=False,
         batch_size=spec.eval_batch_size or spec.batch_size,
         workers=spec.workers,
     )
-    return torch.cat([batch for batch, _ in loader])
+
+
+def training_images(recipe: Recipe, inputs: Inputs, count: int) -> Tensor:
+    """Return random training images, as in evaluation: (n, channels, height, width), on the CPU."""
+    return torch.cat([batch for batch, _ in some_of_training(recipe, inputs, count)])
 
 
 def check_inputs(recipe: Recipe) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsekit.finished import choice
 from sparsekit.finished.choice import Judge, choose_importance
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.preparation import Options, prepare
@@ -24,7 +25,7 @@ def prepared() -> Any:
         *(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 32, 3, stride=2), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
     ).eval()
-    options = Options((), 1, 1, True, False, 4, 4, 512, 0)
+    options = Options(round_to=4, min_channels=4)
     with StepDisplay(None) as show:
         return prepare(
             model, torch.randn(48, 3, 16, 16), options, show, latencies=False, check=lambda groups: None
@@ -32,7 +33,7 @@ def prepared() -> Any:
 
 
 def test_what_is_no_number_never_wins(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge, kls = Judge(prepared), iter((math.nan, 3.0, math.inf))
+    judge, kls = Judge(prepared), iter((math.inf, 3.0, math.inf))
     monkeypatch.setattr(Judge, "of", lambda self, masks: Divergence(next(kls), 1.0))
     curves: dict[str, Any] = dict(prepared.curves)
     first, second, third = (dict(curves) for _ in range(3))
@@ -48,10 +49,18 @@ def test_a_limit_just_out_of_reach_measures_nothing_again(prepared: Any) -> None
     assert choose_importance(prepared, {"macs": 0.97 * least}, show) is prepared.curves
 
 
-def test_where_much_is_lost_the_choice_is_at_least_as_near_as_by_the_first_curves(prepared: Any) -> None:
+def test_where_much_is_lost_curves_are_measured_again_and_the_choice_is_no_further_away(
+    prepared: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_LITTLE_LOST", 0.0)
+    monkeypatch.setattr(choice, "_MUCH_LOST", 0.0)
+    begun: list[str] = []
+    show: Any = SimpleNamespace(begin=begun.append, share=lambda done, total: None)
     limits: dict[Any, float] = {"macs": 0.3}
-    judge = Judge(prepared)
-    with StepDisplay(None) as show:
-        known = choose_importance(prepared, limits, show)
-    (_, first), (_, chosen) = judge.nearest(limits, prepared.curves), judge.nearest(limits, known)
-    assert chosen <= first
+    known = choose_importance(prepared, limits, show)
+    assert begun == ["measuring loss curves half way", "measuring loss curves near the choice"]
+    loss = {
+        name: Judge(prepared).nearest(limits, one)[1]
+        for name, one in (("first", prepared.curves), ("now", known))
+    }
+    assert loss["now"] <= loss["first"]

@@ -31,7 +31,7 @@ def test_channels_that_nothing_depends_on_go_first() -> None:
 
 
 def test_groups_without_a_layer_that_can_be_repaired_go_by_their_gates() -> None:
-    model, groups, known, apart = prepared("SqueezeExcite")
+    model, groups, known, _ = prepared("SqueezeExcite")
     without = replace(known, layers={}, left_out=dict.fromkeys(known.layers, "for the test"))
     for group in groups.free:
         found = channel_order(model, group, without)

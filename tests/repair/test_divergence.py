@@ -82,3 +82,12 @@ def test_a_gradient_can_be_taken() -> None:
     dense, ours = outputs(8, 4), outputs(8, 4, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad(kl(dense, ours), ours)
     assert torch.allclose(gradient, (ours.softmax(1) - dense.softmax(1)) / 8, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers_are_infinitely_far_away(bad: float) -> None:
+    dense = torch.randn(6, 5)
+    spoiled = dense.clone()
+    spoiled[2, 3] = bad
+    for shape in ((6, 5), (6, 5, 1)):
+        assert divergence([dense.reshape(shape)], [spoiled.reshape(shape)]).kl == math.inf

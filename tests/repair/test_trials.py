@@ -8,7 +8,9 @@ import copy
 import pytest
 import torch
 from models_by_hand import random_masks
+from plain import find_groups
 from prepared import NAMES, prepared
+from torch import Tensor, nn
 
 import sparsekit as sk
 from sparsekit.repair.closed_form import repair_weights
@@ -66,3 +68,34 @@ def test_a_trial_among_other_cuts_is_what_a_masked_copy_with_all_of_them_loses(n
     after = trials._model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(values, before[key]) for key, values in after.items())
+
+
+class Shortcut(nn.Module):
+    """A block whose only layer, with a bias, reads the stream itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+def test_what_a_block_that_is_out_reads_stays_out_when_the_stream_is_tried() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 12, 3), nn.ReLU(), Shortcut(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+    ).eval()
+    with torch.no_grad():
+        model[2].branch.bias.fill_(3.0)
+    x = torch.randn(40, 3, 8, 8)
+    groups = find_groups(model, x[:1], blocks="all")
+    assert [group.bypass for group in groups.free if group.bypass] == ["2"]
+    known, held_out = sk.input_statistics(model, groups, [x[:24]]), HeldOut(model, groups, (x[24:],))
+    base = {group.name: torch.full((group.n_channels,), not group.bypass) for group in groups.free}
+    trials = Trials(model, groups, known, held_out, base)
+    (stream,) = [group for group in groups.free if not group.bypass and group.n_channels == 12]
+    mask = torch.arange(12) < 8
+    plan = sk.make_plan(groups, base | {stream.name: mask})
+    wanted = held_out.of(mask_model(repair_weights(model, plan, known), plan)).kl
+    assert trials.loss(stream, mask) == pytest.approx(wanted, rel=1e-4)
