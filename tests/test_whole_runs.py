@@ -26,6 +26,7 @@ from tiny_run import TINY, WIDE_STEPS, in_this_process, options, sparsekit
 import sparsekit as sk
 from sparsekit.report.schema import read_report
 from sparsekit.surgery.bypass import bypassed
+from sparsekit.training.data_sources import open_digits
 from sparsekit.training.models import create_model, save_weights
 
 
@@ -215,12 +216,24 @@ def test_a_finished_checkpoint_is_only_evaluated_and_compared_without_a_baseline
     assert (tmp_path / "run" / "pruned.dynamic.onnx").exists()
 
 
-def test_a_finished_checkpoint_is_repaired_without_training_and_stays_near_to_itself(
+def _photos(folder: Path, count: int) -> Path:
+    """Write digits as images without labels: some lie in the folder itself, some in one inside another."""
+    images, _ = open_digits()
+    (folder / "holiday" / "monday").mkdir(parents=True)
+    for i in range(count):
+        picture, _ = images[i]
+        picture.save((folder if i % 2 else folder / "holiday" / "monday") / f"{i}.png")
+    return folder
+
+
+def test_a_finished_checkpoint_is_repaired_with_images_that_have_no_labels(
     run: Path, recipe: Path, tmp_path: Path
 ) -> None:
     checkpoint = run / "checkpoints" / "baseline.safetensors"
+    photos = _photos(tmp_path / "photos", 360)
     done = in_this_process(
         *("prune", recipe, "--output", tmp_path / "run", "--set", f"model.checkpoint={checkpoint}"),
+        *options("data.name=folder", f"data.root={photos}", "data.train=''", "data.labels=false"),
         *options("dense.epochs=0", "sparsify.epochs=0", "finetune.epochs=0", "finetune.distill=null"),
         *options("cut.target={macs: 0.6}", "cut.repair={images: 128, distill_seconds: 1}", "cut.blocks=true"),
     )
@@ -228,9 +241,14 @@ def test_a_finished_checkpoint_is_repaired_without_training_and_stays_near_to_it
     report = read_report(tmp_path / "run" / "report.json")
     assert report.macs_ratio >= 1 / 0.6
     assert "closed form" in (tmp_path / "run" / "run.log").read_text()
-    # One-shot cuts of this size lose most of it.
-    assert report.sparse.accuracy_after_cut >= report.sparse.accuracy_before_cut - 0.2
-    assert report.pruned.accuracy == report.sparse.accuracy_after_cut
+    # Accuracy is agreement with the dense model. One-shot cuts of this size lose most of it.
+    assert not report.data.labels
+    assert len(report.data.class_names) == 10
+    assert report.dense.accuracy == report.sparse.accuracy_before_cut == report.dense.accuracy_onnx == 1.0
+    assert 0.8 <= report.sparse.accuracy_after_cut == report.pruned.accuracy
+    assert "agreement with dense" in done.stdout
+    info = json.loads((tmp_path / "run" / "pruned" / "structure.json").read_text())["info"]
+    assert info["test_agreement"] == report.pruned.accuracy
     planned = in_this_process("plan", tmp_path / "run", "--json")
     assert planned.returncode == 0, planned.stderr
     found = json.loads(planned.stdout)

@@ -123,6 +123,12 @@ def _training_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             "dense.epochs 0 needs trained weights: set model.pretrained or model.checkpoint, "
             "or train for some epochs",
         )
+    if not recipe.data.labels and recipe.dense.epochs:
+        yield Contradiction(
+            ("data.labels", "dense.epochs"),
+            f"data.labels false needs dense.epochs 0, got {recipe.dense.epochs}: without labels the dense model cannot "
+            "be trained, only a finished one can be made faster; set model.checkpoint or model.pretrained",
+        )
     if (training.mixup or training.cutmix) and recipe.data.batch_size % 2:
         yield Contradiction(
             ("data.batch_size", "training.mixup", "training.cutmix"),
@@ -185,6 +191,12 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             ("cut.method", "sparsify.epochs", "cut.target"),
             f"cut.method {cut.method} finds nothing to cut when sparsify.epochs is 0: no channel "
             "becomes zero; use threshold, gap or budget",
+        )
+    if not recipe.data.labels and cut.importance in ("taylor", "hessian"):
+        yield Contradiction(
+            ("cut.importance", "data.labels"),
+            f"cut.importance {cut.importance} takes gradients at labels, got data.labels false; use cut.repair or "
+            "another importance",
         )
     yield from _importance_contradictions(sparsify, cut)
     yield from _repair_contradictions(sparsify, cut)

@@ -105,6 +105,11 @@ class DataSpec(StrictSpec):
         default=None,
         description="the folder that holds the splits, or the downloaded dataset; null for digits",
     )
+    labels: bool = Field(
+        default=True,
+        description="false: the images have no labels, so they may lie in any folders; the dense model's answers take "
+        "their place, and every accuracy is agreement with it; for finished models (dense.epochs 0)",
+    )
     train: str = Field(
         default="train",
         description="training images: a folder or tar under root ('' is root itself), or the name of a split",

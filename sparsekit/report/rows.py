@@ -20,8 +20,9 @@ def main_rows(report: RunReport) -> list[_Row]:
 
     loss, loss_onnx = pruned.accuracy - dense.accuracy, pruned.accuracy_onnx - dense.accuracy_onnx
     size = numbers.change(dense.onnx_bytes / pruned.onnx_bytes, "smaller", "larger")
+    measure = "test accuracy" if report.data.labels else "agreement with dense"
     return [
-        row("test accuracy", numbers.fraction, "accuracy", f"{loss:+.4f}"),
+        row(measure, numbers.fraction, "accuracy", f"{loss:+.4f}"),
         row("same, ONNX Runtime", numbers.fraction, "accuracy_onnx", f"{loss_onnx:+.4f}"),
         row("params", numbers.count, "params", numbers.change(report.params_ratio, "fewer", "more")),
         row("MACs", numbers.count, "macs", numbers.change(report.macs_ratio, "fewer", "more")),
@@ -49,7 +50,7 @@ def findings(report: RunReport) -> list[tuple[str, str]]:
         ("speed efficiency", f"{speed} (speed-up / MACs ratio of {numbers.significant(report.macs_ratio)})"),
         ("near-zero channels", f"{sparse.near_zero_channels:,} of {sparse.channels:,}"),
         (
-            "accuracy at the cut",
+            "accuracy at the cut" if report.data.labels else "agreement at the cut",
             f"{numbers.fraction(sparse.accuracy_before_cut)} before, "
             f"{numbers.fraction(sparse.accuracy_after_cut)} after",
         ),

@@ -36,13 +36,17 @@ class ModelInfo(_Record):
 
 
 class DataInfo(_Record):
-    """The data of a run. `train`, `validation` and `test` count images."""
+    """The data of a run. `train`, `validation` and `test` count images.
+
+    Without `labels` the dense model's answers take their place: every accuracy is agreement with it.
+    """
 
     description: str
     class_names: tuple[str, ...]
     train: Count
     validation: Count
     test: Count
+    labels: bool = True
 
 
 class LatencyFigures(_Record):

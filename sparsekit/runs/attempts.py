@@ -93,7 +93,7 @@ def _budget(target: Target) -> float:
 
 def _first_result(run: Run) -> AttemptsResult:
     full, most = full_target(run.arguments.target, *check_speed(run))
-    dense = run.evaluate(run.final_dense(), run.inputs.data.validation)
+    dense = run.evaluate(run.final_dense(), run.images("validation"))
     run.say(f"attempts: the dense model gets {dense:.4f} of the validation images right")
     return AttemptsResult(full, most, dense)
 
@@ -157,7 +157,7 @@ def _attempt_folder(run: Run, number: int) -> Path:
 def _finetune(run: Run, tick: Callable[[], None]) -> AttemptFinetuned:
     """Fine-tune an attempt and evaluate it on the validation images."""
     model, plan = prune_stages.finetune(run, tick)
-    accuracy = run.evaluate(model, run.inputs.data.validation)
+    accuracy = run.evaluate(model, run.images("validation"))
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(validation_accuracy=accuracy))
     return AttemptFinetuned(accuracy, count_macs(model, run.example))
 

@@ -148,7 +148,12 @@ def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
     data = run.inputs.data
     return DenseResult(
         data=DataFound(
-            data.description, data.class_names, len(data.train), len(data.validation), len(data.test)
+            data.description,
+            data.class_names,
+            len(data.train),
+            len(data.validation),
+            len(data.test),
+            run.recipe.data.labels,
         ),
         config=run.inputs.config,
         model_args=run.inputs.model_args,
@@ -179,7 +184,7 @@ def _finetune_and_test(
 ) -> FinetuneResult:
     """Fine-tune the cut model, test it once, save it as an artifact, and read that back."""
     model, plan = finetune(run, tick)
-    accuracy = run.evaluate(model, run.inputs.data.test)
+    accuracy = run.evaluate(model, run.images("test"))
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(test_accuracy=accuracy))
     round_trip = 0.0
     if run.files.writes:
@@ -225,7 +230,7 @@ def _export_variant(run: Run, source: Path, precision: Precision) -> ExportedVar
         quantize_to_int8(source, path, (batch for batch, _ in loader))
     else:
         convert_to_fp16(source, path)
-    test = run.loader(run.inputs.data.test, False)
+    test = run.loader(run.images("test"), False)
     accuracy = onnx_accuracy(path, test, threads=run.recipe.benchmark.threads)
     return ExportedVariant(precision, path.stat().st_size, accuracy)
 
@@ -249,7 +254,7 @@ def _export_one(run: Run, name: str, model: nn.Module) -> ExportedModel:
         raise VerificationError(
             f"{path} gives other logits than torch: they differ by {parity.max_rel:.2g} of the largest"
         )
-    test = run.loader(run.inputs.data.test, False)
+    test = run.loader(run.images("test"), False)
     return ExportedModel(
         parity=parity,
         accuracy_onnx=onnx_accuracy(path, test, threads=run.recipe.benchmark.threads),
@@ -290,7 +295,7 @@ def _report(run: Run, tick: Callable[[], None]) -> Nothing:
 def _dense_figures(run: Run, model: nn.Module) -> DenseFigures:
     """Return test accuracy, params and MACs of the dense model. It sees the test images in torch only here."""
     model.to(run.accelerator.device)
-    accuracy = run.evaluate(model, run.inputs.data.test)
+    accuracy = run.evaluate(model, run.images("test"))
     return DenseFigures(accuracy, count_params(model), count_macs(model, run.example))
 
 
@@ -300,7 +305,7 @@ def _compare_on_test(run: Run) -> CutEffect:
     sparse, pruned = run.weights("sparse"), load_artifact(run.files.checkpoints / "cut").to(device)
     change, largest, hits, count = 0.0, 0.0, [0, 0], 0
     with comparing(sparse), comparing(pruned):
-        for images, labels in run.loader(run.inputs.data.test, False):
+        for images, labels in run.loader(run.images("test"), False):
             before, after = sparse(images.to(device)), pruned(images.to(device))
             change = max(change, float((before - after).abs().max()))
             largest = max(largest, float(before.abs().max()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sparsekit.selection.importance import all_alike
 from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import make_loader
-from sparsekit.training.models import InputConfig, build_arguments, load_weights_
+from sparsekit.training.models import InputConfig, build_arguments, load_weights_, trained_classes
 from sparsekit.training.optimizers import make_optimizer
 from sparsekit.training.options import Loader
 from sparsekit.training.splits import ImageData, fingerprint, open_data
@@ -184,8 +184,8 @@ def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
 
 
 def _open_images(recipe: Recipe) -> ImageData:
-    spec = recipe.data
-    return open_data(
+    spec, model = recipe.data, recipe.model
+    data = open_data(
         spec.name,
         root=spec.root,
         train=spec.train,
@@ -194,5 +194,12 @@ def _open_images(recipe: Recipe) -> ImageData:
         validation_share=spec.validation_share,
         test_share=spec.test_share,
         limits=(spec.train_limit, spec.validation_limit, spec.test_limit),
+        labels=spec.labels,
         seed=recipe.seed,
     )
+    if spec.labels:
+        return data
+    n_classes = trained_classes(
+        model.name, checkpoint=model.checkpoint, image_size=spec.image_size, args=model.args
+    )
+    return replace(data, class_names=tuple(map(str, range(n_classes))))

@@ -225,7 +225,13 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
             f"The cut pushed {pushed_out} convolutions out of ONNX Runtime's blocked layout, where they are slow: "
             "their channels are no multiple of 4, or their narrow groups cannot be merged; set cut.round_to: auto."
         )
-    if (n := files.result("dense", DenseResult).data.test) < 1000:
+    data = files.result("dense", DenseResult).data
+    if not data.labels:
+        yield (
+            "The images have no labels: every accuracy is the share of images on which a model gives the dense model's "
+            "answer."
+        )
+    if (n := data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
 
 

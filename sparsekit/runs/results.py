@@ -31,13 +31,14 @@ def from_json(kind: type[Result], plain: Mapping[str, Any]) -> Result:
 
 @dataclass(frozen=True)
 class DataFound:
-    """The data of a run: a description, the classes, and the number of images in each split."""
+    """The data of a run: a description, the classes, the number of images in each split, and if they have labels."""
 
     description: str
     class_names: tuple[str, ...]
     train: int
     validation: int
     test: int
+    labels: bool = True
 
 
 @dataclass(frozen=True)

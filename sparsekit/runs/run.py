@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.training.data_sources import Images
 from sparsekit.training.display import EpochMetrics
-from sparsekit.training.evaluate import evaluate
+from sparsekit.training.evaluate import answers, evaluate
 from sparsekit.training.loader import make_loader
 from sparsekit.training.loop import fit
 from sparsekit.training.models import load_weights_, save_weights
@@ -38,6 +38,7 @@ from sparsekit.training.options import Distillation, Loader, StepHook, TrainOpti
 # Parity is checked on this many validation images.
 _PARITY_IMAGES = 64
 
+Split = Literal["train", "validation", "test"]
 _Result = TypeVar("_Result")
 
 
@@ -55,6 +56,7 @@ class Run:
     console: Console
     origin: RunDirectory | None = None
     arguments: Arguments = field(init=False)
+    _answered: dict[str, Images] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arguments", Arguments.of(self.recipe))
@@ -96,6 +98,16 @@ class Run:
         """Find the channel groups of a model, with the options of the recipe."""
         return find_groups(model, self.example, **self.arguments.grouping)
 
+    def images(self, split: Split) -> Images:
+        """Return the images of a split; if they have no labels, with the answers of the dense model in their place."""
+        images: Images = getattr(self.inputs.data, split)
+        if self.recipe.data.labels:
+            return images
+        if split not in self._answered:
+            found = answers(self.weights("dense"), self.loader(images, False))
+            self._answered[split] = images.labelled(found.numpy())
+        return self._answered[split]
+
     def loader(self, images: Images, training: bool) -> Loader:
         """Make a loader of images, augmented for training."""
         spec = self.recipe.data
@@ -132,7 +144,7 @@ class Run:
 
         history = fit(
             model,
-            (self.loader(self.inputs.data.train, True), self.loader(self.inputs.data.validation, False)),
+            (self.loader(self.images("train"), True), self.loader(self.images("validation"), False)),
             options,
             phase=name,
             seed=self.recipe.seed,
@@ -204,12 +216,16 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def describe(self, **accuracies: float) -> dict[str, Any]:
-        """Return the metadata of artifact and ONNX file: how to feed the model, and where it comes from."""
+        """Return the metadata of artifact and ONNX file: how to feed the model, and where it comes from.
+
+        Without labels an accuracy is agreement with the dense model, and is called so.
+        """
+        called = "accuracy" if self.recipe.data.labels else "agreement"
         return {
             "model": self.recipe.model.name,
             "class_names": list(self.inputs.data.class_names),
             **asdict(self.inputs.config),
-            **accuracies,
+            **{name.replace("accuracy", called): value for name, value in accuracies.items()},
             "recipe": dump_recipe(self.recipe),
             "versions": library_versions(),
         }

@@ -1,4 +1,4 @@
-"""Open labelled images: the embedded digits, class folders and tars, and timm's datasets.
+"""Open images: the embedded digits, folders and tars, and timm's datasets.
 
 timm finds the images, but they are read here: timm's datasets skip an image that they cannot read, and a data set that
 silently differs is worse than a stop.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,11 @@ class Images(Dataset[tuple[Picture, int]]):
 
     def subset(self, positions: Labels) -> Images:
         """The images at `positions`, in that order."""
-        return Images(self.read, self.where, self.indices[positions], self.labels[positions], self.in_memory)
+        return replace(self, indices=self.indices[positions], labels=self.labels[positions])
+
+    def labelled(self, labels: Labels) -> Images:
+        """The same images with other labels, (n,)."""
+        return replace(self, labels=labels)
 
 
 def open_digits() -> tuple[Images, tuple[str, ...]]:
@@ -88,33 +92,37 @@ def open_digits() -> tuple[Images, tuple[str, ...]]:
     return images, tuple(str(digit) for digit in range(10))
 
 
-def open_folder(root: Path, split: str) -> tuple[Images, tuple[str, ...]]:
-    """A split below `root`, a folder or tar of class folders, and the names of its classes. Raises DataError."""
+def open_folder(root: Path, split: str, *, labels: bool = True) -> tuple[Images, tuple[str, ...]]:
+    """A split below `root`, a folder or tar of class folders, and the names of its classes. Raises DataError.
+
+    Without `labels` the images may lie in any folders, and the labels say nothing.
+    """
     path = _find_split(root, split)
     is_tar = path.is_file()
     try:
         # timm would keep the index of a large tar in a pickle beside it.
         reader: Any = create_reader("", root=str(path), cache_tarinfo=False if is_tar else None)
     except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        layout = f"a folder of images for each class: {path.name}/cat/1.jpg, {path.name}/dog/2.jpg"
         raise DataError(
-            f"no images found in {path} ({error}). It must hold a folder of images for each class: "
-            f"{path.name}/cat/1.jpg, {path.name}/dog/2.jpg."
+            f"no images found in {path} ({error}). It must hold {layout if labels else 'images'}."
         ) from error
     except Exception as error:
-        raise DataError(f"{path} cannot be read as a tar of class folders ({error}).") from error
+        raise DataError(f"{path} cannot be read as a tar of images ({error}).") from error
     classes = reader.class_name_to_idx if is_tar else reader.class_to_idx
-    if "" in classes:
+    if labels and "" in classes:
         raise DataError(
-            f"images lie directly in {path}, outside class folders. Move each into the folder of its class."
+            f"images lie directly in {path}, outside class folders. Move each into the folder of its class; "
+            "if there are no labels, set data.labels to false."
         )
     if is_tar:
         places = [_place_in_tar(str(path), tarinfo, child) for tarinfo, _, child in reader.samples]
-        labels = np.asarray(reader.targets, dtype=np.int64)
+        targets = np.asarray(reader.targets, dtype=np.int64)
     else:
         places = [_Stored(file, 0, -1, file) for file, _ in reader.samples]
-        labels = np.array([label for _, label in reader.samples], dtype=np.int64)
+        targets = np.array([label for _, label in reader.samples], dtype=np.int64)
     images = Images(
-        partial(_read_stored, places), partial(_name_stored, places), np.arange(len(labels)), labels
+        partial(_read_stored, places), partial(_name_stored, places), np.arange(len(targets)), targets
     )
     return images, tuple(sorted(classes, key=classes.__getitem__))
 

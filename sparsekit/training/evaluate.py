@@ -1,4 +1,4 @@
-"""Evaluate a model: accuracy and loss over a loader."""
+"""Evaluate a model: accuracy and loss over a loader, and its answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.errors import DataError
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import comparing, evaluating
 from sparsekit.training.options import Loader
 
 
@@ -29,6 +29,19 @@ def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator) -> Eval
     The model moves to the accelerator's device and keeps its training flags. Raises DataError for an empty loader.
     """
     return evaluate_prepared(model, prepare_loader(loader, accelerator), accelerator)
+
+
+def answers(model: nn.Module, loader: Loader) -> Tensor:
+    """Return the classes, int64 (n,), that a model gives to the images of a loader, in its order; on the CPU.
+
+    Raises DataError for an empty loader.
+    """
+    device = next(model.parameters()).device
+    with comparing(model):
+        found = [model(images.to(device)).argmax(dim=1).cpu() for images, _ in loader]
+    if not found:
+        raise DataError("the loader to answer has no images.")
+    return torch.cat(found)
 
 
 def prepare_loader(loader: Loader, accelerator: Accelerator) -> Loader:

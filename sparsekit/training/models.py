@@ -61,6 +61,29 @@ def create_model(
     return model
 
 
+def trained_classes(
+    name: str, *, checkpoint: Path | None, image_size: int | None, args: Mapping[str, Any] | None
+) -> int:
+    """The number of classes that a finished model knows: as its checkpoint says, else as timm does for its weights.
+
+    The random state does not move. Raises ModelError and FileError as `create_model` does.
+    """
+    _check_name(name)
+    with torch.random.fork_rng():
+        model: Any = _build(name, False, image_size, args or {})
+    if checkpoint is None:
+        return int(model.num_classes)
+    weights = _read_weights(checkpoint)
+    for classifier in _classifier_names(model):
+        if f"{classifier}.weight" in weights:
+            return len(weights[f"{classifier}.weight"])
+    raise FileError(
+        f"checkpoint {checkpoint} does not say how many classes it knows: it has no "
+        f"{' or '.join(f'{one}.weight' for one in _classifier_names(model)) or 'classifier'}. "
+        "Name the model that it was trained with."
+    )
+
+
 def build_arguments(
     name: str, *, num_classes: int, in_chans: int, image_size: int | None, args: Mapping[str, Any] | None
 ) -> dict[str, Any]:

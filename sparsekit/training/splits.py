@@ -35,6 +35,7 @@ def open_data(
     validation_share: float = 0.1,
     test_share: float = 0.2,
     limits: tuple[int | None, int | None, int | None] = (None, None, None),
+    labels: bool = True,
     seed: int = 0,
 ) -> ImageData:
     """Open a data set by name and split it.
@@ -43,7 +44,8 @@ def open_data(
     such as "torch/cifar10" or "hfds/...", already downloaded to `root`. train, validation, test: names of splits; for
     "folder" a folder or tar below `root` ("train" also finds "train.tar", "" is `root` itself). If validation or test
     is None, its share of train is set aside, drawn class by class by `seed`. limits: at most so many images of train,
-    validation and test, drawn in the same way. Raises DataError.
+    validation and test, drawn in the same way. labels: False leaves the labels out; images lie in any folders, their
+    labels are all 0, and there are no class names. Raises DataError.
     """
     splits = (train, validation, test)
     named = [split for split in splits if split is not None]
@@ -54,8 +56,16 @@ def open_data(
     else:
         if root is None:
             raise DataError(f"data {name!r} needs root, the folder it lies in.")
-        opened = [open_folder(root, s) if name == "folder" else open_timm(name, root, s) for s in named]
-    class_names = _common_classes(_named(name, root), named, [names for _, names in opened])
+        opened = [
+            open_folder(root, s, labels=labels) if name == "folder" else open_timm(name, root, s)
+            for s in named
+        ]
+    if labels:
+        class_names = _common_classes(_named(name, root), named, [names for _, names in opened])
+        kinds_of = f"{len(class_names)} classes"
+    else:
+        class_names, kinds_of = (), "no labels"
+        opened = [(images.labelled(np.zeros(len(images), dtype=np.int64)), ()) for images, _ in opened]
     _refuse_same(named, [images for images, _ in opened])
     parts = dict(zip(named, (images for images, _ in opened), strict=True))
     rng = np.random.default_rng(seed)
@@ -75,7 +85,7 @@ def open_data(
         validation=limited[1],
         test=limited[2],
         class_names=class_names,
-        description=f"{_named(name, root)}, {len(class_names)} classes: {counts} images",
+        description=f"{_named(name, root)}, {kinds_of}: {counts} images",
     )
 
 
@@ -93,7 +103,8 @@ def _common_classes(data: str, splits: Sequence[str], names: Sequence[tuple[str,
     if len(names[0]) < 2:
         raise DataError(
             f"data {data}: split {splits[0]!r} has one class only ({names[0][0]!r}). "
-            "Put the images of each class in a folder of its own: root/train/cat/1.jpg, root/train/dog/2.jpg."
+            "Put the images of each class in a folder of its own: root/train/cat/1.jpg, root/train/dog/2.jpg; "
+            "if there are no labels, set data.labels to false."
         )
     for split, other in zip(splits[1:], names[1:], strict=True):
         if other != names[0]:

@@ -433,6 +433,17 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
             ["cut.repair={}", "sparsify.epochs=0", "cut.recalibrate=64"],
             "cut.repair chooses channels and repairs by itself: leave cut.method, ",
         ),
+        (
+            ["data.labels=false"],
+            "data.labels false needs dense.epochs 0, got 2: without labels the dense model",
+        ),
+        (
+            [
+                *("data.labels=false", "dense.epochs=0", "model.pretrained=true"),
+                *("sparsify.epochs=0", "cut.importance=taylor"),
+            ],
+            "cut.importance taylor takes gradients at labels, got data.labels false",
+        ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (
             ["export.precisions=[int8]", "export.batch_size=64", "export.calibration=32"],

@@ -132,6 +132,22 @@ def test_class_folders_directly_in_root_and_tars_in_a_tar(tmp_path: Path) -> Non
     assert {nested.train[i][0].getpixel((0, 0))[0] for i in range(4)} <= set(range(4))
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_without_labels_images_lie_in_any_folders(tmp_path: Path, kind: str) -> None:
+    files = {
+        f"{folder}{i}.png": png(10 * k + i) for k, folder in enumerate(("", "a/", "b/c/")) for i in range(4)
+    }
+    root = tmp_path if kind == "folder" else tmp_path / "photos.tar"
+    (write_folder if kind == "folder" else write_tar)(root, files)
+    data = open_data("folder", root=root, train="", labels=False, validation_share=0.25, test_share=0.25)
+    parts = [data.train, data.validation, data.test]
+    assert [len(part) for part in parts] == [6, 3, 3]
+    assert len(set.union(*map(pixels, parts))) == 12
+    assert not any(part.labels.any() for part in parts)
+    assert data.class_names == ()
+    assert "no labels" in data.description
+
+
 def test_user_mistakes_with_folders(tmp_path: Path) -> None:
     def error(pattern: str, root: Path = tmp_path, **arguments: str) -> None:
         with pytest.raises(DataError, match=pattern):
@@ -152,7 +168,9 @@ def test_user_mistakes_with_folders(tmp_path: Path) -> None:
     write_folder(tmp_path / "other", class_files("ac"))
     error(r"'other' must have the same classes as 'train'; it lacks \['b'\] .* \['c'\]", validation="other")
     write_folder(tmp_path / "flat", {"1.png": png(1), "2.png": png(2)})
-    error("directly in .*flat", train="flat")
+    error("directly in .*flat.*set data.labels to false", train="flat")
+    with pytest.raises(DataError, match=r"no images found in .*empty .*It must hold images\."):
+        open_data("folder", root=tmp_path, train="empty", labels=False)
     with pytest.raises(DataError, match="needs root"):
         open_data("folder")
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsekit.errors import FileError, ModelError
-from sparsekit.training.models import create_model, input_config
+from sparsekit.training.models import create_model, input_config, trained_classes
 
 
 def test_the_callers_seed_decides_the_weights() -> None:
@@ -62,6 +62,18 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     second = create_model("resnet10t", num_classes=4, checkpoint=path)
     pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_finished_model_says_how_many_classes_it_knows(tmp_path: Path) -> None:
+    def known(name: str, file: Path | None = None) -> int:
+        return trained_classes(name, checkpoint=file, image_size=None, args=None)
+
+    file, before = checkpoint(tmp_path), torch.get_rng_state()
+    assert known("resnet10t") == 1000
+    assert known("resnet10t", file) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(FileError, match=r"does not say how many classes it knows: it has no head.weight"):
+        known("test_vit", file)
 
 
 def test_checkpoint_with_other_classes(tmp_path: Path) -> None:
