@@ -15,6 +15,8 @@ MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
 RoundTo = int | Literal["auto"]
 # Which whole residual blocks are groups: none, those with layer scales, and "all" those with an identity shortcut.
 Blocks = bool | Literal["all"]
+# What an output of two dimensions is: scores of classes, or other numbers, such as an embedding or a regression.
+Outputs = Literal["classes", "values"]
 Quantity = Literal["macs", "params", "channels", "latency"]
 Provider = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "directml"]
 Precision = Literal["int8", "fp16"]

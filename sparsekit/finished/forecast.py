@@ -14,7 +14,7 @@ from sparsekit.errors import InputError
 from sparsekit.finished.choice import Judge, Known
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.preparation import Options, Prepared, prepare
-from sparsekit.options import RoundTo
+from sparsekit.options import Outputs, RoundTo
 from sparsekit.selection.costs import CostShare, kept_share
 from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
@@ -67,6 +67,7 @@ def forecast(
     round_to: RoundTo = "auto",
     min_channels: int = 8,
     max_images: int = 512,
+    outputs: Outputs = "classes",
     seed: int = 0,
     console: Console | None = None,
 ) -> Forecast:
@@ -88,6 +89,7 @@ def forecast(
         round_to=round_to,
         min_channels=min_channels,
         max_images=max_images,
+        outputs=outputs,
         seed=seed,
     )
     return forecast_with(model, images, tuple(speedups), options, console=console)

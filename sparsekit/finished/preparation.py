@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sparsekit.evaluation import evaluating, flat_tensors
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.images import collect_images
 from sparsekit.latency.layers import measure_layers
-from sparsekit.options import RoundTo
+from sparsekit.options import Outputs, RoundTo
 from sparsekit.repair.curves import loss_curves
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics, input_statistics
@@ -44,9 +44,12 @@ class Options:
     round_to: RoundTo = "auto"
     min_channels: int = 8
     max_images: int = 512
+    outputs: Outputs = "classes"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.outputs not in get_args(Outputs):
+            raise InputError(f"outputs must be one of {', '.join(get_args(Outputs))}, got {self.outputs!r}")
         for name in ("threads", "batch_size", "max_images"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -119,9 +122,11 @@ def prepare(
 
     show.begin("statistics of the layers' inputs")
     at_once = _batch_size(dense, used)
-    statistics = input_statistics(dense, groups, show.over(torch.split(used, at_once)), seed=options.seed)
+    statistics = input_statistics(
+        dense, groups, show.over(torch.split(used, at_once)), seed=options.seed, outputs=options.outputs
+    )
     show.begin("measuring loss curves")
-    held_out = HeldOut(dense, groups, (apart,))
+    held_out = HeldOut(dense, groups, (apart,), kind=options.outputs)
     curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
     return Prepared(
         options, model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves

@@ -23,7 +23,7 @@ from sparsekit.finished.preparation import Options, prepare
 from sparsekit.finished.steps import Best, PruneStep, Work, learning_step, refit_step, repair_step
 from sparsekit.finished.targets import Speed, check_reach, checked_targets
 from sparsekit.latency.search import SpeedSearch
-from sparsekit.options import Quantity, RoundTo
+from sparsekit.options import Outputs, Quantity, RoundTo
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics
 from sparsekit.selection.costs import CostModel
@@ -86,6 +86,7 @@ def prune(
     round_to: RoundTo = "auto",
     min_channels: int = 8,
     max_images: int = 512,
+    outputs: Outputs = "classes",
     seed: int = 0,
     console: Console | None = None,
 ) -> PruneResult:
@@ -96,6 +97,7 @@ def prune(
     hold: `speedup` or `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions
     of "macs", "params" or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole
     residual blocks go too, and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
+    `outputs` "values" says that an output of two dimensions is no scores of classes, but an embedding or a regression.
 
     The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
     network run to see what that costs. The knapsack takes what costs least for its time. The model is cut and proved,
@@ -124,6 +126,7 @@ def prune(
         round_to=round_to,
         min_channels=min_channels,
         max_images=max_images,
+        outputs=outputs,
         seed=seed,
     )
     with StepDisplay(console) as show:
@@ -153,8 +156,8 @@ def prune(
 
         work = Work(one, plan, show)
         proof = repair_step(best, work) or proof
-        seen = HeldOut(one.dense, groups, (one.used[: held_out.n_images],), recorded=0)
-        remarks = _few_images(best, seen, one.n_images)
+        seen = HeldOut(one.dense, groups, (one.used[: held_out.n_images],), recorded=0, kind=outputs)
+        remarks = [*_other_outputs(held_out), *_few_images(best, seen, one.n_images)]
         refit_step(best, work)
         interrupted = False
         if distill_seconds > 0 and distill_steps != 0:
@@ -194,6 +197,16 @@ def _kept(groups: ChannelGroups, masks: Masks) -> dict[Quantity, float]:
     costs = CostModel(groups)
     quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
     return {quantity: costs.share(quantity, masks) for quantity in quantities}
+
+
+def _other_outputs(held_out: HeldOut) -> list[str]:
+    """Say so if the outputs were compared as scores of classes and are probably none."""
+    if not held_out.look_like_values:
+        return []
+    return [
+        "the outputs were taken for scores of classes, and all classes are about as likely: if they are an embedding "
+        'or a regression, pass outputs="values", or what the cut changes in them is not seen'
+    ]
 
 
 def _few_images(best: Best, on_used: HeldOut, count: int) -> list[str]:

@@ -133,7 +133,10 @@ def apply_override_(draft: RecipeDraft, override: str) -> None:
 
 
 def normalise_sections_(values: dict[str, Any], spec: type[BaseModel]) -> None:
-    """Make null an empty section (its keys are commented out), and false null where a section may be null; in place."""
+    """Make null an empty section (its keys are commented out), in place.
+
+    Where a section may be null, false is null, and true and auto are the section with its defaults.
+    """
     for key, info in spec.model_fields.items():
         section = nested_spec(info)
         if section is None or key not in values:
@@ -143,6 +146,8 @@ def normalise_sections_(values: dict[str, Any], spec: type[BaseModel]) -> None:
             values[key] = {}
         elif values[key] is False and optional:
             values[key] = None
+        elif optional and (values[key] is True or values[key] == "auto"):
+            values[key] = {}
         if isinstance(values[key], dict):
             normalise_sections_(values[key], section)
 

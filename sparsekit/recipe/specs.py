@@ -371,7 +371,7 @@ class CutSpec(StrictSpec):
     repair: RepairSpec | None = Field(
         default=None,
         description="for a finished model (sparsify.epochs 0): choose channels by what the outputs lose, measured, and "
-        "repair the cut without labels; null or false: do not",
+        "repair the cut without labels; auto: with the defaults; null or false: do not",
     )
     through_layer_norm: bool = Field(
         default=False,

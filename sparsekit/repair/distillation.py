@@ -105,10 +105,11 @@ def distill(
                     settings["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
                 optimizer.zero_grad()
                 with torch.no_grad():
-                    target = compared(dense(batch))
+                    target = compared(dense(batch), held_out.kind)
                 loss = 0.0
                 for part in _parts(batch, [*target, *theirs.values()], at_once):
-                    own = _loss(part, target, compared(student(batch[part])), theirs, ours, rows)
+                    output = compared(student(batch[part]), held_out.kind)
+                    own = _loss(part, target, output, theirs, ours, rows)
                     own = own * ((part.stop - part.start) / len(batch))
                     loss += float(own.detach())
                     torch.autograd.backward(own)

@@ -12,6 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsekit.evaluation import flat_tensors
+from sparsekit.options import Outputs
+
+# Of the entropy of classes that are all alike.
+_ALIKE = 0.9
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,10 @@ class Divergence:
     - `kl` is the mean Kullback-Leibler divergence KL(dense || model) of the predicted classes, in nats.
     - `agreement` is the share of images, in [0, 1], whose most likely class is the same.
 
-    An output of two dimensions counts as (images, classes). Any other counts as a Gaussian with the dense output's
-    variance: its kl is half the mean squared difference over that variance, and it has no part in `agreement` (NaN if
-    there is no other). Several outputs are added up. Outputs that are no numbers are infinitely far away.
+    An output of two dimensions counts as (images, classes), unless it was said to be values. Any other counts as a
+    Gaussian with the dense output's variance: its kl is half the mean squared difference over that variance, and it has
+    no part in `agreement` (NaN if there is no other). Several outputs are added up. Outputs that are no numbers are
+    infinitely far away.
     """
 
     kl: float
@@ -35,9 +40,23 @@ def is_logits(output: Tensor) -> bool:
     return output.dim() == 2 and output.shape[1] > 1 and output.is_floating_point()
 
 
-def compared(outputs: Any) -> list[Tensor]:
-    """Return the tensors in a model's output that are compared: floating-point numbers, some for each image."""
-    return [t for t in flat_tensors(outputs) if t.is_floating_point() and t.dim() and t.numel()]
+def compared(outputs: Any, kind: Outputs = "classes") -> list[Tensor]:
+    """Return the tensors in a model's output that are compared: floating-point numbers, some for each image.
+
+    Of `kind` "values" those of two dimensions get a third, so that they are not taken for scores of classes.
+    """
+    found = [t for t in flat_tensors(outputs) if t.is_floating_point() and t.dim() and t.numel()]
+    return found if kind == "classes" else [t[..., None] if t.dim() == 2 else t for t in found]
+
+
+def look_like_values(outputs: Sequence[Tensor]) -> bool:
+    """Whether what counts as scores of classes leaves them nearly alike on average: no trained classifier does that."""
+    for output in outputs:
+        if is_logits(output):
+            scores = output.double().log_softmax(1)
+            entropy = -(scores.exp() * scores).sum(1).mean()
+            return float(entropy) > _ALIKE * math.log(output.shape[1])
+    return False
 
 
 def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence:
@@ -71,25 +90,21 @@ def kl(dense: Tensor, output: Tensor, *, variance: Tensor | None = None) -> Tens
 def sampled_loss(outputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Return a loss whose gradient's square has, on average, the curvature of the divergence (Fisher).
 
-    The label of each image is drawn from the model's own prediction: confident images have almost no gradient at their
-    most likely class. Source: Kunstner et al., "Limitations of the empirical Fisher approximation", 2019.
+    `outputs` are those that `compared` returns. The label of each image is drawn from the model's own prediction:
+    confident images have almost no gradient at their most likely class. Source: Kunstner et al., "Limitations of the
+    empirical Fisher approximation", 2019.
     """
-    total = torch.zeros((), device=outputs[0].device)
+    total = torch.zeros(())
     for output in outputs:
-        if (
-            not output.is_floating_point()
-            or not output.requires_grad
-            or not output.numel()
-            or not output.dim()
-        ):
+        if not output.requires_grad:
             continue
         if is_logits(output):
             probabilities = output.detach().float().softmax(1).cpu()
             labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(output.device)
-            total = total + F.cross_entropy(output.float(), labels, reduction="sum")
+            total = total.to(output.device) + F.cross_entropy(output.float(), labels, reduction="sum")
         else:
             spread = output.detach().float().std(correction=0).clamp_min(1e-12)
             per_image = output[0].numel()
             noise = torch.randn(output.shape, generator=generator).to(output.device)
-            total = total + (output.float() * noise).sum() / (spread * per_image**0.5)
+            total = total.to(output.device) + (output.float() * noise).sum() / (spread * per_image**0.5)
     return total

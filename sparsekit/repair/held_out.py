@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
 from sparsekit.evaluation import evaluating
-from sparsekit.repair.divergence import Divergence, compared, divergence
+from sparsekit.options import Outputs
+from sparsekit.repair.divergence import Divergence, compared, divergence, look_like_values
 from sparsekit.repair.replay import Recording, Stations, batches_of
 from sparsekit.structure.groups import ChannelGroups
 
@@ -28,7 +29,8 @@ class HeldOut:
     """Images kept apart, with the outputs of the dense model for them.
 
     `inputs` have the images along their first dimension, on the model's device. What each part of the model gave is
-    recorded, at its `stations`, for the first `recorded` of them, or as many as fit in 256 MB.
+    recorded, at its `stations`, for the first `recorded` of them, or as many as fit in 256 MB. `kind` says what outputs
+    of two dimensions are.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class HeldOut:
         inputs: tuple[Tensor, ...],
         *,
         recorded: int = _MOST_RECORDED,
+        kind: Outputs = "classes",
     ) -> None:
-        self._inputs = inputs
-        self._dense = [outputs_of(model, batch) for batch in batches_of(inputs, _BATCH)]
+        self._inputs, self.kind = inputs, kind
+        self._dense = [outputs_of(model, batch, kind) for batch in batches_of(inputs, _BATCH)]
         if not self._dense[0] or not all(bool(t.isfinite().all()) for one in self._dense for t in one):
             raise ModelError(
                 f"{type(model).__name__} gives no finite floating-point outputs for the images, so no cut can be "
@@ -59,7 +62,7 @@ class HeldOut:
         for batch in (
             batches_of(tuple(x[: self._recorded] for x in self._inputs), _BATCH) if self._recorded else ()
         ):
-            recording = Recording(model, self.stations, batch)
+            recording = Recording(model, self.stations, batch, self.kind)
             if recordings and used + recording.n_bytes > _MOST_BYTES:
                 break
             used += recording.n_bytes
@@ -84,19 +87,24 @@ class HeldOut:
         step = max(len(half) // _STAGES, 1)
         return tuple(half[::-1][::step][:_STAGES][::-1])
 
+    @property
+    def look_like_values(self) -> bool:
+        """Whether outputs that count as scores of classes are probably something else."""
+        return look_like_values(self._dense[0])
+
     def forget(self) -> None:
         """Give back the memory of the recordings; changes cannot be asked for any more."""
         self._recordings, self._targets = [], []
 
     def of(self, model: nn.Module) -> Divergence:
         """Compare a model with the dense one, on all images kept apart."""
-        ours = [outputs_of(model, batch) for batch in batches_of(self._inputs, _BATCH)]
+        ours = [outputs_of(model, batch, self.kind) for batch in batches_of(self._inputs, _BATCH)]
         return _weighted([(divergence(d, o), len(d[0])) for d, o in zip(self._dense, ours, strict=True)])
 
     def of_recorded(self, model: nn.Module) -> Divergence:
         """Compare a model with the dense one, on the images that `of_change` looks at."""
         found = [
-            (divergence(target, outputs_of(model, one.inputs)), len(one.inputs[0]))
+            (divergence(target, outputs_of(model, one.inputs, self.kind)), len(one.inputs[0]))
             for target, one in zip(self._targets, self._recordings, strict=True)
         ]
         return _weighted(found)
@@ -132,10 +140,10 @@ def _between(start: nn.Module, end: nn.Module, share: float) -> nn.Module:
     return between
 
 
-def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...], kind: Outputs = "classes") -> list[Tensor]:
     """Return the outputs of a model that are compared, in eval mode."""
     with evaluating(model):
-        return compared(model(*inputs))
+        return compared(model(*inputs), kind)
 
 
 def _weighted(parts: list[tuple[Divergence, int]]) -> Divergence:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.evaluation import evaluating, flat_tensors
+from sparsekit.options import Outputs
 from sparsekit.repair.divergence import compared
 from sparsekit.structure.groups import ChannelGroups
 
@@ -66,22 +67,24 @@ class Stations:
 
 
 class Recording:
-    """One batch with what each station of a model gave for it, and the model's outputs."""
+    """One batch with what each station of a model gave for it, and the model's outputs, which are of `kind`."""
 
-    def __init__(self, model: nn.Module, stations: Stations, inputs: tuple[Tensor, ...]) -> None:
-        self._stations, self.inputs = stations, inputs
+    def __init__(
+        self, model: nn.Module, stations: Stations, inputs: tuple[Tensor, ...], kind: Outputs = "classes"
+    ) -> None:
+        self._stations, self.inputs, self._kind = stations, inputs, kind
         self._given: list[Tensor] = []
         with evaluating(model), ExitStack() as hooks:
             for name in stations.names:
                 hooks.enter_context(_noting(model.get_submodule(name), self._given))
-            self.outputs = compared(model(*inputs))
+            self.outputs = compared(model(*inputs), kind)
 
     def outputs_from(self, model: nn.Module, first: int) -> list[Tensor]:
         """Return the outputs of the model, with all stations before number `first` giving what they gave."""
         with evaluating(model), ExitStack() as replaced:
             for name, given in zip(self._stations.names[:first], self._given, strict=False):
                 replaced.enter_context(answering(model.get_submodule(name), given))
-            return compared(model(*self.inputs))
+            return compared(model(*self.inputs), self._kind)
 
     def is_needed(self, model: nn.Module, first: int, numbers: Iterable[int]) -> bool:
         """Whether the rest of the network, from station `first` on, needs what one of these stations gave."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError, ModelError, first_line
-from sparsekit.evaluation import eval_mode, flat_tensors
-from sparsekit.repair.divergence import sampled_loss
+from sparsekit.evaluation import eval_mode
+from sparsekit.options import Outputs
+from sparsekit.repair.divergence import compared, sampled_loss
 from sparsekit.repair.least_squares import Moments
 from sparsekit.repair.rows import Reader, readers
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
@@ -76,11 +77,13 @@ def input_statistics(
     gradients: bool = True,
     seed: int = 0,
     most_positions: int = _MOST_POSITIONS,
+    outputs: Outputs = "classes",
 ) -> InputStatistics:
     """Gather what the layers of a model read on `batches` of images, which need no labels.
 
     The model is not changed; it runs in eval mode, on its own device, forwards and, with `gradients`, backwards: the
-    loss is the cross-entropy of labels that are drawn from the model's own predictions. Of each map `most_positions`
+    loss is the cross-entropy of labels that are drawn from the model's own predictions; `outputs` "values" says that
+    outputs of two dimensions are no scores of classes. Of each map `most_positions`
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
     is that of a batch, 8 bytes for each pair of columns of a layer (12 for a while), and 4 for each pair of outputs.
 
@@ -88,7 +91,7 @@ def input_statistics(
     """
     with torch.random.fork_rng():
         model = copy.deepcopy(model)
-        return _Gathering(model, groups, gradients, seed, most_positions).over(batches)
+        return _Gathering(model, groups, gradients, seed, most_positions, outputs).over(batches)
 
 
 @dataclass
@@ -168,10 +171,16 @@ class _Gathering:
     """One pass over batches, and the sums of all layers so far."""
 
     def __init__(
-        self, model: nn.Module, groups: ChannelGroups, gradients: bool, seed: int, most_positions: int
+        self,
+        model: nn.Module,
+        groups: ChannelGroups,
+        gradients: bool,
+        seed: int,
+        most_positions: int,
+        kind: Outputs,
     ) -> None:
         self._model, self._groups, self._most = model, groups, most_positions
-        self._gradients = gradients
+        self._gradients, self._kind = gradients, kind
         self._generator = torch.Generator().manual_seed(seed)
         consumers = [(g, m) for g in groups.free for m in g.of_role("consumer")]
         tensors = dict.fromkeys(member.tensor for _, member in consumers)
@@ -228,7 +237,7 @@ class _Gathering:
         self._closing = {}
         try:
             # Copies, because models may overwrite their input.
-            outputs = flat_tensors(self._model(*(x.detach().clone() for x in inputs)))
+            outputs = compared(self._model(*(x.detach().clone() for x in inputs)), self._kind)
         except Exception as error:
             if self._failure is not None:  # ours, not the model's
                 raise self._failure from None

@@ -468,6 +468,35 @@ def test_models_that_view_maps_or_give_a_number_are_pruned(kind: type[nn.Module]
     assert 0 <= result.agreement <= 1
 
 
+class Embedding(nn.Module):
+    """The trained network's features, of length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = trained()
+        self.network.head = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.network(x)[0], dim=1)
+
+
+def test_an_embedding_is_compared_as_values_if_it_is_said_to_be_one() -> None:
+    given: dict[str, Any] = {"keep": {"params": 0.75}, "distill_seconds": 0.0}
+    taken_for_classes = sk.prune(Embedding(), _digits()[0][:64], **given)
+    assert any('outputs="values"' in remark for remark in taken_for_classes.remarks)
+    found = sk.prune(Embedding(), _digits()[0][:64], outputs="values", **given)
+    assert not any('outputs="values"' in remark for remark in found.remarks)
+    assert math.isnan(found.agreement)
+    assert found.kl > 10 * taken_for_classes.kl  # of nearly uniform probabilities, almost nothing is seen
+
+    def lost(result: sk.PruneResult) -> float:
+        with torch.no_grad():
+            x = _digits()[0][1400:]
+            return float((result.model(x) - Embedding().eval()(x)).square().mean())
+
+    assert lost(found) < 1.2 * lost(taken_for_classes)
+
+
 def test_a_model_without_outputs_to_compare_is_refused() -> None:
     with pytest.raises(ModelError, match="logits, not decisions"):
         sk.prune(Deciding(), torch.randn(40, 1, 8, 8), **{**QUICK, "keep": {"macs": 0.6}})

@@ -217,6 +217,13 @@ def test_optional_sections_are_turned_off(load: Load, value: str) -> None:
     assert recipe.finetune.distill is None
 
 
+@pytest.mark.parametrize("value", ["true", "auto", "{}"])
+def test_optional_sections_have_defaults(load: Load, value: str) -> None:
+    recipe = load("", f"data.augment={value}", f"finetune.distill={value}")
+    assert recipe.data.augment == specs.AugmentSpec()
+    assert recipe.finetune.distill == specs.DistillSpec()
+
+
 def test_a_section_without_keys_is_an_empty_one(load: Load) -> None:
     assert load("export:\n  # opset: 17\n").export == specs.ExportSpec()
 

@@ -10,8 +10,9 @@ import torch
 from scipy.special import softmax
 from scipy.stats import entropy
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparsekit.repair.divergence import divergence, kl
+from sparsekit.repair.divergence import compared, divergence, kl, look_like_values
 
 
 def outputs(*shape: int, seed: int = 0) -> Tensor:
@@ -60,6 +61,21 @@ def test_maps_count_by_their_squared_difference_over_twice_the_variance() -> Non
     assert found.kl == pytest.approx(float(((a - b) ** 2).mean() / (2 * a.var(ddof=1))), rel=1e-5)
     # In whatever unit they are.
     assert divergence([dense * 1000], [ours * 1000]).kl == pytest.approx(found.kl, rel=1e-5)
+
+
+def test_values_in_two_dimensions_count_as_maps_do() -> None:
+    x, y = torch.randn(2, 20, 8)
+    (dense,), (output,) = compared(x, "values"), compared(y, "values")
+    found = divergence([dense], [output])
+    assert found.kl == pytest.approx(float((x - y).square().mean() / (2 * x.var())), rel=1e-5)
+    assert math.isnan(found.agreement)
+
+
+def test_scores_that_are_nearly_alike_look_like_values() -> None:
+    x = torch.randn(50, 10)
+    assert look_like_values([F.normalize(x, dim=1)])
+    assert not look_like_values([4 * x])
+    assert not look_like_values(compared(F.normalize(x, dim=1), "values"))
 
 
 def test_several_outputs_add_up_and_integers_have_no_part() -> None:
