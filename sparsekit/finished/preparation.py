@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sparsekit.evaluation import evaluating, flat_tensors
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.images import collect_images
 from sparsekit.latency.layers import measure_layers
-from sparsekit.options import RoundTo
+from sparsekit.options import FinishedImportance, RoundTo
 from sparsekit.repair.curves import loss_curves
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics, input_statistics
@@ -36,6 +36,7 @@ _LARGEST_BATCH = 32
 class Options:
     """How a model is looked at: see `prune`."""
 
+    importance: FinishedImportance = "greedy"
     ignore: Sequence[str] = ()
     threads: int = 1
     batch_size: int = 1
@@ -47,6 +48,9 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.importance not in get_args(FinishedImportance):
+            names = " or ".join(get_args(FinishedImportance))
+            raise InputError(f"importance must be {names}, got {self.importance!r}")
         for name in ("threads", "batch_size", "max_images"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -122,7 +126,9 @@ def prepare(
     statistics = input_statistics(dense, groups, show.over(torch.split(used, at_once)), seed=options.seed)
     show.begin("measuring loss curves")
     held_out = HeldOut(dense, groups, (apart,))
-    curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
+    curves = loss_curves(
+        dense, groups, statistics, held_out, importance=options.importance, progress=show.share
+    )
     return Prepared(
         options, model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves
     )
