@@ -19,6 +19,7 @@ Arms, for each speed-up asked:
 
     ours          `sk.prune`, which learns for --seconds. Its cut alone, that with the repair in closed form, and that
                   refitted layer by layer (where it took this step) are made again from the plan and judged as well
+    lasso         ours with the channels of each group in the order of a LASSO, not in the greedy one
     today         what sparsekit did before: magnitudes, `search_speed`, BatchNorms measured anew
     magnitude, taylor, hessian
                   Torch-Pruning's criteria, global, in multiples of 16, the classifier left alone, cut until ONNX
@@ -92,9 +93,9 @@ CRITERIA = {
 }
 DISTILLED = " + distilled"
 REFIT = "refit layer by layer"
-ARMS = ("ours", "today", *CRITERIA, "few", "other")
+ARMS = ("ours", "lasso", "today", *CRITERIA, "few", "other")
 # As they stand in a table.
-SHOWN = ("ours", "today", *(name + end for name in CRITERIA for end in ("", DISTILLED)))
+SHOWN = ("ours", "lasso", "today", *(name + end for name in CRITERIA for end in ("", DISTILLED)))
 ASKED = (1.25, 1.5, 2.0, 3.0)
 FEW, FEW_AT = (64, 128, 256), 1.5
 # Images of a draw, and all there are, where that is more than a draw.
@@ -380,7 +381,14 @@ class Outcome:
 def ours(task: Task, subject: Subject, images: Tensor) -> Iterator[Outcome]:
     """`sk.prune`, and again what its first two steps made."""
     meter = Meter()
-    result = sk.prune(subject.model, images, speedup=task.asked, distill_seconds=task.seconds, seed=task.draw)
+    result = sk.prune(
+        subject.model,
+        images,
+        speedup=task.asked,
+        importance="lasso" if task.arm == "lasso" else "greedy",
+        distill_seconds=task.seconds,
+        seed=task.draw,
+    )
     figures = meter.read() | {
         "steps": [asdict(step) for step in result.steps],
         "held_out": {"kl": result.kl, "agreement": result.agreement},
@@ -882,7 +890,7 @@ def plot(table: Table, file: Path) -> None:
         panel.axhline(one["dense_accuracy"], color="grey", linewidth=0.8)
         for arm in SHOWN:
             found = [r for r in table.of_model(name) if r["arm"] == arm]
-            color = f"C{('ours', 'today', *CRITERIA).index(arm.removesuffix(DISTILLED))}"
+            color = f"C{('ours', 'today', *CRITERIA, 'lasso').index(arm.removesuffix(DISTILLED))}"
             panel.plot(
                 [r["measured"] for r in found],
                 [r["accuracy"] for r in found],

@@ -10,6 +10,10 @@ LearnedImportance = Literal["taylor", "magnitude"]
 Importance = Literal[
     "magnitude", "group_magnitude", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "random"
 ]
+# How the channels of a finished model are ordered: one after the other, or by the path of the LASSO.
+FinishedImportance = Literal["greedy", "lasso"]
+# In a recipe "lasso" is for a finished model; there "magnitude", the default, leaves the order to the repair.
+CutImportance = Literal[Importance, "lasso"]
 MaskMethod = Literal["auto", "zeros", "threshold", "gap", "budget"]
 # In multiples of how many channels of a layer are kept; "auto" is the step of the latency staircase.
 RoundTo = int | Literal["auto"]

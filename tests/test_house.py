@@ -21,7 +21,7 @@ finished: prune_model forecast steps choice preparation targets images display
 latency: search layers table operators compare
 artifact: save load dense_model format
 repair: curves trials channel_order distillation refit held_out replay closed_form statistics rows divergence
-    least_squares recalibration
+    lasso_order least_squares recalibration
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox
 selection: keep_masks bisection knapsack loss_curves carriers costs importance rounding

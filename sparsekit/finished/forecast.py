@@ -14,7 +14,7 @@ from sparsekit.errors import InputError
 from sparsekit.finished.choice import Judge, Known
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.preparation import Options, Prepared, prepare
-from sparsekit.options import Outputs, RoundTo
+from sparsekit.options import FinishedImportance, Outputs, RoundTo
 from sparsekit.selection.costs import CostShare, kept_share
 from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
@@ -59,6 +59,7 @@ def forecast(
     images: Tensor | Iterable[Any],
     *,
     speedups: Sequence[float] = SPEEDS,
+    importance: FinishedImportance = "greedy",
     ignore: Sequence[str] = (),
     threads: int = 1,
     batch_size: int = 1,
@@ -81,6 +82,7 @@ def forecast(
     analysed.
     """
     options = Options(
+        importance=importance,
         ignore=ignore,
         threads=threads,
         batch_size=batch_size,

@@ -16,7 +16,7 @@ from sparsekit.evaluation import evaluating, flat_tensors
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.images import collect_images
 from sparsekit.latency.layers import measure_layers
-from sparsekit.options import Outputs, RoundTo
+from sparsekit.options import FinishedImportance, Outputs, RoundTo
 from sparsekit.repair.curves import loss_curves
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics, input_statistics
@@ -36,6 +36,7 @@ _LARGEST_BATCH = 32
 class Options:
     """How a model is looked at: see `prune`."""
 
+    importance: FinishedImportance = "greedy"
     ignore: Sequence[str] = ()
     threads: int = 1
     batch_size: int = 1
@@ -48,8 +49,9 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.outputs not in get_args(Outputs):
-            raise InputError(f"outputs must be one of {', '.join(get_args(Outputs))}, got {self.outputs!r}")
+        for name, words in (("importance", get_args(FinishedImportance)), ("outputs", get_args(Outputs))):
+            if getattr(self, name) not in words:
+                raise InputError(f"{name} must be {' or '.join(words)}, got {getattr(self, name)!r}")
         for name in ("threads", "batch_size", "max_images"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -127,7 +129,9 @@ def prepare(
     )
     show.begin("measuring loss curves")
     held_out = HeldOut(dense, groups, (apart,), kind=options.outputs)
-    curves = loss_curves(dense, groups, statistics, held_out, progress=show.share)
+    curves = loss_curves(
+        dense, groups, statistics, held_out, importance=options.importance, progress=show.share
+    )
     return Prepared(
         options, model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves
     )

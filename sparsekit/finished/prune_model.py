@@ -23,7 +23,7 @@ from sparsekit.finished.preparation import Options, prepare
 from sparsekit.finished.steps import Best, PruneStep, Work, learning_step, refit_step, repair_step
 from sparsekit.finished.targets import Speed, check_reach, checked_targets
 from sparsekit.latency.search import SpeedSearch
-from sparsekit.options import Outputs, Quantity, RoundTo
+from sparsekit.options import FinishedImportance, Outputs, Quantity, RoundTo
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics
 from sparsekit.selection.costs import CostModel
@@ -76,6 +76,7 @@ def prune(
     speedup: float | None = None,
     latency_ms: float | None = None,
     keep: Mapping[Quantity, float] | None = None,
+    importance: FinishedImportance = "greedy",
     ignore: Sequence[str] = (),
     threads: int = 1,
     batch_size: int = 1,
@@ -95,9 +96,12 @@ def prune(
     `images` are normalised as the model expects them: a tensor, an iterable of batches, or a DataLoader, whose labels
     are ignored; the first `max_images` are read, so shuffle them. At least one target is needed, and all that are given
     hold: `speedup` or `latency_ms` in ONNX Runtime on this machine with `threads`, at `batch_size`; `keep`, fractions
-    of "macs", "params" or "channels" to keep at most. `ignore` names modules to leave whole, `blocks` lets whole
-    residual blocks go too, and `round_to`, `min_channels` and `through_layer_norm` are those of `find_groups`.
-    `outputs` "values" says that an output of two dimensions is no scores of classes, but an embedding or a regression.
+    of "macs", "params" or "channels" to keep at most. `importance` says in which order the channels of a group go:
+    "greedy", next the one whose removal costs least after least squares; "lasso", the last to enter the path of the
+    LASSO on what channels bring to the layers that read them (He, Zhang and Sun 2017). `ignore` names modules to leave
+    whole, `blocks` lets whole residual blocks go too, and `round_to`, `min_channels` and `through_layer_norm` are those
+    of `find_groups`. `outputs` "values" says that an output of two dimensions is no scores of classes, but an embedding
+    or a regression.
 
     The steps: every group of channels is cut on trial at several widths, repaired by least squares, and the rest of the
     network run to see what that costs. The knapsack takes what costs least for its time. The model is cut and proved,
@@ -118,6 +122,7 @@ def prune(
     speed = Speed(speedup, latency_ms)
     limits = checked_targets(speed, keep, distill_seconds, distill_steps)
     options = Options(
+        importance=importance,
         ignore=ignore,
         threads=threads,
         batch_size=batch_size,
@@ -140,10 +145,10 @@ def prune(
         )
         del images
         started, groups, held_out = time.monotonic(), one.groups, one.held_out
-        importance = choose_importance(one, limits | speed.limit(groups), show)
+        known = choose_importance(one, limits | speed.limit(groups), show)
         held_out.forget()
         show.begin("choosing channels")
-        masks, search = choose_masks(importance, one, speed, limits)
+        masks, search = choose_masks(known, one, speed, limits)
         plan = make_plan(groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(

@@ -206,6 +206,14 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
 
 
 def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
+    if cut.importance == "lasso":
+        if cut.repair is None:
+            yield Contradiction(
+                ("cut.importance", "cut.repair"),
+                "cut.importance lasso needs cut.repair: it ranks channels by what is repaired; set cut.repair to {} "
+                "for a finished model, or choose another importance",
+            )
+        return
     learned = sparsify.strength == "auto" and sparsify.epochs > 0
     if cut.importance != "magnitude" and (learned or cut.method == "zeros"):
         reason = (
@@ -235,11 +243,15 @@ def _repair_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Con
             "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, for example "
             "{speedup: 1.5}",
         )
-    if cut.method not in ("auto", "budget") or cut.importance != "magnitude" or cut.recalibrate:
+    if (
+        cut.method not in ("auto", "budget")
+        or cut.importance not in ("magnitude", "lasso")
+        or cut.recalibrate
+    ):
         yield Contradiction(
             ("cut.repair", "cut.method", "cut.importance", "cut.recalibrate"),
-            "cut.repair chooses channels and repairs by itself: leave cut.method, cut.importance and "
-            "cut.recalibrate out",
+            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, and "
+            "cut.importance too, or set it to lasso",
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from sparsekit.options import (
-    Importance,
+    CutImportance,
     Interpolation,
     LearnedImportance,
     MaskMethod,
@@ -383,11 +383,12 @@ class CutSpec(StrictSpec):
         description="whole residual blocks may go too: with cut.repair those that have an identity shortcut, else "
         "those with layer scales that can turn them off",
     )
-    importance: Importance = Field(
+    importance: CutImportance = Field(
         default="magnitude",
         description="what channels are ranked by where masks are chosen at the cut: magnitude, the size of their "
         "filters (weighed by MACs unless one share is the target); or a criterion of Torch-Pruning: group_magnitude, "
-        "bn_scale, lamp, fpgm, taylor, hessian, random",
+        "bn_scale, lamp, fpgm, taylor, hessian, random. With cut.repair this is left out, and channels go by "
+        "what least squares cannot make up for, or it is lasso: by when they enter a LASSO (He et al. 2017)",
     )
     importance_images: int = Field(
         default=256, ge=1, description="training images whose gradients taylor and hessian take"

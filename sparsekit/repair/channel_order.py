@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparsekit.options import FinishedImportance
+from sparsekit.repair.lasso_order import lasso_order
 from sparsekit.repair.least_squares import Columns, Moments, greedy_order
 from sparsekit.repair.statistics import InputStatistics, LayerStatistics
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
@@ -18,12 +20,16 @@ _LEAST_SENSITIVITY = 1e-4
 
 
 def channel_order(
-    model: nn.Module, group: ChannelGroup, statistics: InputStatistics
+    model: nn.Module,
+    group: ChannelGroup,
+    statistics: InputStatistics,
+    importance: FinishedImportance = "greedy",
 ) -> tuple[Tensor, Tensor] | None:
     """Return the order in which the channels of a group go, and the predicted cost; None if nothing can be said.
 
-    It is the greedy order of `least_squares`, summed over all layers that read the group, their outputs weighed by how
-    much the loss depends on them. A group that no such layer reads is ordered by its gate score.
+    It is the greedy order of `least_squares`, or that of `lasso_order`, summed over all layers that read the group,
+    their outputs weighed by how much the loss depends on them. Of either the cost is what least squares leaves. A group
+    that no such layer reads is ordered by its gate score.
     """
     layers = [
         columns
@@ -33,6 +39,8 @@ def channel_order(
             model, statistics.layers[member.tensor], member.positions, group.n_channels, member.repeat
         )
     ]
+    if layers and importance == "lasso":
+        return lasso_order(layers)
     if layers:
         return greedy_order(layers, at_once=max(group.n_channels // _ONE_BY_ONE, 1))
     gates = statistics.gates.get(group.name)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsekit.options import FinishedImportance
 from sparsekit.repair.channel_order import channel_order
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics
@@ -29,18 +30,19 @@ def loss_curves(
     statistics: InputStatistics,
     held_out: HeldOut,
     *,
+    importance: FinishedImportance = "greedy",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, LossCurve | Tensor]:
     """Measure the loss curve of each free group: the divergence from the dense model on images kept apart.
 
     Each group alone is masked at up to four of its widths and repaired in closed form, and the rest of the network is
-    run. A residual block is tried without. A group of which nothing is known has infinite importance in the place of a
-    curve: it stays. `model` is the dense model.
+    run. Its channels go in the order of `channel_order`. A residual block is tried without. A group of which nothing is
+    known has infinite importance in the place of a curve: it stays. `model` is the dense model.
     """
     trials = Trials(model, groups, statistics, held_out)
     curves: dict[str, LossCurve | Tensor] = {}
     for group in _each(groups, progress):
-        found = None if group.bypass else channel_order(model, group, statistics)
+        found = None if group.bypass else channel_order(model, group, statistics, importance)
         if group.bypass:
             order, costs = torch.zeros(1, dtype=torch.int64), torch.tensor([0.0, 1.0])
         elif found is None:

@@ -119,6 +119,26 @@ def greedy_order(layers: Sequence[Columns], *, at_once: int = 1) -> tuple[Tensor
     return torch.tensor(order), torch.tensor(costs, dtype=torch.float64)
 
 
+def costs_of_order(layers: Sequence[Columns], order: Tensor) -> Tensor:
+    """Return the summed cost (n_channels + 1,) of removing the first so many channels of an order; exact.
+
+    With H = L L^T, the columns that are left longest first, the part of W x that the first columns cannot predict is
+    that of the other rows of L^T W^T.
+    """
+    costs = torch.zeros(len(order) + 1, dtype=torch.float64)
+    for layer in layers:
+        covariance = layer.moments.covariance[0]
+        own = layer.own[order.flip(0).to(layer.own.device)].flatten()
+        others = torch.ones(len(covariance), dtype=torch.bool, device=own.device)
+        others[own] = False
+        columns = torch.cat([others.nonzero()[:, 0], own])
+        ridge = layer.moments.ridge[0] * torch.eye(len(covariance)).to(covariance)
+        root = torch.linalg.cholesky((covariance + ridge)[columns][:, columns])
+        left = (root.T @ layer.weight[:, columns].T).square().sum(1)[-len(own) :]
+        costs[1:] += left.reshape(len(order), -1).sum(1).flip(0).cumsum(0).cpu()
+    return costs
+
+
 class _Surgeon:
     """The weight of a layer and the inverse of its H while columns go, one set after the other."""
 

@@ -115,6 +115,7 @@ class Arguments:
             finished=None
             if cut.repair is None
             else Options(
+                importance="lasso" if cut.importance == "lasso" else "greedy",
                 ignore=cut.ignore,
                 threads=recipe.benchmark.threads,
                 batch_size=recipe.export.batch_size,

@@ -38,6 +38,7 @@ def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: Cha
     criterion = recipe.cut.importance
     if criterion == "magnitude":
         return None
+    assert criterion != "lasso", "no recipe has it without cut.repair, which ranks by itself"
     device = next(model.parameters()).device
     loader = some_of_training(recipe, inputs, recipe.cut.importance_images)
     batches = ((batch.to(device), labels.to(device)) for batch, labels in loader)

@@ -175,6 +175,15 @@ def test_a_finished_model_hardly_loses_anything() -> None:
     assert result.kl < 0.5 * result.steps[0].kl
 
 
+def test_channels_go_in_the_order_of_a_lasso_where_it_is_asked_for() -> None:
+    x, _ = _digits()
+    results = [sk.prune(trained(), x[:60], **QUICK, importance=name) for name in ("greedy", "lasso")]
+    for result in results:
+        assert_sound(result, trained())
+    assert results[0].plan != results[1].plan
+    assert results[1].kl < 0.5 * results[1].steps[0].kl
+
+
 def test_a_model_in_training_comes_back_in_training_and_as_it_was() -> None:
     """With dropout, tied weights, frozen parameters and a tuple of outputs."""
     model = trained().train()
@@ -367,6 +376,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no end": ({"distill_seconds": math.inf, "distill_steps": None}, r"without end; give distill_steps"),
     "too coarse": ({"round_to": 512, "min_channels": 512}, r"out of reach|nothing was cut"),
     "threads": ({"threads": 0, "speedup": 2.0}, r"threads"),
+    "no importance": ({"importance": "magnitude"}, r"importance must be greedy or lasso, got 'magnitude'"),
     "no mapping": ({"keep": 0.5}, r"keep must be fractions by quantity, such as .*got 0.5"),
     "no seconds": ({"distill_seconds": None}, r"distill_seconds must be a number, got None"),
     "negative batch": ({"batch_size": -1}, r"batch_size must be a whole number >= 1, got -1"),

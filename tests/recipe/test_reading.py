@@ -374,6 +374,10 @@ ONE_BAD_OVERRIDE = [
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
     ("cut.repair={}", "cut.repair is for finished models: it needs sparsify.epochs 0, got 3; "),
     ("cut.repair={images: 8}", "cut.repair.images must be "),
+    (
+        "cut.importance=lasso",
+        "cut.importance lasso needs cut.repair: it ranks channels by what is repaired; ",
+    ),
     ("cut.importance=fpgm", "cut.importance is read where masks are chosen at the cut, got fpgm although "),
     (
         "cut.target={}",
@@ -438,7 +442,16 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.repair={}", "sparsify.epochs=0", "cut.recalibrate=64"],
-            "cut.repair chooses channels and repairs by itself: leave cut.method, ",
+            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
+        ),
+        (
+            ["cut.repair={}", "sparsify.epochs=0", "cut.importance=fpgm"],
+            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
+        ),
+        (["sparsify.epochs=0", "cut.importance=lasso"], "cut.importance lasso needs cut.repair: it ranks "),
+        (
+            ["cut.repair={}", "sparsify.epochs=0", "cut.method=gap", "cut.importance=lasso"],
+            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
         ),
         (
             ["data.labels=false"],

@@ -7,28 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from rows_by_hand import correlated, layers, moments, true_cost, weights
 from torch import Tensor
 
-from sparsekit.repair.least_squares import Columns, Moments, absorb, greedy_order
-
-
-def correlated(rows: int, columns: int, seed: int) -> Tensor:
-    """Rows whose columns depend on each other, with means of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
-    x = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    return x @ mixing + torch.randn(columns, generator=generator, dtype=torch.float64)
-
-
-def moments(*of: Tensor) -> Moments:
-    """The moments of the rows of each conv_group."""
-    mean = torch.stack([x.mean(0) for x in of])
-    return Moments(mean, torch.stack([torch.cov(x.T, correction=0) for x in of]), len(of[0]))
-
-
-def weights(conv_groups: int, outputs: int, columns: int, seed: int = 9) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(conv_groups, outputs, columns, generator=generator, dtype=torch.float64)
+from sparsekit.repair.least_squares import Columns, Moments, absorb, costs_of_order, greedy_order
 
 
 def ridge_regression(x: Tensor, target: Tensor, ridge: float) -> np.ndarray:
@@ -98,25 +80,6 @@ def test_few_rows_are_trusted_less() -> None:
     assert float(few.ridge) == pytest.approx(100 * float(known.ridge))
 
 
-def true_cost(x: Tensor, weight: Tensor, gone: list[int], ridge: float) -> float:
-    """The least change of the outputs without the columns that are gone, counting changes of weights by the ridge."""
-    n, k = x.shape
-    stays = [i for i in range(k) if i not in gone]
-    design = np.concatenate([(x - x.mean(0)).numpy() / np.sqrt(n), np.sqrt(ridge) * np.eye(k)])
-    wanted = design @ weight.T.numpy()
-    if not stays:
-        return float((wanted**2).sum())
-    solved = np.linalg.lstsq(design[:, stays], wanted, rcond=None)[0]
-    return float(((wanted - design[:, stays] @ solved) ** 2).sum())
-
-
-def layers(n: int, q: int, readers: int) -> tuple[list[Columns], list[Tensor]]:
-    """Layers that read the n channels as q columns each, in an order of their own, and a column of others."""
-    rows = [correlated(300, n * q + 1, seed) for seed in range(readers)]
-    own = torch.randperm(n * q, generator=torch.Generator().manual_seed(5)).reshape(n, q)
-    return [Columns(weights(1, 3, n * q + 1, s)[0], moments(x), own) for s, x in enumerate(rows)], rows
-
-
 @pytest.mark.parametrize(("q", "readers"), [(1, 1), (1, 2), (3, 1), (2, 2)])
 def test_the_channel_that_costs_least_goes_first_as_by_brute_force(q: int, readers: int) -> None:
     known, rows = layers(5, q, readers)
@@ -149,3 +112,17 @@ def test_several_at_once_cost_what_they_cost_together(q: int) -> None:
             for c, x in zip(known, rows, strict=True)
         )
         assert float(costs[count]) == pytest.approx(together, rel=1e-6)
+
+
+@pytest.mark.parametrize(("q", "readers"), [(1, 2), (3, 1)])
+def test_an_order_costs_what_its_first_channels_cost_together(q: int, readers: int) -> None:
+    known, rows = layers(5, q, readers)
+    order, greedy_costs = greedy_order(known)
+    assert torch.allclose(costs_of_order(known, order), greedy_costs, rtol=1e-8)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    for count, cost in enumerate(costs_of_order(known, order).tolist()):
+        together = sum(
+            true_cost(x, c.weight, c.own[order[:count]].flatten().tolist(), float(c.moments.ridge[0]))
+            for c, x in zip(known, rows, strict=True)
+        )
+        assert cost == pytest.approx(together, rel=1e-6, abs=1e-12)
