@@ -234,8 +234,19 @@ class DenseSpec(_Phase):
     baseline: bool | None = Field(
         default=None,
         description="train the dense model for the epochs of sparsify and finetune too, without penalty: the "
-        "comparison is fair, and the pruned model can learn from it (finetune.distill); null does so unless "
-        "dense.epochs is 0",
+        "comparison is fair, and the pruned model can learn from it (sparsify.distill, finetune.distill); null does so "
+        "unless dense.epochs is 0",
+    )
+
+
+class DistillSpec(StrictSpec):
+    """Learning from the dense model: the loss is (1 - weight) CE + weight T^2 KL at temperature T."""
+
+    weight: Share = Field(
+        default=0.5, description="weight of the dense model's answers against the labels, in [0, 1]"
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="temperature that softens the answers of both models"
     )
 
 
@@ -279,6 +290,10 @@ class SparsifySpec(_Phase):
     )
     debias: Share = Field(
         default=0.55, description="share of the phase, at its end, with strength 0 and the zeros held"
+    )
+    distill: DistillSpec | None = Field(
+        default=None,
+        description="learn from the dense model too, from the baseline if there is one; null or false: do not",
     )
 
 
@@ -386,17 +401,6 @@ class CutSpec(StrictSpec):
     )
     importance_images: int = Field(
         default=256, ge=1, description="training images whose gradients taylor and hessian take"
-    )
-
-
-class DistillSpec(StrictSpec):
-    """Learning from the dense model: the loss is (1 - weight) CE + weight T^2 KL at temperature T."""
-
-    weight: Share = Field(
-        default=0.5, description="weight of the dense model's answers against the labels, in [0, 1]"
-    )
-    temperature: float = Field(
-        default=2.0, gt=0, description="temperature that softens the answers of both models"
     )
 
 

@@ -12,6 +12,7 @@ from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
 from sparsekit.finished.prune_model import prune
+from sparsekit.recipe.specs import FinetuneSpec, SparsifySpec
 from sparsekit.runs.arguments import make_sparsifier
 from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
 from sparsekit.runs.rehearsal import training_images
@@ -40,7 +41,8 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
     model = run.weights("dense")
     groups = run.find_groups(model)
     hook = _hook(run, model, groups) if run.recipe.sparsify.epochs else None
-    run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook)
+    teacher = _teacher(run, run.recipe.sparsify)
+    run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook, teacher=teacher)
     late = hook if isinstance(hook, LateChoice) and hook.masks else None
     if late is not None and run.files.writes:
         save_state(run.files.checkpoints / "settled.safetensors", late.masks)
@@ -133,15 +135,19 @@ def _result(
 
 def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
     """Train the cut model without a penalty; returns it, on the device, and the plan it was cut by."""
-    spec = run.recipe.finetune
     folder = run.files.checkpoints / "cut"
     model = load_artifact(folder).to(run.accelerator.device)
     run.recalibrate(model)
-    teacher = None
-    if spec.distill is not None and spec.epochs:
-        teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
+    teacher = _teacher(run, run.recipe.finetune)
     run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)
     return model, PrunePlan.from_json(read_structure(folder)["plan"])
+
+
+def _teacher(run: Run, phase: SparsifySpec | FinetuneSpec) -> Distillation | None:
+    """Return the dense model as the teacher of a phase; None where the recipe does not ask for one."""
+    if phase.distill is None or not phase.epochs:
+        return None
+    return Distillation(run.final_dense(), phase.distill.weight, phase.distill.temperature)
 
 
 def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | LateChoice:

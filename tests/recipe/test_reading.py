@@ -117,12 +117,13 @@ def test_every_key_has_a_description() -> None:
 def test_dump_writes_every_default_out(load: Load) -> None:
     values = yaml.safe_load(dump_recipe(load()))
     for dotted, _ in fields(Recipe):
-        if dotted.startswith(("finetune.distill.", "cut.repair.")):
+        if dotted.startswith(("sparsify.distill.", "finetune.distill.", "cut.repair.")):
             continue
         value = values
         for key in dotted.split("."):
             assert key in value, dotted
             value = value[key]
+    assert values["sparsify"]["distill"] is None
     assert values["finetune"]["distill"] is None
     assert values["cut"]["repair"] is None
 

@@ -1,0 +1,83 @@
+"""The stages that make a pruned model of a dense one, on a few digits: what they learn from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from tiny_run import TINY
+from torch import Tensor
+
+from sparsekit.recipe.reading import load_recipe
+from sparsekit.runs import prune_stages
+from sparsekit.runs.arguments import build_model
+from sparsekit.runs.rehearsal import open_inputs
+from sparsekit.runs.run import Run
+from sparsekit.runs.run_directory import RunDirectory
+
+SHORT = (
+    "data.train_limit=128",
+    "sparsify.epochs=2",
+    "sparsify.warmup=0.2",
+    "sparsify.debias=0.3",
+    "dense.baseline=false",
+)
+
+
+def no_tick() -> None:
+    """The seconds of a stage are not looked at here."""
+
+
+def open_run(folder: Path, *overrides: str, dense: Path | None = None) -> Run:
+    """A run in a new folder, with the weights of a dense model if they are given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(TINY)
+    recipe = load_recipe(folder / "tiny.yaml", (*SHORT, *overrides))
+    files = RunDirectory(folder / "run")
+    files.open(resume=False)
+    if dense is not None:
+        shutil.copy(dense, files.checkpoints)
+    return Run(recipe, open_inputs(recipe), files, Accelerator(cpu=True), Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def dense(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The weights of a dense model that has learned a little."""
+
+    def make(folder: Path) -> None:
+        run = open_run(folder / "dense")
+        model = build_model(run.recipe, 10, weights=True)
+        run.train(model, run.arguments.phases.dense, "dense", no_tick)
+        run.keep_weights(model, "dense")
+
+    return made_once("dense-stage", make) / "dense" / "run" / "checkpoints" / "dense.safetensors"
+
+
+def with_other_labels(run: Run) -> Run:
+    train = run.inputs.data.train
+    data = replace(run.inputs.data, train=replace(train, labels=train.labels[::-1].copy()))
+    return replace(run, inputs=replace(run.inputs, data=data))
+
+
+def sparse_weights(run: Run) -> dict[str, Tensor]:
+    prune_stages.sparsify(run, no_tick)
+    return run.weights("sparse").state_dict()
+
+
+def test_a_model_that_learns_from_the_dense_one_alone_needs_no_labels(dense: Path, tmp_path: Path) -> None:
+    """It starts as its own teacher, and still learns which channels matter least."""
+    alone = "sparsify.distill={weight: 1}"
+    run = open_run(tmp_path / "a", alone, dense=dense)
+    ours = sparse_weights(run)
+    theirs = sparse_weights(with_other_labels(open_run(tmp_path / "b", alone, dense=dense)))
+    assert all(torch.equal(values, theirs[name]) for name, values in ours.items())
+    row = run.files.metrics[-1]
+    assert row["zero_share"] > 0.1
+    # The divergence from a teacher is far below the cross-entropy.
+    assert row["loss"] < 0.5 * row["validation_loss"]
