@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from sparsekit.finished.preparation import Options
@@ -182,10 +184,20 @@ def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the Accelerator for the recipe's device and precision."""
+    """Make the Accelerator for the recipe's device and precision.
+
+    Its processes wait for each other for as long as one may work alone.
+    """
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(recipe.device)
-    return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+    # The first process measures, repairs, exports and tests while the others wait, some minutes or hours. By default
+    # torch gives up after ten minutes. If a process dies, its launcher ends the others without a timeout.
+    alone = timedelta(days=1, seconds=recipe.cut.repair.distill_seconds if recipe.cut.repair else 0)
+    return Accelerator(
+        cpu=recipe.device == "cpu",
+        mixed_precision=recipe.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=alone)],
+    )
 
 
 def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:

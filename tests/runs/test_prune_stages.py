@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sparsekit.recipe.reading import load_recipe
 from sparsekit.runs import prune_stages
-from sparsekit.runs.arguments import build_model
+from sparsekit.runs.arguments import build_model, make_accelerator
 from sparsekit.runs.rehearsal import open_inputs
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
@@ -81,3 +82,9 @@ def test_a_model_that_learns_from_the_dense_one_alone_needs_no_labels(dense: Pat
     assert row["zero_share"] > 0.1
     # The divergence from a teacher is far below the cross-entropy.
     assert row["loss"] < 0.5 * row["validation_loss"]
+
+
+def test_processes_wait_for_one_that_works_alone_for_longer_than_it_may(tmp_path: Path) -> None:
+    recipe = open_run(tmp_path, "device=cpu", "cut.repair={distill_seconds: 7200}").recipe
+    handler = make_accelerator(recipe).init_handler
+    assert handler.timeout > timedelta(hours=3)
