@@ -211,23 +211,25 @@ def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator
 def _repair_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
     if cut.repair is None:
         return
-    if sparsify.epochs:
+    if cut.recalibrate:
         yield Contradiction(
-            ("cut.repair", "sparsify.epochs"),
-            f"cut.repair is for finished models: it needs sparsify.epochs 0, got {sparsify.epochs}; the channels "
-            "that a penalty takes to zero need no repair",
+            ("cut.recalibrate", "cut.repair"),
+            f"cut.recalibrate is what cut.repair makes needless, got {cut.recalibrate} images for it: the repair fits "
+            "what every layer reads after the cut; leave one out",
         )
+    if sparsify.epochs:  # the channels are chosen as without repair
+        return
     if cut.target is None or cut.target.max_accuracy_drop is not None:
         yield Contradiction(
             ("cut.repair", "cut.target"),
-            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, for example "
-            "{speedup: 1.5}",
+            "cut.repair of a finished model (sparsify.epochs 0) needs a cut.target of speedup, latency_ms, macs, "
+            "params or channels, for example {speedup: 1.5}",
         )
-    if cut.method not in ("auto", "budget") or cut.importance != "magnitude" or cut.recalibrate:
+    if cut.method not in ("auto", "budget") or cut.importance != "magnitude":
         yield Contradiction(
-            ("cut.repair", "cut.method", "cut.importance", "cut.recalibrate"),
-            "cut.repair chooses channels and repairs by itself: leave cut.method, cut.importance and "
-            "cut.recalibrate out",
+            ("cut.repair", "cut.method", "cut.importance"),
+            "cut.repair chooses the channels of a finished model (sparsify.epochs 0) by itself: leave cut.method and "
+            "cut.importance out",
         )
 
 

@@ -327,7 +327,7 @@ class TargetSpec(StrictSpec):
 
 
 class RepairSpec(StrictSpec):
-    """Making up for the cut of a finished model without labels, by least squares and by learning from it."""
+    """Making up for a cut without labels, by least squares and by learning from the model before the cut."""
 
     images: int = Field(
         default=512,
@@ -335,7 +335,9 @@ class RepairSpec(StrictSpec):
         description="training images it takes, without their labels; a fifth is kept apart",
     )
     distill_seconds: float = Field(
-        default=120.0, ge=0, description="how long the cut model learns from the dense one; 0: not at all"
+        default=120.0,
+        ge=0,
+        description="how long the cut model learns from the one before the cut; 0: not at all",
     )
 
 
@@ -380,8 +382,8 @@ class CutSpec(StrictSpec):
     )
     repair: RepairSpec | None = Field(
         default=None,
-        description="for a finished model (sparsify.epochs 0): choose channels by what the outputs lose, measured, and "
-        "repair the cut without labels; null or false: do not",
+        description="make up for the cut without labels, where channels go that are not zero; of a finished model "
+        "(sparsify.epochs 0) it also chooses the channels, by what the outputs lose, measured; null or false: do not",
     )
     through_layer_norm: bool = Field(
         default=False,
@@ -390,8 +392,8 @@ class CutSpec(StrictSpec):
     )
     blocks: bool = Field(
         default=False,
-        description="whole residual blocks may go too: with cut.repair those that have an identity shortcut, else "
-        "those with layer scales that can turn them off",
+        description="whole residual blocks may go too: of a finished model with cut.repair those that have an identity "
+        "shortcut, else those with layer scales that can turn them off",
     )
     importance: Importance = Field(
         default="magnitude",

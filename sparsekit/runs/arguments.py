@@ -86,7 +86,8 @@ class Phases:
 class Arguments:
     """The arguments that follow from a recipe.
 
-    `grouping` are those of `find_groups`, and `finished` those of a model that is repaired (`cut.repair`), else None.
+    `grouping` are those of `find_groups`. `finished` are those of a finished model, whose channels are chosen by what
+    the repair leaves (`cut.repair` without a sparsify phase); else None.
     `augment` is None for no augmentation. `trains_baseline`: the dense model is trained on for as long as the pruned
     one. By default it is, unless it is a finished model (`dense.epochs` is 0).
     """
@@ -102,6 +103,7 @@ class Arguments:
     def of(recipe: Recipe) -> Arguments:
         """Work out the arguments of a recipe."""
         cut, dense = recipe.cut, recipe.dense
+        finished = _finished(recipe)
         return Arguments(
             phases=Phases(
                 *(_train_options(recipe, phase) for phase in (dense, recipe.sparsify, recipe.finetune))
@@ -110,23 +112,11 @@ class Arguments:
             grouping={
                 "ignore": cut.ignore,
                 "through_layer_norm": cut.through_layer_norm,
-                "blocks": "all" if cut.blocks and cut.repair is not None else cut.blocks,
+                "blocks": "all" if cut.blocks and finished is not None else cut.blocks,
                 "round_to": cut.round_to,
                 "min_channels": cut.min_channels,
             },
-            finished=None
-            if cut.repair is None
-            else Options(
-                ignore=cut.ignore,
-                threads=recipe.benchmark.threads,
-                batch_size=recipe.export.batch_size,
-                blocks=cut.blocks,
-                through_layer_norm=cut.through_layer_norm,
-                round_to=cut.round_to,
-                min_channels=cut.min_channels,
-                max_images=cut.repair.images,
-                seed=recipe.seed,
-            ),
+            finished=finished,
             target=Target.of(cut.target),
             trains_baseline=dense.epochs > 0 if dense.baseline is None else dense.baseline,
         )
@@ -197,6 +187,23 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=recipe.device == "cpu",
         mixed_precision=recipe.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=alone)],
+    )
+
+
+def _finished(recipe: Recipe) -> Options | None:
+    cut = recipe.cut
+    if cut.repair is None or recipe.sparsify.epochs:
+        return None
+    return Options(
+        ignore=cut.ignore,
+        threads=recipe.benchmark.threads,
+        batch_size=recipe.export.batch_size,
+        blocks=cut.blocks,
+        through_layer_norm=cut.through_layer_norm,
+        round_to=cut.round_to,
+        min_channels=cut.min_channels,
+        max_images=cut.repair.images,
+        seed=recipe.seed,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.export.session import check_provider
+from sparsekit.finished.images import FEWEST_IMAGES
 from sparsekit.machine import check_threads
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.runs.arguments import Arguments, Target, build_model, image_config, make_sparsifier
@@ -131,6 +132,10 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     arguments = Arguments.of(recipe)
     for options in (arguments.phases.dense, arguments.phases.sparsify, arguments.phases.finetune):
         make_optimizer(model, options)
+    if recipe.cut.repair is not None and len(data.train) < FEWEST_IMAGES:
+        raise InputError(
+            f"cut.repair needs at least {FEWEST_IMAGES} training images, and there are {len(data.train)}; leave it out"
+        )
     count = min(2, recipe.data.batch_size)
     few = data.train.subset(np.arange(min(count, len(data.train))))
     loader = make_loader(few, config, training=True, batch_size=count, augment=arguments.augment)

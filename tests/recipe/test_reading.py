@@ -366,7 +366,6 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
-    ("cut.repair={}", "cut.repair is for finished models: it needs sparsify.epochs 0, got 3; "),
     ("cut.repair={images: 8}", "cut.repair.images must be "),
     ("cut.importance=fpgm", "cut.importance is read where masks are chosen at the cut, got fpgm although "),
     (
@@ -385,6 +384,24 @@ ONE_BAD_OVERRIDE = [
     ("cut.threshold=0.1", "cut.threshold is read only where cut.method is threshold, got method auto"),
     ("training.min_lr=0.2", None),
 ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cut.repair={}"],
+        ["cut.repair={}", "cut.target={max_accuracy_drop: 0.01}"],
+        [
+            "cut.repair={}",
+            "cut.target=null",
+            "sparsify.strength=1e-3",
+            "cut.method=gap",
+            "cut.importance=fpgm",
+        ],
+    ],
+)
+def test_a_sparse_model_is_repaired_whatever_chose_its_channels(load: Load, overrides: list[str]) -> None:
+    assert load("", *overrides).cut.repair == specs.RepairSpec()
 
 
 @pytest.mark.parametrize(("text", "message"), ONE_MISTAKE)
@@ -428,11 +445,15 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.repair={}", "sparsify.epochs=0", "cut.target={max_accuracy_drop: 0.01}"],
-            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, ",
+            "cut.repair of a finished model (sparsify.epochs 0) needs a cut.target of speedup, latency_ms, macs, ",
         ),
         (
-            ["cut.repair={}", "sparsify.epochs=0", "cut.recalibrate=64"],
-            "cut.repair chooses channels and repairs by itself: leave cut.method, ",
+            ["cut.repair={}", "sparsify.epochs=0", "cut.importance=fpgm"],
+            "cut.repair chooses the channels of a finished model (sparsify.epochs 0) by itself: leave cut.method and ",
+        ),
+        (
+            ["cut.repair={}", "cut.recalibrate=64"],
+            "cut.recalibrate is what cut.repair makes needless, got 64 images for it: ",
         ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (

@@ -1,4 +1,4 @@
-"""The stages that make a pruned model of a dense one, on a few digits: what they learn from."""
+"""The stages that make a pruned model of a dense one, on a few digits: what they learn from, and what a repair adds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from rich.console import Console
 from tiny_run import TINY
 from torch import Tensor
 
+from sparsekit.artifact.load import load as load_artifact
+from sparsekit.errors import InputError
+from sparsekit.evaluation import evaluating
 from sparsekit.recipe.reading import load_recipe
+from sparsekit.repair.divergence import divergence
 from sparsekit.runs import prune_stages
 from sparsekit.runs.arguments import build_model, make_accelerator
 from sparsekit.runs.rehearsal import open_inputs
+from sparsekit.runs.results import CutResult
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
 
@@ -84,7 +89,61 @@ def test_a_model_that_learns_from_the_dense_one_alone_needs_no_labels(dense: Pat
     assert row["loss"] < 0.5 * row["validation_loss"]
 
 
+@pytest.fixture(scope="module")
+def sparse(dense: Path, made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """The weights of a model with zeros for half of its MACs."""
+
+    def make(folder: Path) -> None:
+        prune_stages.sparsify(open_run(folder / "sparse", dense=dense), no_tick)
+
+    return made_once("sparse-stage", make) / "sparse" / "run" / "checkpoints" / "sparse.safetensors"
+
+
+def cut_run(folder: Path, sparse: Path, *overrides: str) -> tuple[Run, CutResult, float]:
+    """Cut the sparse model; returns how far the cut model is from it as well: the KL on validation images."""
+    run = open_run(folder, *overrides)
+    shutil.copy(sparse, run.files.checkpoints)
+    result = prune_stages.cut(run, no_tick)
+    images = run.validation_images()
+    with (
+        evaluating(run.weights("sparse")) as before,
+        evaluating(load_artifact(run.files.checkpoints / "cut")) as after,
+    ):
+        return run, result, divergence([before(images)], [after(images)]).kl
+
+
+def test_a_repair_makes_up_for_a_cut_that_takes_more_than_the_zeros(sparse: Path, tmp_path: Path) -> None:
+    beyond = ("cut.target={macs: 0.3}", "cut.method=budget")
+    _, plain, kl = cut_run(tmp_path / "plain", sparse, *beyond)
+    run, repaired, repaired_kl = cut_run(
+        tmp_path / "repaired", sparse, *beyond, "cut.repair={images: 64, distill_seconds: 0.3}"
+    )
+    assert plain.removed_live > 0
+    assert repaired.layers == plain.layers
+    assert repaired.proof_max_rel < 1e-4
+    assert repaired_kl < 0.5 * kl
+    log = (run.files.path / "run.log").read_text()
+    steps = ("cut", "closed form", "refit layer by layer", "learning from the sparse model")
+    assert all(f"{step}: " in log for step in steps)
+    assert log.count("nats from the sparse model") == len(steps)
+
+
+def test_a_cut_of_zeros_needs_no_repair_and_takes_no_time_for_it(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prune_stages, "cut_and_repair", lambda *args, **options: pytest.fail("repaired"))
+    run, result, kl = cut_run(tmp_path / "run", sparse, "cut.repair={images: 64}")
+    assert result.removed > 0 == result.removed_live
+    assert kl < 1e-6
+    assert "repair: not needed" in (run.files.path / "run.log").read_text()
+
+
 def test_processes_wait_for_one_that_works_alone_for_longer_than_it_may(tmp_path: Path) -> None:
     recipe = open_run(tmp_path, "device=cpu", "cut.repair={distill_seconds: 7200}").recipe
     handler = make_accelerator(recipe).init_handler
     assert handler.timeout > timedelta(hours=3)
+
+
+def test_too_few_images_for_a_repair_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cut\.repair needs at least 32 training images, and there are 20"):
+        open_run(tmp_path, "data.train_limit=20", "cut.repair={}")
