@@ -187,6 +187,7 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             "becomes zero; use threshold, gap or budget",
         )
     yield from _importance_contradictions(sparsify, cut)
+    yield from _curves_contradictions(sparsify, cut)
     yield from _repair_contradictions(sparsify, cut)
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
@@ -205,6 +206,25 @@ def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator
             ("cut.importance", "sparsify.strength", "cut.method"),
             f"cut.importance is read where masks are chosen at the cut, got {cut.importance} although {reason}; see "
             "sparsify.importance, or leave cut.importance out",
+        )
+
+
+def _curves_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
+    if sparsify.importance != "curves":
+        return
+    if sparsify.strength != "auto" or sparsify.epochs == 0:
+        got = "sparsify.epochs 0" if sparsify.epochs == 0 else f"a strength of {sparsify.strength:g}"
+        yield Contradiction(
+            ("sparsify.importance", "sparsify.strength", "sparsify.epochs"),
+            f"sparsify.importance curves chooses what strength auto takes to zero, got {got}; leave it out "
+            "(cut.repair chooses by curves without training)",
+        )
+    given = [key for key, value in cut.target or () if value is not None and key != "max_accuracy_drop"]
+    if len(given) == 1 and given[0] in ("macs", "params", "channels"):
+        yield Contradiction(
+            ("sparsify.importance", "cut.target"),
+            "sparsify.importance curves needs a cut.target of a speed or of several shares, where the masks of all "
+            f"groups are chosen together, got {given[0]} alone, which is met by a threshold; take taylor or magnitude",
         )
 
 

@@ -11,12 +11,12 @@ from pydantic.fields import FieldInfo
 from sparsekit.options import (
     Importance,
     Interpolation,
-    LearnedImportance,
     MaskMethod,
     Penalty,
     Precision,
     Provider,
     Schedule,
+    TrainingImportance,
     WeighBy,
 )
 
@@ -263,10 +263,12 @@ class SparsifySpec(_Phase):
         default="auto",
         description="coefficient of the penalty (lambda); auto steers it until cut.target is met",
     )
-    importance: LearnedImportance = Field(
+    importance: TrainingImportance = Field(
         default="taylor",
-        description="the importance by which strength auto ranks channels: taylor, their effect on the loss, learned "
-        "from gradients from the warmup on; magnitude, the size of their filters at the start",
+        description="what strength auto ranks channels by: taylor, their effect on the loss, learned from gradients "
+        "from the warmup on; magnitude, the size of their filters at the start; curves, for a target of a speed or of "
+        "several shares: what the outputs lose with fewer channels, measured for each group after the warmup on 512 "
+        "training images, without labels",
     )
     weigh_by: WeighBy = Field(
         default="size",

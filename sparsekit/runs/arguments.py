@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from sparsekit.finished.preparation import Options
-from sparsekit.options import Quantity
+from sparsekit.options import LearnedImportance, Quantity
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import DataSpec, DenseSpec, FinetuneSpec, SparsifySpec, TargetSpec
 from sparsekit.sparsify.schedules import PhaseShares
@@ -134,10 +134,12 @@ def make_sparsifier(
     spec, target = recipe.sparsify, Target.of(recipe.cut.target)
     shares = PhaseShares(spec.warmup, spec.ramp, spec.debias)
     strength: AutoStrength | ConstantStrength
+    learned: LearnedImportance
     if spec.strength == "auto":
         # After the warm-up the masks that the knapsack chooses replace this target.
         aim: Mapping[Quantity, float] = {"macs": 1.0} if target.takes_knapsack else target.share or {}
-        strength = AutoStrength(aim, total_steps, shares, spec.importance, costs)
+        learned = "magnitude" if spec.importance == "curves" else spec.importance  # masks by curves need none
+        strength = AutoStrength(aim, total_steps, shares, learned, costs)
     else:
         strength = ConstantStrength(
             spec.strength, total_steps, shares, adaptive=spec.adaptive, costs=costs, revive=spec.revive

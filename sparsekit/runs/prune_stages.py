@@ -16,7 +16,7 @@ from sparsekit.finished.prune_model import PruneResult, prune
 from sparsekit.finished.repair_cut import RepairedCut, cut_and_repair
 from sparsekit.recipe.specs import FinetuneSpec, SparsifySpec
 from sparsekit.runs.arguments import make_sparsifier
-from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
+from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, measured_curves, with_latencies
 from sparsekit.runs.rehearsal import training_images
 from sparsekit.runs.results import ChoiceFound, CutResult, LayerKept, SparsifyResult, as_json, from_json
 from sparsekit.runs.run import Run
@@ -204,7 +204,9 @@ def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | Lat
     measured = with_latencies(run, model, groups)
 
     def choose(importance: Scores) -> tuple[Masks, Mapping[str, Any]]:
-        masks, found = choose_masks(run, model, measured, importance)
+        by_curves = spec.importance == "curves"
+        known = measured_curves(run, model, groups, importance) if by_curves else importance
+        masks, found = choose_masks(run, model, measured, known)
         return masks, as_json(found)
 
     return LateChoice(sparsifier, max(round(steps * spec.warmup), 1), choose)

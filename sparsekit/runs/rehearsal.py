@@ -132,10 +132,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     arguments = Arguments.of(recipe)
     for options in (arguments.phases.dense, arguments.phases.sparsify, arguments.phases.finetune):
         make_optimizer(model, options)
-    if recipe.cut.repair is not None and len(data.train) < FEWEST_IMAGES:
-        raise InputError(
-            f"cut.repair needs at least {FEWEST_IMAGES} training images, and there are {len(data.train)}; leave it out"
-        )
+    _check_enough(recipe, len(data.train))
     count = min(2, recipe.data.batch_size)
     few = data.train.subset(np.arange(min(count, len(data.train))))
     loader = make_loader(few, config, training=True, batch_size=count, augment=arguments.augment)
@@ -149,6 +146,15 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     elif not groups.free:
         raise ModelError(
             f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
+        )
+
+
+def _check_enough(recipe: Recipe, n_train: int) -> None:
+    asking = ["cut.repair"] if recipe.cut.repair is not None else []
+    asking += ["sparsify.importance curves"] if recipe.sparsify.importance == "curves" else []
+    for key in asking if n_train < FEWEST_IMAGES else []:
+        raise InputError(
+            f"{key} needs at least {FEWEST_IMAGES} training images, and there are {n_train}; leave it out"
         )
 
 

@@ -404,6 +404,14 @@ def test_a_sparse_model_is_repaired_whatever_chose_its_channels(load: Load, over
     assert load("", *overrides).cut.repair == specs.RepairSpec()
 
 
+@pytest.mark.parametrize(
+    "target", ["{speedup: 2}", "{latency_ms: 5}", "{macs: 0.5, params: 0.5}", "{max_accuracy_drop: 0.01}"]
+)
+def test_curves_choose_where_masks_are_chosen_together(load: Load, target: str) -> None:
+    recipe = load("", "sparsify.importance=curves", f"cut.target={target}")
+    assert recipe.sparsify.importance == "curves"
+
+
 @pytest.mark.parametrize(("text", "message"), ONE_MISTAKE)
 def test_each_mistake_is_one_line_that_says_what_where_and_got(load: Load, text: str, message: str) -> None:
     (line,) = problems(load, f"{text}\n")
@@ -454,6 +462,19 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         (
             ["cut.repair={}", "cut.recalibrate=64"],
             "cut.recalibrate is what cut.repair makes needless, got 64 images for it: ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={speedup: 2}", "sparsify.strength=1e-3"],
+            "sparsify.importance curves chooses what strength auto takes to zero, got a strength of 0.001; ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={speedup: 2}", "sparsify.epochs=0"],
+            "sparsify.importance curves chooses what strength auto takes to zero, got sparsify.epochs 0; ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={params: 0.5, max_accuracy_drop: 0.01}"],
+            "sparsify.importance curves needs a cut.target of a speed or of several shares, where the masks of all "
+            "groups are chosen together, got params alone, which is met by a threshold; ",
         ),
         (["cut.target={speedup: 2}", "sparsify.weigh_by=latency"], "sparsify.weigh_by is read only where"),
         (

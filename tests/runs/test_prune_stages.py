@@ -13,19 +13,27 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from tiny_run import TINY
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
 from sparsekit.evaluation import evaluating
+from sparsekit.finished.choice import Known
 from sparsekit.recipe.reading import load_recipe
 from sparsekit.repair.divergence import divergence
 from sparsekit.runs import prune_stages
 from sparsekit.runs.arguments import build_model, make_accelerator
+from sparsekit.runs.choosing import choose_masks
 from sparsekit.runs.rehearsal import open_inputs
-from sparsekit.runs.results import CutResult
+from sparsekit.runs.results import ChoiceFound, CutResult
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
+from sparsekit.selection.costs import kept_share
+from sparsekit.selection.importance import zero_channels
+from sparsekit.selection.loss_curves import LossCurve
+from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.masks import Masks
+from sparsekit.training.checkpoint import load_state
 
 SHORT = (
     "data.train_limit=128",
@@ -144,6 +152,43 @@ def test_processes_wait_for_one_that_works_alone_for_longer_than_it_may(tmp_path
     assert handler.timeout > timedelta(hours=3)
 
 
-def test_too_few_images_for_a_repair_are_told_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cut\.repair needs at least 32 training images, and there are 20"):
-        open_run(tmp_path, "data.train_limit=20", "cut.repair={}")
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("cut.repair", ("cut.repair={}",)),
+        ("sparsify.importance curves", ("sparsify.importance=curves", "cut.target={speedup: 2}")),
+    ],
+)
+def test_too_few_images_are_told_before_anything_is_trained(
+    key: str, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=rf"{key} needs at least 32 training images, and there are 20"):
+        open_run(tmp_path, "data.train_limit=20", *overrides)
+
+
+def test_masks_by_curves_are_chosen_after_the_warm_up_and_taken_to_zero(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(
+        tmp_path / "run",
+        *("cut.target={macs: 0.6, params: 0.6}", "sparsify.importance=curves", "sparsify.epochs=3"),
+        dense=dense,
+    )
+    seen: list[Known] = []
+
+    def choose(run: Run, model: nn.Module, groups: ChannelGroups, known: Known) -> tuple[Masks, ChoiceFound]:
+        seen.append(known)
+        return choose_masks(run, model, groups, known)
+
+    monkeypatch.setattr(prune_stages, "choose_masks", choose)
+    found = prune_stages.sparsify(run, no_tick)
+    assert [type(curve) for known in seen for curve in known.values()] == [LossCurve] * len(seen[0])
+    assert found.choice is not None
+    assert found.shortfall == ""
+    masks = load_state(run.files.checkpoints / "settled.safetensors")
+    model = run.weights("sparse")
+    groups = run.find_groups(model)
+    left = kept_share(groups, masks)
+    assert max(left.macs, left.params) <= 0.6
+    zeros = zero_channels(model, groups)
+    assert all(bool((zeros[name] >= ~mask).all()) for name, mask in masks.items())
