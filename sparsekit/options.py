@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 Penalty = Literal["group_lasso", "l1", "scale_l1", "sparse_group_lasso", "group_mcp"]
-# What an automatic strength learns from, and what importance can be computed by at a cut.
+# What an automatic strength learns from.
 LearnedImportance = Literal["taylor", "magnitude"]
+# How a recipe ranks the channels that an automatic strength takes to zero: also by measured loss curves.
+TrainingImportance = Literal["taylor", "magnitude", "curves"]
+# What importance can be computed by at a cut.
 Importance = Literal[
     "magnitude", "group_magnitude", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "random"
 ]

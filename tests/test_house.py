@@ -17,7 +17,7 @@ runs: pipeline attempts prune_stages commands choosing stages run report_assembl
     run_directory arguments results
 report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
-finished: prune_model forecast steps choice preparation targets images display
+finished: prune_model repair_cut forecast steps choice preparation targets images display
 latency: search layers table operators compare
 artifact: save load dense_model format
 repair: curves trials channel_order distillation refit held_out replay closed_form statistics rows divergence

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsekit.errors import InputError
 from sparsekit.finished.display import StepDisplay
-from sparsekit.finished.preparation import Prepared, float_on_cpu
+from sparsekit.finished.preparation import Measured, Prepared, float_on_cpu
 from sparsekit.finished.targets import Speed
 from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.options import Quantity
@@ -62,9 +62,10 @@ class Judge:
         return Trials(one.dense, one.groups, one.statistics, one.held_out, base)
 
 
-def choose_importance(prepared: Prepared, limits: Limits, show: StepDisplay) -> Known:
+def choose_importance(measured: Measured, limits: Limits, show: StepDisplay) -> Known:
     """Return what channels are chosen by: the curves, measured again among the other cuts where much is lost."""
-    judge, curves = Judge(prepared), prepared.curves
+    prepared, curves = measured.prepared, measured.curves
+    judge = Judge(prepared)
     gates = order_by_gates(prepared.groups, prepared.statistics.gates)
     known, kl = judge.nearest(limits, curves, gates)
     if _MUCH_LOST < kl < math.inf and known is curves:
@@ -80,19 +81,20 @@ def choose_importance(prepared: Prepared, limits: Limits, show: StepDisplay) -> 
 
 
 def choose_masks(
-    known: Known, prepared: Prepared, speed: Speed, limits: Limits
+    known: Known, measured: Measured, speed: Speed, limits: Limits
 ) -> tuple[Masks, SpeedSearch | None]:
     """Return keep-masks under the limits and, if one is asked for, at the speed, with its search."""
+    groups = measured.prepared.groups
     if not speed.asked:
-        return Knapsack(prepared.groups, known).under(limits), None
+        return Knapsack(groups, known).under(limits), None
     search = search_speed(
-        float_on_cpu(prepared.model),
-        prepared.groups,
+        float_on_cpu(measured.model),
+        groups,
         known,
-        prepared.timed,
+        measured.timed,
         speedup=speed.speedup,
         latency_ms=speed.latency_ms,
         limits=limits,
-        threads=prepared.options.threads,
+        threads=measured.threads,
     )
     return search.masks, search

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsekit.errors import InputError
 from sparsekit.finished.choice import Judge, Known
 from sparsekit.finished.display import StepDisplay
-from sparsekit.finished.preparation import Options, Prepared, prepare
+from sparsekit.finished.preparation import Measured, Options, measure
 from sparsekit.options import FinishedImportance, Outputs, RoundTo
 from sparsekit.selection.costs import CostShare, kept_share
 from sparsekit.selection.knapsack import Knapsack
@@ -111,19 +111,20 @@ def forecast_with(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 < value < math.inf:
             raise InputError(f"speedups must be finite numbers above 1, got {value!r}")
     with StepDisplay(console) as show:
-        prepared = prepare(model, images, options, show, latencies=True, check=check)
-        prepared.held_out.forget()
+        measured = measure(model, images, options, show, latencies=True, check=check)
+        measured.prepared.held_out.forget()
         show.begin("predicting")
-        return _forecast(prepared, sorted(set(speedups)))
+        return _forecast(measured, sorted(set(speedups)))
 
 
-def _forecast(prepared: Prepared, speedups: Sequence[float]) -> Forecast:
-    knapsack, judge = Knapsack(prepared.groups, prepared.curves), Judge(prepared)
+def _forecast(measured: Measured, speedups: Sequence[float]) -> Forecast:
+    groups, curves = measured.prepared.groups, measured.curves
+    knapsack, judge = Knapsack(groups, curves), Judge(measured.prepared)
     most = 1 / knapsack.least("latency")
     found = []
     for asked in (speedup for speedup in speedups if speedup <= most):
         masks = knapsack.under({"latency": 1 / asked})
-        left, divergence = kept_share(prepared.groups, masks), judge.of(masks)
+        left, divergence = kept_share(groups, masks), judge.of(masks)
         found.append(SpeedForecast(asked, 1 / left.latency, divergence.kl, divergence.agreement, left))
     beyond = [f"{speedup:g}" for speedup in speedups if speedup > most]
     remark = ""
@@ -132,4 +133,4 @@ def _forecast(prepared: Prepared, speedups: Sequence[float]) -> Forecast:
             f"out of reach: {', '.join(beyond)}; with the fewest channels allowed a speed-up of about {most:.3g} is "
             "predicted; lower min_channels or round_to for more"
         )
-    return Forecast(tuple(found), prepared.groups, prepared.curves, remark)
+    return Forecast(tuple(found), groups, curves, remark)

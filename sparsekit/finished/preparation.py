@@ -1,4 +1,4 @@
-"""What every way to work on a finished model begins with: groups, latencies, statistics, and loss curves."""
+"""What work on a finished model begins with: groups, latencies, statistics, and loss curves."""
 
 from __future__ import annotations
 
@@ -60,29 +60,45 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A finished model, measured.
+    """A model and images, ready for trials and repair.
 
-    - `model` is the caller's and `dense` a copy to work with; `groups` have measured latencies if these were asked for.
-    - `timed` is the input that speeds are measured with.
+    - `dense` is a copy of the model to work with; `groups` are those of the model.
     - `used` are images that may be fitted, so many of them `at_once` in a pass with gradients; `held_out` judges by the
-      others. There were `n_images`.
+      others.
+    - `statistics` are what the layers of `dense` read on the images that are used.
+    """
+
+    dense: nn.Module
+    groups: ChannelGroups
+    used: Tensor
+    at_once: int
+    statistics: InputStatistics
+    held_out: HeldOut
+    seed: int
+
+    @property
+    def n_images(self) -> int:
+        """How many images there were."""
+        return len(self.used) + self.held_out.n_images
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished model, measured: what a choice of channels needs.
+
+    - `model` is the caller's. The groups of `prepared` have measured latencies if these were asked for.
+    - `timed` is the input that speeds are measured with, with so many `threads`.
     - `curves` are the loss curves of the groups.
     """
 
-    options: Options
+    prepared: Prepared
     model: nn.Module
-    dense: nn.Module
-    groups: ChannelGroups
     timed: Tensor
-    used: Tensor
-    at_once: int
-    n_images: int
-    statistics: InputStatistics
-    held_out: HeldOut
+    threads: int
     curves: dict[str, LossCurve | Tensor]
 
 
-def prepare(
+def measure(
     model: nn.Module,
     images: Tensor | Iterable[Any],
     options: Options,
@@ -90,17 +106,16 @@ def prepare(
     *,
     latencies: bool,
     check: Callable[[ChannelGroups], None],
-) -> Prepared:
-    """Find the groups, measure layers if `latencies` are needed, take statistics, and measure the loss curves.
+) -> Measured:
+    """Find the groups, measure layers if `latencies` are needed, prepare, and measure the loss curves.
 
     `check` may refuse the groups before minutes are spent. Raises DataError for images, ModelError for the model.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = collect_images(images, most=options.max_images)
-    n_images, first = len(found), found[:1].clone()
-    example = _like(first, model)
-    timed = first.float().expand(options.batch_size, *found.shape[1:])
+    timed = found[:1].float().expand(options.batch_size, *found.shape[1:]).clone()
+    example = _like(found[:1].clone(), model)
     show.begin("finding groups")
     groups = find_groups(
         model,
@@ -119,21 +134,61 @@ def prepare(
         )
     check(groups)
     dense, layout = _working_copy(model, groups, example)
-    used, apart = (_like(part, dense).contiguous(memory_format=layout) for part in split(found, options.seed))
+    used, apart = _parts(found, dense, layout, options.seed)
     del found
+    prepared = _with_statistics(dense, groups, used, apart, options.seed, show, options.outputs)
+    curves = measure_curves(prepared, show, options.importance)
+    return Measured(prepared, model, timed, options.threads, curves)
 
+
+def prepare(
+    model: nn.Module, groups: ChannelGroups, images: Tensor, show: StepDisplay, *, seed: int
+) -> Prepared:
+    """Copy a model whose groups are known, keep some of the images apart, and take statistics on the others.
+
+    Raises ModelError for a model that does not run on the images, or whose outputs cannot be compared.
+    """
+    dense, layout = _working_copy(model, groups, _like(images[:1], model))
+    used, apart = _parts(images, dense, layout, seed)
+    return _with_statistics(dense, groups, used, apart, seed, show)
+
+
+def _parts(images: Tensor, dense: nn.Module, layout: torch.memory_format, seed: int) -> tuple[Tensor, Tensor]:
+    """Images that may be fitted, and images kept apart, as the working copy takes them."""
+    used, apart = (_like(part, dense).contiguous(memory_format=layout) for part in split(images, seed))
+    return used, apart
+
+
+def _with_statistics(
+    dense: nn.Module,
+    groups: ChannelGroups,
+    used: Tensor,
+    apart: Tensor,
+    seed: int,
+    show: StepDisplay,
+    outputs: Outputs = "classes",
+) -> Prepared:
     show.begin("statistics of the layers' inputs")
     at_once = _batch_size(dense, used)
     statistics = input_statistics(
-        dense, groups, show.over(torch.split(used, at_once)), seed=options.seed, outputs=options.outputs
+        dense, groups, show.over(torch.split(used, at_once)), seed=seed, outputs=outputs
     )
+    held_out = HeldOut(dense, groups, (apart,), kind=outputs)
+    return Prepared(dense, groups, used, at_once, statistics, held_out, seed)
+
+
+def measure_curves(
+    prepared: Prepared, show: StepDisplay, importance: FinishedImportance = "greedy"
+) -> dict[str, LossCurve | Tensor]:
+    """Measure the loss curve of each free group, whose channels go in the order of `importance`."""
     show.begin("measuring loss curves")
-    held_out = HeldOut(dense, groups, (apart,), kind=options.outputs)
-    curves = loss_curves(
-        dense, groups, statistics, held_out, importance=options.importance, progress=show.share
-    )
-    return Prepared(
-        options, model, dense, groups, timed, used, at_once, n_images, statistics, held_out, curves
+    return loss_curves(
+        prepared.dense,
+        prepared.groups,
+        prepared.statistics,
+        prepared.held_out,
+        importance=importance,
+        progress=show.share,
     )
 
 
@@ -173,6 +228,15 @@ def _working_copy(
     except Exception:
         return copied, torch.contiguous_format
     return faster, torch.channels_last
+
+
+def as_given(pruned: nn.Module, model: nn.Module) -> nn.Module:
+    """Return a pruned working copy in the usual memory format, with the training flags of the caller's model."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    pruned = pruned.to(memory_format=torch.contiguous_format)
+    for name, module in pruned.named_modules():
+        module.training = flags.get(name, model.training)
+    return pruned
 
 
 def _like(images: Tensor, model: nn.Module) -> Tensor:

@@ -12,31 +12,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
 from sparsekit.finished.choice import choose_importance, choose_masks
 from sparsekit.finished.display import StepDisplay
-from sparsekit.finished.preparation import Options, prepare
-from sparsekit.finished.steps import Best, PruneStep, Work, learning_step, refit_step, repair_step
+from sparsekit.finished.preparation import Options, as_given, measure
+from sparsekit.finished.repair_cut import repair_cut
+from sparsekit.finished.steps import PruneStep, Work
 from sparsekit.finished.targets import Speed, check_reach, checked_targets
 from sparsekit.latency.search import SpeedSearch
 from sparsekit.options import FinishedImportance, Outputs, Quantity, RoundTo
-from sparsekit.repair.held_out import HeldOut
-from sparsekit.repair.statistics import InputStatistics
 from sparsekit.selection.costs import CostModel
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, make_plan
-from sparsekit.surgery.cut import apply_plan
-from sparsekit.surgery.verify import Agreement, verify_cut
+from sparsekit.surgery.verify import Agreement
 
 __all__ = ["PruneResult", "prune"]
-
-# Outputs on images that were used may be nearer to the dense model's by this much before more images are asked for.
-_OPTIMISM, _OPTIMISM_KL = 2.0, 0.02
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,7 @@ def prune(
         seed=seed,
     )
     with StepDisplay(console) as show:
-        one = prepare(
+        measured = measure(
             model,
             images,
             options,
@@ -144,90 +138,38 @@ def prune(
             check=lambda groups: check_reach(groups, speed, limits),
         )
         del images
-        started, groups, held_out = time.monotonic(), one.groups, one.held_out
-        known = choose_importance(one, limits | speed.limit(groups), show)
-        held_out.forget()
+        started, one = time.monotonic(), measured.prepared
+        known = choose_importance(measured, limits | speed.limit(one.groups), show)
+        one.held_out.forget()
         show.begin("choosing channels")
-        masks, search = choose_masks(known, one, speed, limits)
-        plan = make_plan(groups, masks)
+        masks, search = choose_masks(known, measured, speed, limits)
+        plan = make_plan(one.groups, masks)
         if not (plan.cuts or plan.blocks):
             raise InputError(
                 "nothing was cut: no group can lose a whole step of channels under this target; ask for more, or lower "
                 "round_to or min_channels"
             )
-        pruned = apply_plan(one.dense, plan)
-        proof = verify_cut(one.dense, pruned, plan)
-        best = Best(pruned, held_out.of(pruned), started, show)
-
-        work = Work(one, plan, show)
-        proof = repair_step(best, work) or proof
-        seen = HeldOut(one.dense, groups, (one.used[: held_out.n_images],), recorded=0, kind=outputs)
-        remarks = [*_other_outputs(held_out), *_few_images(best, seen, one.n_images)]
-        refit_step(best, work)
-        interrupted = False
-        if distill_seconds > 0 and distill_steps != 0:
-            remark, interrupted = learning_step(best, work, distill_seconds, distill_steps)
-            remarks += [remark] if remark else []
+        repaired = repair_cut(
+            Work(one, plan, show), "choice and cut", started, seconds=distill_seconds, steps=distill_steps
+        )
     return PruneResult(
-        model=_as_given(best.model, model),
+        model=as_given(repaired.model, model),
         plan=plan,
-        groups=groups,
+        groups=one.groups,
         masks=masks,
-        proof=proof,
+        proof=repaired.proof,
         speed=search,
-        kl=best.divergence.kl,
-        agreement=best.divergence.agreement,
-        steps=tuple(best.steps),
-        kept=_kept(groups, masks),
+        kl=repaired.divergence.kl,
+        agreement=repaired.divergence.agreement,
+        steps=repaired.steps,
+        kept=_kept(one.groups, masks),
         seconds=time.monotonic() - called,
-        remarks=(
-            *remarks,
-            *_left_out(one.statistics, plan),
-            *([search.remark] if search and search.remark else []),
-        ),
-        interrupted=interrupted,
+        remarks=(*repaired.remarks, *([search.remark] if search and search.remark else [])),
+        interrupted=repaired.interrupted,
     )
-
-
-def _as_given(pruned: nn.Module, model: nn.Module) -> nn.Module:
-    """The pruned model in the usual memory format, with the training flags of the caller's model."""
-    flags = {name: module.training for name, module in model.named_modules()}
-    pruned = pruned.to(memory_format=torch.contiguous_format)
-    for name, module in pruned.named_modules():
-        module.training = flags.get(name, model.training)
-    return pruned
 
 
 def _kept(groups: ChannelGroups, masks: Masks) -> dict[Quantity, float]:
     costs = CostModel(groups)
     quantities: tuple[Quantity, ...] = ("macs", "params", "channels")
     return {quantity: costs.share(quantity, masks) for quantity in quantities}
-
-
-def _other_outputs(held_out: HeldOut) -> list[str]:
-    """Say so if the outputs were compared as scores of classes and are probably none."""
-    if not held_out.look_like_values:
-        return []
-    return [
-        "the outputs were taken for scores of classes, and all classes are about as likely: if they are an embedding "
-        'or a regression, pass outputs="values", or what the cut changes in them is not seen'
-    ]
-
-
-def _few_images(best: Best, on_used: HeldOut, count: int) -> list[str]:
-    """Say so if the outputs on images that were used are much nearer to the dense model's."""
-    seen, apart = on_used.of(best.model).kl, best.divergence.kl
-    if apart <= _OPTIMISM * seen + _OPTIMISM_KL:
-        return []
-    return [
-        f"the images are few for this model: after the repair its outputs are {apart:.3g} nats from the dense model's "
-        f"on images kept apart, and {seen:.3g} on those it was repaired with; give more than {count}"
-    ]
-
-
-def _left_out(statistics: InputStatistics, plan: PrunePlan) -> list[str]:
-    """Say which layers lost inputs and were not repaired."""
-    lost = {cut.tensor for cut in plan.cuts if cut.role == "consumer"} & set(statistics.left_out)
-    return [
-        f"{tensor} lost inputs and was not repaired: {statistics.left_out[tensor]}" for tensor in sorted(lost)
-    ]

@@ -21,7 +21,7 @@ from sparsekit.surgery.verify import Agreement, verify_cut
 
 @dataclass(frozen=True)
 class PruneStep:
-    """One step: its name, what it took, and how far the outputs are from the dense model's after it.
+    """One step: its name, what it took, and how far the outputs are from those before the cut after it.
 
     `taken` is False if the step before was nearer, and its model was kept.
     """
@@ -33,16 +33,28 @@ class PruneStep:
     taken: bool = True
 
 
+@dataclass(frozen=True)
+class Work:
+    """What every step after the cut works with. `teacher` is, in words, the model before the cut."""
+
+    prepared: Prepared
+    plan: PrunePlan
+    show: StepDisplay
+    teacher: str = "the dense model"
+
+
 class Best:
     """The best model so far, and the steps that led to it."""
 
-    def __init__(self, model: nn.Module, divergence: Divergence, started: float, show: StepDisplay) -> None:
-        self.model, self.divergence, self._show = model, divergence, show
+    def __init__(
+        self, name: str, started: float, model: nn.Module, divergence: Divergence, work: Work
+    ) -> None:
+        self.model, self.divergence, self._work = model, divergence, work
         self.steps: list[PruneStep] = []
-        self._note("choice and cut", started, divergence, True)
+        self._note(name, started, divergence, True)
 
     def offer(self, name: str, started: float, model: nn.Module, divergence: Divergence) -> bool:
-        """Take a model if its outputs are nearer to the dense model's; returns whether it was taken."""
+        """Take a model if its outputs are nearer to those before the cut; returns whether it was taken."""
         taken = divergence.kl < self.divergence.kl
         if taken:
             self.model, self.divergence = model, divergence
@@ -52,19 +64,10 @@ class Best:
     def _note(self, name: str, started: float, divergence: Divergence, taken: bool) -> None:
         seconds = time.monotonic() - started
         self.steps.append(PruneStep(name, seconds, divergence.kl, divergence.agreement, taken))
-        self._show.say(
-            f"{name}: {divergence.kl:.4g} nats from the dense model, {divergence.agreement:.3f} of the answers the "
-            f"same, {seconds:.0f} s" + ("" if taken else "; not taken")
+        self._work.show.say(
+            f"{name}: {divergence.kl:.4g} nats from {self._work.teacher}, {divergence.agreement:.3f} of the answers "
+            f"the same, {seconds:.0f} s" + ("" if taken else "; not taken")
         )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every step after the cut works with."""
-
-    prepared: Prepared
-    plan: PrunePlan
-    show: StepDisplay
 
 
 def repair_step(best: Best, work: Work) -> Agreement | None:
@@ -90,7 +93,7 @@ def refit_step(best: Best, work: Work) -> None:
         one.statistics.readers,
         one.used,
         one.held_out.stations,
-        seed=one.options.seed,
+        seed=one.seed,
         progress=work.show.share,
     )
     best.offer("refit layer by layer", started, *one.held_out.nearest_between(best.model, fitted))
@@ -99,7 +102,8 @@ def refit_step(best: Best, work: Work) -> None:
 def learning_step(best: Best, work: Work, seconds: float, steps: int | None) -> tuple[str, bool]:
     """Offer what the model becomes when it learns; returns what the caller should know, and if Ctrl-C ended it."""
     one = work.prepared
-    work.show.begin("learning from the dense model")
+    name = f"learning from {work.teacher}"
+    work.show.begin(name)
     started = time.monotonic()
     try:
         learned = distill(
@@ -112,12 +116,12 @@ def learning_step(best: Best, work: Work, seconds: float, steps: int | None) -> 
             steps=steps,
             stages=one.held_out.stages,
             at_once=one.at_once,
-            seed=one.options.seed,
+            seed=one.seed,
             progress=lambda now: work.show.share(now.share, 1.0),
         )
     except TrainingError as error:
         return f"the repaired model was left as it is: {error}", False
-    best.offer("learning from the dense model", started, learned.model, learned.divergence)
+    best.offer(name, started, learned.model, learned.divergence)
     if not learned.interrupted:
         return "", False
-    return "learning from the dense model was interrupted; what was best until then is returned", True
+    return f"{name} was interrupted; what was best until then is returned", True

@@ -199,6 +199,7 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             "another importance",
         )
     yield from _importance_contradictions(sparsify, cut)
+    yield from _curves_contradictions(sparsify, cut)
     yield from _repair_contradictions(sparsify, cut)
     yield from _threshold_contradictions(cut)
     if cut.target is not None:
@@ -207,11 +208,11 @@ def _cut_contradictions(recipe: Sections) -> Iterator[Contradiction]:
 
 def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
     if cut.importance == "lasso":
-        if cut.repair is None:
+        if cut.repair is None or sparsify.epochs:
             yield Contradiction(
-                ("cut.importance", "cut.repair"),
-                "cut.importance lasso needs cut.repair: it ranks channels by what is repaired; set cut.repair to {} "
-                "for a finished model, or choose another importance",
+                ("cut.importance", "cut.repair", "sparsify.epochs"),
+                "cut.importance lasso needs cut.repair of a finished model (sparsify.epochs 0): it ranks channels by "
+                "what is repaired; set cut.repair to auto, or choose another importance",
             )
         return
     learned = sparsify.strength == "auto" and sparsify.epochs > 0
@@ -228,30 +229,47 @@ def _importance_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator
         )
 
 
+def _curves_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
+    if sparsify.importance != "curves":
+        return
+    if sparsify.strength != "auto" or sparsify.epochs == 0:
+        got = "sparsify.epochs 0" if sparsify.epochs == 0 else f"a strength of {sparsify.strength:g}"
+        yield Contradiction(
+            ("sparsify.importance", "sparsify.strength", "sparsify.epochs"),
+            f"sparsify.importance curves chooses what strength auto takes to zero, got {got}; leave it out "
+            "(cut.repair chooses by curves without training)",
+        )
+    given = [key for key, value in cut.target or () if value is not None and key != "max_accuracy_drop"]
+    if len(given) == 1 and given[0] in ("macs", "params", "channels"):
+        yield Contradiction(
+            ("sparsify.importance", "cut.target"),
+            "sparsify.importance curves needs a cut.target of a speed or of several shares, where the masks of all "
+            f"groups are chosen together, got {given[0]} alone, which is met by a threshold; take taylor or magnitude",
+        )
+
+
 def _repair_contradictions(sparsify: SparsifySpec, cut: CutSpec) -> Iterator[Contradiction]:
     if cut.repair is None:
         return
-    if sparsify.epochs:
+    if cut.recalibrate:
         yield Contradiction(
-            ("cut.repair", "sparsify.epochs"),
-            f"cut.repair is for finished models: it needs sparsify.epochs 0, got {sparsify.epochs}; the channels "
-            "that a penalty takes to zero need no repair",
+            ("cut.recalibrate", "cut.repair"),
+            f"cut.recalibrate is what cut.repair makes needless, got {cut.recalibrate} images for it: the repair fits "
+            "what every layer reads after the cut; leave one out",
         )
+    if sparsify.epochs:  # the channels are chosen as without repair
+        return
     if cut.target is None or cut.target.max_accuracy_drop is not None:
         yield Contradiction(
             ("cut.repair", "cut.target"),
-            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, for example "
-            "{speedup: 1.5}",
+            "cut.repair of a finished model (sparsify.epochs 0) needs a cut.target of speedup, latency_ms, macs, "
+            "params or channels, for example {speedup: 1.5}",
         )
-    if (
-        cut.method not in ("auto", "budget")
-        or cut.importance not in ("magnitude", "lasso")
-        or cut.recalibrate
-    ):
+    if cut.method not in ("auto", "budget") or cut.importance not in ("magnitude", "lasso"):
         yield Contradiction(
-            ("cut.repair", "cut.method", "cut.importance", "cut.recalibrate"),
-            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, and "
-            "cut.importance too, or set it to lasso",
+            ("cut.repair", "cut.method", "cut.importance"),
+            "cut.repair chooses the channels of a finished model (sparsify.epochs 0) by itself: leave cut.method out, "
+            "and cut.importance too, or set it to lasso",
         )
 
 

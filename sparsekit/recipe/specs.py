@@ -11,12 +11,12 @@ from pydantic.fields import FieldInfo
 from sparsekit.options import (
     CutImportance,
     Interpolation,
-    LearnedImportance,
     MaskMethod,
     Penalty,
     Precision,
     Provider,
     Schedule,
+    TrainingImportance,
     WeighBy,
 )
 
@@ -239,8 +239,19 @@ class DenseSpec(_Phase):
     baseline: bool | None = Field(
         default=None,
         description="train the dense model for the epochs of sparsify and finetune too, without penalty: the "
-        "comparison is fair, and the pruned model can learn from it (finetune.distill); null does so unless "
-        "dense.epochs is 0",
+        "comparison is fair, and the pruned model can learn from it (sparsify.distill, finetune.distill); null does so "
+        "unless dense.epochs is 0",
+    )
+
+
+class DistillSpec(StrictSpec):
+    """Learning from the dense model: the loss is (1 - weight) CE + weight T^2 KL at temperature T."""
+
+    weight: Share = Field(
+        default=0.5, description="weight of the dense model's answers against the labels, in [0, 1]"
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="temperature that softens the answers of both models"
     )
 
 
@@ -257,10 +268,12 @@ class SparsifySpec(_Phase):
         default="auto",
         description="coefficient of the penalty (lambda); auto steers it until cut.target is met",
     )
-    importance: LearnedImportance = Field(
+    importance: TrainingImportance = Field(
         default="taylor",
-        description="the importance by which strength auto ranks channels: taylor, their effect on the loss, learned "
-        "from gradients from the warmup on; magnitude, the size of their filters at the start",
+        description="what strength auto ranks channels by: taylor, their effect on the loss, learned from gradients "
+        "from the warmup on; magnitude, the size of their filters at the start; curves, for a target of a speed or of "
+        "several shares: what the outputs lose with fewer channels, measured for each group after the warmup on 512 "
+        "training images, without labels",
     )
     weigh_by: WeighBy = Field(
         default="size",
@@ -284,6 +297,10 @@ class SparsifySpec(_Phase):
     )
     debias: Share = Field(
         default=0.55, description="share of the phase, at its end, with strength 0 and the zeros held"
+    )
+    distill: DistillSpec | None = Field(
+        default=None,
+        description="learn from the dense model too, from the baseline if there is one; null or false: do not",
     )
 
 
@@ -317,7 +334,7 @@ class TargetSpec(StrictSpec):
 
 
 class RepairSpec(StrictSpec):
-    """Making up for the cut of a finished model without labels, by least squares and by learning from it."""
+    """Making up for a cut without labels, by least squares and by learning from the model before the cut."""
 
     images: int = Field(
         default=512,
@@ -325,7 +342,9 @@ class RepairSpec(StrictSpec):
         description="training images it takes, without their labels; a fifth is kept apart",
     )
     distill_seconds: float = Field(
-        default=120.0, ge=0, description="how long the cut model learns from the dense one; 0: not at all"
+        default=120.0,
+        ge=0,
+        description="how long the cut model learns from the one before the cut; 0: not at all",
     )
 
 
@@ -370,8 +389,9 @@ class CutSpec(StrictSpec):
     )
     repair: RepairSpec | None = Field(
         default=None,
-        description="for a finished model (sparsify.epochs 0): choose channels by what the outputs lose, measured, and "
-        "repair the cut without labels; auto: with the defaults; null or false: do not",
+        description="make up for the cut without labels, where channels go that are not zero; of a finished model "
+        "(sparsify.epochs 0) it also chooses the channels, by what the outputs lose, measured; auto: with the "
+        "defaults; null or false: do not",
     )
     through_layer_norm: bool = Field(
         default=False,
@@ -380,8 +400,8 @@ class CutSpec(StrictSpec):
     )
     blocks: bool = Field(
         default=False,
-        description="whole residual blocks may go too: with cut.repair those that have an identity shortcut, else "
-        "those with layer scales that can turn them off",
+        description="whole residual blocks may go too: of a finished model with cut.repair those that have an identity "
+        "shortcut, else those with layer scales that can turn them off",
     )
     importance: CutImportance = Field(
         default="magnitude",
@@ -392,17 +412,6 @@ class CutSpec(StrictSpec):
     )
     importance_images: int = Field(
         default=256, ge=1, description="training images whose gradients taylor and hessian take"
-    )
-
-
-class DistillSpec(StrictSpec):
-    """Learning from the dense model: the loss is (1 - weight) CE + weight T^2 KL at temperature T."""
-
-    weight: Share = Field(
-        default=0.5, description="weight of the dense model's answers against the labels, in [0, 1]"
-    )
-    temperature: float = Field(
-        default=2.0, gt=0, description="temperature that softens the answers of both models"
     )
 
 

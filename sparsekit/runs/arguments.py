@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
 from sparsekit.finished.preparation import Options
-from sparsekit.options import Quantity
+from sparsekit.options import LearnedImportance, Quantity
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import DataSpec, DenseSpec, FinetuneSpec, SparsifySpec, TargetSpec
 from sparsekit.sparsify.schedules import PhaseShares
@@ -84,7 +86,8 @@ class Phases:
 class Arguments:
     """The arguments that follow from a recipe.
 
-    `grouping` are those of `find_groups`, and `finished` those of a model that is repaired (`cut.repair`), else None.
+    `grouping` are those of `find_groups`. `finished` are those of a finished model, whose channels are chosen by what
+    the repair leaves (`cut.repair` without a sparsify phase); else None.
     `augment` is None for no augmentation. `trains_baseline`: the dense model is trained on for as long as the pruned
     one. By default it is, unless it is a finished model (`dense.epochs` is 0).
     """
@@ -100,6 +103,7 @@ class Arguments:
     def of(recipe: Recipe) -> Arguments:
         """Work out the arguments of a recipe."""
         cut, dense = recipe.cut, recipe.dense
+        finished = _finished(recipe)
         return Arguments(
             phases=Phases(
                 *(_train_options(recipe, phase) for phase in (dense, recipe.sparsify, recipe.finetune))
@@ -108,24 +112,11 @@ class Arguments:
             grouping={
                 "ignore": cut.ignore,
                 "through_layer_norm": cut.through_layer_norm,
-                "blocks": "all" if cut.blocks and cut.repair is not None else cut.blocks,
+                "blocks": "all" if cut.blocks and finished is not None else cut.blocks,
                 "round_to": cut.round_to,
                 "min_channels": cut.min_channels,
             },
-            finished=None
-            if cut.repair is None
-            else Options(
-                importance="lasso" if cut.importance == "lasso" else "greedy",
-                ignore=cut.ignore,
-                threads=recipe.benchmark.threads,
-                batch_size=recipe.export.batch_size,
-                blocks=cut.blocks,
-                through_layer_norm=cut.through_layer_norm,
-                round_to=cut.round_to,
-                min_channels=cut.min_channels,
-                max_images=cut.repair.images,
-                seed=recipe.seed,
-            ),
+            finished=finished,
             target=Target.of(cut.target),
             trains_baseline=dense.epochs > 0 if dense.baseline is None else dense.baseline,
         )
@@ -143,10 +134,12 @@ def make_sparsifier(
     spec, target = recipe.sparsify, Target.of(recipe.cut.target)
     shares = PhaseShares(spec.warmup, spec.ramp, spec.debias)
     strength: AutoStrength | ConstantStrength
+    learned: LearnedImportance
     if spec.strength == "auto":
         # After the warm-up the masks that the knapsack chooses replace this target.
         aim: Mapping[Quantity, float] = {"macs": 1.0} if target.takes_knapsack else target.share or {}
-        strength = AutoStrength(aim, total_steps, shares, spec.importance, costs)
+        learned = "magnitude" if spec.importance == "curves" else spec.importance  # masks by curves need none
+        strength = AutoStrength(aim, total_steps, shares, learned, costs)
     else:
         strength = ConstantStrength(
             spec.strength, total_steps, shares, adaptive=spec.adaptive, costs=costs, revive=spec.revive
@@ -183,10 +176,38 @@ def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the Accelerator for the recipe's device and precision."""
+    """Make the Accelerator for the recipe's device and precision.
+
+    Its processes wait for each other for as long as one may work alone.
+    """
     if recipe.device.startswith("cuda:"):
         torch.cuda.set_device(recipe.device)
-    return Accelerator(cpu=recipe.device == "cpu", mixed_precision=recipe.precision)
+    # The first process measures, repairs, exports and tests while the others wait, some minutes or hours. By default
+    # torch gives up after ten minutes. If a process dies, its launcher ends the others without a timeout.
+    alone = timedelta(days=1, seconds=recipe.cut.repair.distill_seconds if recipe.cut.repair else 0)
+    return Accelerator(
+        cpu=recipe.device == "cpu",
+        mixed_precision=recipe.precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=alone)],
+    )
+
+
+def _finished(recipe: Recipe) -> Options | None:
+    cut = recipe.cut
+    if cut.repair is None or recipe.sparsify.epochs:
+        return None
+    return Options(
+        importance="lasso" if cut.importance == "lasso" else "greedy",
+        ignore=cut.ignore,
+        threads=recipe.benchmark.threads,
+        batch_size=recipe.export.batch_size,
+        blocks=cut.blocks,
+        through_layer_norm=cut.through_layer_norm,
+        round_to=cut.round_to,
+        min_channels=cut.min_channels,
+        max_images=cut.repair.images,
+        seed=recipe.seed,
+    )
 
 
 def _train_options(recipe: Recipe, phase: DenseSpec | SparsifySpec | FinetuneSpec) -> TrainOptions:

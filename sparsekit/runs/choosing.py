@@ -6,28 +6,35 @@ budget of accuracy or several shares the knapsack chooses the masks of all group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from rich.console import Console
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError
+from sparsekit.finished.choice import Known
+from sparsekit.finished.display import StepDisplay
+from sparsekit.finished.preparation import measure_curves, prepare
 from sparsekit.integrations.torch_pruning import importance as importance_by
 from sparsekit.latency.layers import measure_layers
 from sparsekit.latency.search import SpeedSearch, search_speed
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.runs.arguments import Target, build_model
-from sparsekit.runs.rehearsal import Inputs, some_of_training
+from sparsekit.runs.rehearsal import Inputs, some_of_training, training_images
 from sparsekit.runs.results import ChoiceFound, SparsifyResult
-from sparsekit.runs.run import Run, on_cpu
+from sparsekit.runs.run import Run, bare_copy
 from sparsekit.selection.costs import channel_latencies, channel_macs
 from sparsekit.selection.importance import all_alike, output_shares, zero_channels
 from sparsekit.selection.keep_masks import keep_masks
-from sparsekit.selection.knapsack import Knapsack, choose_channels
+from sparsekit.selection.knapsack import Knapsack
 from sparsekit.selection.loss_curves import LossCurve
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.training.checkpoint import load_state
+
+# Training images that loss curves are measured on, or fewer; as many as `sparsekit.prune` reads.
+_CURVE_IMAGES = 512
 
 
 def cut_importance(recipe: Recipe, inputs: Inputs, model: nn.Module, groups: ChannelGroups) -> Scores | None:
@@ -114,8 +121,28 @@ def cut_masks(run: Run, model: nn.Module, groups: ChannelGroups) -> tuple[Masks,
     return masks, None
 
 
+def measured_curves(run: Run, model: nn.Module, groups: ChannelGroups, importance: Scores) -> Known:
+    """Measure the loss curve of each group on training images, without labels, in the first process for all.
+
+    Groups whose importance is infinite keep it: they stay. It can be called in the middle of a phase, whose model and
+    display it leaves alone.
+    """
+
+    def measure() -> dict[str, LossCurve | Tensor]:
+        images = training_images(run.recipe, run.inputs, _CURVE_IMAGES)
+        with StepDisplay(Console(quiet=True)) as show:
+            prepared = prepare(bare_copy(model), groups, images, show, seed=run.recipe.seed)
+            return measure_curves(prepared, show)
+
+    run.say(f"choice: measuring the loss curves of {len(groups.free)} groups")
+    curves = run.by_the_first(measure)
+    return {
+        name: curves[name] if bool(scores.isfinite().all()) else scores for name, scores in importance.items()
+    }
+
+
 def choose_masks(
-    run: Run, model: nn.Module, groups: ChannelGroups, importance: Scores
+    run: Run, model: nn.Module, groups: ChannelGroups, known: Known
 ) -> tuple[Masks, ChoiceFound]:
     """Choose masks by the knapsack, in the first process for all; returns how they were found as well."""
 
@@ -123,9 +150,9 @@ def choose_masks(
         target, threads = run.arguments.target, run.recipe.benchmark.threads
         multiples = {group.name: group.rounding.multiple for group in groups.free}
         if not target.is_speed:
-            return choose_channels(groups, importance, target.limits), ChoiceFound(multiples)
+            return Knapsack(groups, known).under(target.limits), ChoiceFound(multiples)
         search = search_masks(
-            target, on_cpu(model), groups, importance, run.timed_example, threads=threads, say=run.say
+            target, bare_copy(model).cpu(), groups, known, run.timed_example, threads=threads, say=run.say
         )
         return search.masks, ChoiceFound(multiples, search.asked, search.found, search.trials, search.remark)
 
@@ -136,7 +163,7 @@ def search_masks(
     target: Target,
     model: nn.Module,
     groups: ChannelGroups,
-    importance: Mapping[str, Tensor | LossCurve],
+    known: Known,
     example: Tensor,
     *,
     threads: int,
@@ -146,7 +173,7 @@ def search_masks(
     return search_speed(
         model,
         groups,
-        importance,
+        known,
         example,
         speedup=target.speedup,
         latency_ms=target.latency_ms,
@@ -161,4 +188,4 @@ def search_masks(
 def _measured(run: Run, model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     """Measure the layers in the first process for all, because times differ."""
     threads, example = run.recipe.benchmark.threads, run.timed_example
-    return run.by_the_first(lambda: measure_layers(on_cpu(model), groups, example, threads=threads))
+    return run.by_the_first(lambda: measure_layers(bare_copy(model).cpu(), groups, example, threads=threads))

@@ -68,8 +68,8 @@ def inspect_model(
 def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     """Choose channels for the recipe's target and measure the speed-up; trains nothing.
 
-    They are chosen by `cut.importance`; with `cut.repair` by measured loss curves, which takes minutes and also tells
-    what several speeds would cost.
+    They are chosen by `cut.importance`; those of a finished model with `cut.repair` by measured loss curves, which
+    takes minutes and also tells what several speeds would cost.
 
     The weights are those of the dense model in the run directory `run`, else those that the recipe starts from. Raises
     InputError for a recipe without a target, FileError for a run that has not trained its dense model.
@@ -85,7 +85,7 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     if target.takes_attempts:
         remarks.append("max_accuracy_drop needs training, so it is left out here")
         target = replace(target, max_accuracy_drop=None)
-    if recipe.cut.repair is not None:
+    if Arguments.of(recipe).finished is not None:
         return _dry_run_with_repair(recipe, target, inputs, model, timed, remarks, console)
     with console.status("measuring"):
         groups = find_groups(model, example, **Arguments.of(recipe).grouping)

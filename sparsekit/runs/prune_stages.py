@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
-from sparsekit.finished.prune_model import prune
+from sparsekit.finished.preparation import Options
+from sparsekit.finished.prune_model import PruneResult, prune
+from sparsekit.finished.repair_cut import RepairedCut, cut_and_repair
+from sparsekit.recipe.specs import FinetuneSpec, SparsifySpec
 from sparsekit.runs.arguments import make_sparsifier
-from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, with_latencies
+from sparsekit.runs.choosing import channel_costs, choose_masks, cut_masks, measured_curves, with_latencies
 from sparsekit.runs.rehearsal import training_images
 from sparsekit.runs.results import ChoiceFound, CutResult, LayerKept, SparsifyResult, as_json, from_json
 from sparsekit.runs.run import Run
@@ -25,10 +28,13 @@ from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks, Scores
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import apply_plan
-from sparsekit.surgery.verify import Agreement, verify_cut
+from sparsekit.surgery.verify import Agreement, agreement, outputs, verify_cut
 from sparsekit.training.checkpoint import save_state
 from sparsekit.training.loop import steps_per_epoch
 from sparsekit.training.options import Distillation
+
+# Outputs are the same if they differ by no more than this share of the largest, on so many images.
+_SAME, _COMPARED_IMAGES = 1e-4, 64
 
 
 class NothingToCutError(InputError):
@@ -40,7 +46,8 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
     model = run.weights("dense")
     groups = run.find_groups(model)
     hook = _hook(run, model, groups) if run.recipe.sparsify.epochs else None
-    run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook)
+    teacher = _teacher(run, run.recipe.sparsify)
+    run.train(model, run.arguments.phases.sparsify, "sparsify", tick, hook=hook, teacher=teacher)
     late = hook if isinstance(hook, LateChoice) and hook.masks else None
     if late is not None and run.files.writes:
         save_state(run.files.checkpoints / "settled.safetensors", late.masks)
@@ -56,8 +63,8 @@ def sparsify(run: Run, tick: Callable[[], None]) -> SparsifyResult:
 def cut(run: Run, tick: Callable[[], None]) -> CutResult:
     """Choose masks, make the plan, cut, and prove it. The cut model is left in checkpoints/cut."""
     model = run.weights("sparse")
-    if run.recipe.cut.repair is not None:
-        return _cut_and_repair(run, model)
+    if run.arguments.finished is not None:
+        return _prune_finished(run, model, run.arguments.finished)
     groups = run.find_groups(model)
     masks, choice = cut_masks(run, model, groups)
     if choice is not None:
@@ -71,15 +78,47 @@ def cut(run: Run, tick: Callable[[], None]) -> CutResult:
         )
     pruned = apply_plan(model, plan)
     proof = verify_cut(model, pruned, plan)
+    if run.recipe.cut.repair is not None:
+        repaired = run.by_the_first(lambda: _repaired(run, model, pruned, groups, plan))
+        if repaired is None:
+            run.say("repair: not needed: the outputs are the same without the channels that go")
+        else:
+            _tell_repair(run, repaired, "the sparse model")
+            pruned, proof = repaired.model, repaired.proof
     run.save_artifact(pruned, run.files.checkpoints / "cut", plan, {})
     return _result(model, groups, masks, plan, proof, choice)
 
 
-def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
-    """Prune a finished model with training images, whose labels are not used (`sparsekit.prune`)."""
-    repair, options, target = run.recipe.cut.repair, run.arguments.finished, run.arguments.target
+def _repaired(
+    run: Run, model: nn.Module, pruned: nn.Module, groups: ChannelGroups, plan: PrunePlan
+) -> RepairedCut | None:
+    """Make up for the cut of a sparse model with training images, without labels; None if it lost nothing."""
+    repair = run.recipe.cut.repair
     assert repair is not None
-    assert options is not None
+    images = training_images(run.recipe, run.inputs, repair.images)
+    if _loses_nothing(model, pruned, images):
+        return None
+    return cut_and_repair(
+        model,
+        groups,
+        plan,
+        images,
+        seconds=repair.distill_seconds,
+        seed=run.recipe.seed,
+        console=run.console,
+    )
+
+
+def _loses_nothing(model: nn.Module, pruned: nn.Module, images: Tensor) -> bool:
+    """Whether the cut model answers to some images as the sparse one does: what went was zero."""
+    seen = (images[:_COMPARED_IMAGES].to(next(model.parameters()).device),)
+    return agreement(outputs(model, seen), outputs(pruned, seen)).max_rel <= _SAME
+
+
+def _prune_finished(run: Run, model: nn.Module, options: Options) -> CutResult:
+    """Prune a finished model with training images, whose labels are not used (`sparsekit.prune`)."""
+    repair, target = run.recipe.cut.repair, run.arguments.target
+    assert repair is not None
     images = training_images(run.recipe, run.inputs, repair.images)
     found = run.by_the_first(
         lambda: prune(
@@ -93,14 +132,7 @@ def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
             **vars(options),
         )
     )
-    if found.interrupted:  # the stage is not done: --resume makes it again
-        raise KeyboardInterrupt
-    for step in found.steps:
-        run.files.log(
-            f"{step.name}: {step.kl:.4g} nats from the dense model" + ("" if step.taken else "; not taken")
-        )
-    for remark in found.remarks:
-        run.say(f"repair: {remark}")
+    _tell_repair(run, found, "the dense model")
     run.save_artifact(found.model, run.files.checkpoints / "cut", found.plan, {})
     search = found.speed
     multiples = {group.name: group.rounding.multiple for group in found.groups.free}
@@ -108,6 +140,18 @@ def _cut_and_repair(run: Run, model: nn.Module) -> CutResult:
     if search is not None:
         choice = ChoiceFound(multiples, search.asked, search.found, search.trials, search.remark)
     return _result(model, found.groups, found.masks, found.plan, found.proof, choice)
+
+
+def _tell_repair(run: Run, found: RepairedCut | PruneResult, teacher: str) -> None:
+    """Note what each step brought. Raises KeyboardInterrupt if Ctrl-C ended the learning."""
+    if found.interrupted:  # the stage is not done: --resume makes it again
+        raise KeyboardInterrupt
+    for step in found.steps:
+        run.files.log(
+            f"{step.name}: {step.kl:.4g} nats from {teacher}" + ("" if step.taken else "; not taken")
+        )
+    for remark in found.remarks:
+        run.say(f"repair: {remark}")
 
 
 def _result(
@@ -133,15 +177,19 @@ def _result(
 
 def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
     """Train the cut model without a penalty; returns it, on the device, and the plan it was cut by."""
-    spec = run.recipe.finetune
     folder = run.files.checkpoints / "cut"
     model = load_artifact(folder).to(run.accelerator.device)
     run.recalibrate(model)
-    teacher = None
-    if spec.distill is not None and spec.epochs:
-        teacher = Distillation(run.final_dense(), spec.distill.weight, spec.distill.temperature)
+    teacher = _teacher(run, run.recipe.finetune)
     run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)
     return model, PrunePlan.from_json(read_structure(folder)["plan"])
+
+
+def _teacher(run: Run, phase: SparsifySpec | FinetuneSpec) -> Distillation | None:
+    """Return the dense model as the teacher of a phase; None where the recipe does not ask for one."""
+    if phase.distill is None or not phase.epochs:
+        return None
+    return Distillation(run.final_dense(), phase.distill.weight, phase.distill.temperature)
 
 
 def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | LateChoice:
@@ -156,7 +204,9 @@ def _hook(run: Run, model: nn.Module, groups: ChannelGroups) -> Sparsifier | Lat
     measured = with_latencies(run, model, groups)
 
     def choose(importance: Scores) -> tuple[Masks, Mapping[str, Any]]:
-        masks, found = choose_masks(run, model, measured, importance)
+        by_curves = spec.importance == "curves"
+        known = measured_curves(run, model, groups, importance) if by_curves else importance
+        masks, found = choose_masks(run, model, measured, known)
         return masks, as_json(found)
 
     return LateChoice(sparsifier, max(round(steps * spec.warmup), 1), choose)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError, ModelError, first_line
 from sparsekit.export.session import check_provider
+from sparsekit.finished.images import FEWEST_IMAGES
 from sparsekit.machine import check_threads
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.runs.arguments import Arguments, Target, build_model, image_config, make_sparsifier
@@ -131,6 +132,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     arguments = Arguments.of(recipe)
     for options in (arguments.phases.dense, arguments.phases.sparsify, arguments.phases.finetune):
         make_optimizer(model, options)
+    _check_enough(recipe, len(data.train))
     count = min(2, recipe.data.batch_size)
     few = data.train.subset(np.arange(min(count, len(data.train))))
     loader = make_loader(few, config, training=True, batch_size=count, augment=arguments.augment)
@@ -144,6 +146,15 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     elif not groups.free:
         raise ModelError(
             f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
+        )
+
+
+def _check_enough(recipe: Recipe, n_train: int) -> None:
+    asking = ["cut.repair"] if recipe.cut.repair is not None else []
+    asking += ["sparsify.importance curves"] if recipe.sparsify.importance == "curves" else []
+    for key in asking if n_train < FEWEST_IMAGES else []:
+        raise InputError(
+            f"{key} needs at least {FEWEST_IMAGES} training images, and there are {n_train}; leave it out"
         )
 
 

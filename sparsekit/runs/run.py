@@ -231,9 +231,9 @@ class Run:
         }
 
 
-def on_cpu(model: nn.Module) -> nn.Module:
-    """Copy a model to the CPU, without the forward that accelerate may have set on it."""
-    duplicate = copy.deepcopy(model).cpu()
+def bare_copy(model: nn.Module) -> nn.Module:
+    """Copy a model without the forward that accelerate may have set on it."""
+    duplicate = copy.deepcopy(model)
     for name in ("forward", "_original_forward"):
         duplicate.__dict__.pop(name, None)
     return duplicate

@@ -117,12 +117,13 @@ def test_every_key_has_a_description() -> None:
 def test_dump_writes_every_default_out(load: Load) -> None:
     values = yaml.safe_load(dump_recipe(load()))
     for dotted, _ in fields(Recipe):
-        if dotted.startswith(("finetune.distill.", "cut.repair.")):
+        if dotted.startswith(("sparsify.distill.", "finetune.distill.", "cut.repair.")):
             continue
         value = values
         for key in dotted.split("."):
             assert key in value, dotted
             value = value[key]
+    assert values["sparsify"]["distill"] is None
     assert values["finetune"]["distill"] is None
     assert values["cut"]["repair"] is None
 
@@ -372,11 +373,10 @@ ONE_BAD_OVERRIDE = [
         "sparsify.penalty group_mcp spares what is far from zero, so strength auto ",
     ),
     ("sparsify.revive=true", "sparsify.revive is for a strength in numbers: auto chooses anew, "),
-    ("cut.repair={}", "cut.repair is for finished models: it needs sparsify.epochs 0, got 3; "),
     ("cut.repair={images: 8}", "cut.repair.images must be "),
     (
         "cut.importance=lasso",
-        "cut.importance lasso needs cut.repair: it ranks channels by what is repaired; ",
+        "cut.importance lasso needs cut.repair of a finished model (sparsify.epochs 0): it ranks channels by what ",
     ),
     ("cut.importance=fpgm", "cut.importance is read where masks are chosen at the cut, got fpgm although "),
     (
@@ -395,6 +395,32 @@ ONE_BAD_OVERRIDE = [
     ("cut.threshold=0.1", "cut.threshold is read only where cut.method is threshold, got method auto"),
     ("training.min_lr=0.2", None),
 ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cut.repair={}"],
+        ["cut.repair={}", "cut.target={max_accuracy_drop: 0.01}"],
+        [
+            "cut.repair={}",
+            "cut.target=null",
+            "sparsify.strength=1e-3",
+            "cut.method=gap",
+            "cut.importance=fpgm",
+        ],
+    ],
+)
+def test_a_sparse_model_is_repaired_whatever_chose_its_channels(load: Load, overrides: list[str]) -> None:
+    assert load("", *overrides).cut.repair == specs.RepairSpec()
+
+
+@pytest.mark.parametrize(
+    "target", ["{speedup: 2}", "{latency_ms: 5}", "{macs: 0.5, params: 0.5}", "{max_accuracy_drop: 0.01}"]
+)
+def test_curves_choose_where_masks_are_chosen_together(load: Load, target: str) -> None:
+    recipe = load("", "sparsify.importance=curves", f"cut.target={target}")
+    assert recipe.sparsify.importance == "curves"
 
 
 @pytest.mark.parametrize(("text", "message"), ONE_MISTAKE)
@@ -438,20 +464,40 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         ),
         (
             ["cut.repair={}", "sparsify.epochs=0", "cut.target={max_accuracy_drop: 0.01}"],
-            "cut.repair needs a cut.target of speedup, latency_ms, macs, params or channels, ",
-        ),
-        (
-            ["cut.repair={}", "sparsify.epochs=0", "cut.recalibrate=64"],
-            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
+            "cut.repair of a finished model (sparsify.epochs 0) needs a cut.target of speedup, latency_ms, macs, ",
         ),
         (
             ["cut.repair={}", "sparsify.epochs=0", "cut.importance=fpgm"],
-            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
+            "cut.repair chooses the channels of a finished model (sparsify.epochs 0) by itself: leave cut.method out, ",
         ),
-        (["sparsify.epochs=0", "cut.importance=lasso"], "cut.importance lasso needs cut.repair: it ranks "),
+        (
+            ["cut.repair={}", "cut.recalibrate=64"],
+            "cut.recalibrate is what cut.repair makes needless, got 64 images for it: ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={speedup: 2}", "sparsify.strength=1e-3"],
+            "sparsify.importance curves chooses what strength auto takes to zero, got a strength of 0.001; ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={speedup: 2}", "sparsify.epochs=0"],
+            "sparsify.importance curves chooses what strength auto takes to zero, got sparsify.epochs 0; ",
+        ),
+        (
+            ["sparsify.importance=curves", "cut.target={params: 0.5, max_accuracy_drop: 0.01}"],
+            "sparsify.importance curves needs a cut.target of a speed or of several shares, where the masks of all "
+            "groups are chosen together, got params alone, which is met by a threshold; ",
+        ),
+        (
+            ["sparsify.epochs=0", "cut.importance=lasso"],
+            "cut.importance lasso needs cut.repair of a finished model ",
+        ),
+        (
+            ["cut.repair={}", "sparsify.strength=0.001", "cut.importance=lasso"],
+            "cut.importance lasso needs cut.repair of a finished model ",
+        ),
         (
             ["cut.repair={}", "sparsify.epochs=0", "cut.method=gap", "cut.importance=lasso"],
-            "cut.repair chooses channels and repairs by itself: leave cut.method and cut.recalibrate out, ",
+            "cut.repair chooses the channels of a finished model (sparsify.epochs 0) by itself: leave cut.method out, ",
         ),
         (
             ["data.labels=false"],

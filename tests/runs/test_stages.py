@@ -52,6 +52,10 @@ def test_a_done_stage_is_skipped_and_only_what_it_depends_on_is_locked(tmp_path:
     assert again.files.result("x", dict) == {"found": 1}
     with pytest.raises(FileError, match=r"sparsify\.epochs"):
         run_stage(_run(tmp_path, "sparsify.epochs=99", resume=True), stage)
+    learning = Stage("y", _found, ("sparsify",))
+    run_stage(run, learning)
+    with pytest.raises(FileError, match=r"sparsify\.distill"):
+        run_stage(_run(tmp_path, "sparsify.distill={weight: 1}", resume=True), learning)
     (run.files.path / "left.txt").unlink()
     with pytest.raises(FileError, match=r"left\.txt is gone"):
         run_stage(_run(tmp_path, resume=True), stage)
