@@ -354,6 +354,32 @@ def test_a_cut_that_is_wrong_is_reported() -> None:
         verify_cut(model, cut, plan)
 
 
+class Amplifying(nn.Module):
+    """What two sums differ by in their last digits is all that its outputs show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e7 * self.head(self.first(x).relu()))
+
+
+def test_rounding_that_a_network_amplifies_is_not_taken_for_a_wrong_cut() -> None:
+    torch.manual_seed(0)
+    model = Amplifying()
+    groups = find_groups(model, torch.randn(1, 3, 8, 8))
+    plan = make_plan(groups, random_masks(groups, 0.5))
+    cut = apply_plan(model, plan)
+    assert compare_outputs(mask_model(model, plan), cut, plan.input_shapes).max_rel > 0.01
+    assert verify_cut(model, cut, plan).max_rel < 1e-6
+    assert next(cut.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        cut.head.weight.copy_(cut.head.weight.flip(1))
+    with pytest.raises(VerificationError, match="differs from the masked one"):
+        verify_cut(model, cut, plan)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_do_not_agree(value: float) -> None:
     model, inputs = build("Residual")
