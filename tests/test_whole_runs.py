@@ -247,6 +247,9 @@ def test_a_finished_checkpoint_is_repaired_with_images_that_have_no_labels(
     assert report.dense.accuracy == report.sparse.accuracy_before_cut == report.dense.accuracy_onnx == 1.0
     assert 0.8 <= report.sparse.accuracy_after_cut == report.pruned.accuracy
     assert "agreement with dense" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "classified correctly" not in page
+    assert "Test agreement" in page
     info = json.loads((tmp_path / "run" / "pruned" / "structure.json").read_text())["info"]
     assert info["test_agreement"] == report.pruned.accuracy
     planned = in_this_process("plan", tmp_path / "run", "--json")

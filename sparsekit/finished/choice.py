@@ -67,7 +67,9 @@ def choose_importance(measured: Measured, limits: Limits, show: StepDisplay) -> 
     prepared, curves = measured.prepared, measured.curves
     judge = Judge(prepared)
     gates = order_by_gates(prepared.groups, prepared.statistics.gates)
-    known, kl = judge.nearest(limits, curves, gates)
+    # Who asks for another order is not to get that of the gates.
+    offered = (curves, gates) if measured.importance == "greedy" else (curves,)
+    known, kl = judge.nearest(limits, *offered)
     if _MUCH_LOST < kl < math.inf and known is curves:
         show.begin("measuring loss curves half way")
         half = {quantity: share**0.5 for quantity, share in limits.items()}

@@ -88,13 +88,14 @@ class Measured:
 
     - `model` is the caller's. The groups of `prepared` have measured latencies if these were asked for.
     - `timed` is the input that speeds are measured with, with so many `threads`.
-    - `curves` are the loss curves of the groups.
+    - `curves` are the loss curves of the groups, whose channels go in the order of `importance`.
     """
 
     prepared: Prepared
     model: nn.Module
     timed: Tensor
     threads: int
+    importance: FinishedImportance
     curves: dict[str, LossCurve | Tensor]
 
 
@@ -138,7 +139,7 @@ def measure(
     del found
     prepared = _with_statistics(dense, groups, used, apart, options.seed, show, options.outputs)
     curves = measure_curves(prepared, show, options.importance)
-    return Measured(prepared, model, timed, options.threads, curves)
+    return Measured(prepared, model, timed, options.threads, options.importance, curves)
 
 
 def prepare(

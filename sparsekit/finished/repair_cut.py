@@ -103,7 +103,7 @@ def _other_outputs(held_out: HeldOut) -> list[str]:
         return []
     return [
         "the outputs were taken for scores of classes, and all classes are about as likely: if they are an embedding "
-        'or a regression, pass outputs="values", or what the cut changes in them is not seen'
+        'or a regression, use sparsekit.prune with outputs="values", or what the cut changes in them is not seen'
     ]
 
 

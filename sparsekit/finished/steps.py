@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -64,9 +65,12 @@ class Best:
     def _note(self, name: str, started: float, divergence: Divergence, taken: bool) -> None:
         seconds = time.monotonic() - started
         self.steps.append(PruneStep(name, seconds, divergence.kl, divergence.agreement, taken))
+        same = f", {divergence.agreement:.3f} of the answers the same"
+        if math.isnan(divergence.agreement):  # outputs that are no classes
+            same = ""
         self._work.show.say(
-            f"{name}: {divergence.kl:.4g} nats from {self._work.teacher}, {divergence.agreement:.3f} of the answers "
-            f"the same, {seconds:.0f} s" + ("" if taken else "; not taken")
+            f"{name}: {divergence.kl:.4g} nats from {self._work.teacher}{same}, {seconds:.0f} s"
+            + ("" if taken else "; not taken")
         )
 
 

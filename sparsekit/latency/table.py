@@ -13,6 +13,7 @@ from typing import Any
 import onnxruntime
 from platformdirs import user_cache_path
 
+from sparsekit.errors import RunError
 from sparsekit.files import write_json
 from sparsekit.latency.operators import Operator, time_operators
 from sparsekit.machine import describe_machine
@@ -94,7 +95,7 @@ class LatencyTable:
         content: dict[str, Any] = {"format": _FORMAT, "machine": self.machine, "ms": self._ms}
         try:
             write_json(self.path, content)
-        except OSError as error:
+        except (OSError, RunError) as error:
             warnings.warn(
                 f"the latency table cannot be kept in {self.path.parent} ({error}): the next run measures again; "
                 "set SPARSEKIT_CACHE to a folder that can be written",

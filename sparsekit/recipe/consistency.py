@@ -129,6 +129,18 @@ def _training_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             f"data.labels false needs dense.epochs 0, got {recipe.dense.epochs}: without labels the dense model cannot "
             "be trained, only a finished one can be made faster; set model.checkpoint or model.pretrained",
         )
+    if not recipe.data.labels and recipe.data.name not in ("folder", "digits"):
+        yield Contradiction(
+            ("data.labels", "data.name"),
+            f"data.labels false is for images in folders, got the data set {recipe.data.name}, which has labels; leave "
+            "it out, or set data.name to folder",
+        )
+    if not recipe.data.labels and recipe.dense.baseline:
+        yield Contradiction(
+            ("dense.baseline", "data.labels"),
+            "dense.baseline needs labels to train the dense model on, got data.labels false, where its own answers "
+            "take their place; leave it out",
+        )
     if (training.mixup or training.cutmix) and recipe.data.batch_size % 2:
         yield Contradiction(
             ("data.batch_size", "training.mixup", "training.cutmix"),

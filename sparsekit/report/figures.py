@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {
 _WIDTH_PT = 900.0
 
 
-_PANELS = (("loss", "training loss"), ("accuracy", "validation accuracy"), ("zero_share", "zero share"))
+_PANELS = (("loss", "training loss"), ("accuracy", "validation {measure}"), ("zero_share", "zero share"))
 
 
 def latency_svg(report: RunReport) -> str:
@@ -134,7 +134,7 @@ def attempts_svg(report: RunReport) -> str:
         axes.grid(axis="y", linewidth=0.8)
         axes.tick_params(length=0, pad=6)
         axes.spines["left"].set_visible(False)
-        return _svg(figure, "attempts", "Validation accuracy of the attempts over their speed")
+        return _svg(figure, "attempts", f"Validation {report.data.measure} of the attempts over their speed")
 
 
 def channels_svg(layers: Sequence[LayerFigures]) -> str:
@@ -173,7 +173,7 @@ def channels_svg(layers: Sequence[LayerFigures]) -> str:
         return _svg(figure, "channels", "Fraction of the channels kept in each group")
 
 
-def curves_svg(curves: Sequence[CurvePoint]) -> str:
+def curves_svg(curves: Sequence[CurvePoint], measure: str = "accuracy") -> str:
     """Draw loss, validation accuracy and zero share over the epochs of all phases, one panel each."""
     spans, branch = _timeline(curves)
     panels = [(name, title) for name, title in _PANELS if any(getattr(p, name) is not None for p in curves)]
@@ -187,7 +187,7 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
             _panel(axes, name, spans, branch)
             # A run of one epoch needs room at the left too.
             axes.set_xlim(0.5, last + 0.5)
-            axes.set_ylabel(title)
+            axes.set_ylabel(title.format(measure=measure))
             axes.yaxis.set_label_coords(-0.055, 0.5)
             if index == 0:
                 _name_phases(axes, spans, last)
@@ -195,7 +195,7 @@ def curves_svg(curves: Sequence[CurvePoint]) -> str:
                 axes.set_xlabel("epoch")
             else:
                 axes.set_xticklabels([])
-        return _svg(figure, "curves", "Loss, validation accuracy and zero share over the epochs")
+        return _svg(figure, "curves", f"Loss, validation {measure} and zero share over the epochs")
 
 
 @contextmanager

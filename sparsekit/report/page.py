@@ -51,7 +51,7 @@ def _page(report: RunReport) -> dict[str, Any]:
         "latency_figure": Markup(latency_svg(report)),
         "attempts_figure": Markup(attempts_svg(report)) if report.attempts else "",
         "channels_figure": Markup(channels_svg(report.layers)) if report.layers else "",
-        "curves_figure": Markup(curves_svg(report.curves)) if report.curves else "",
+        "curves_figure": Markup(curves_svg(report.curves, report.data.measure)) if report.curves else "",
         "baseline_drawn": any(point.phase == "baseline" for point in report.curves),
         "kept": sum(layer.kept for layer in report.layers),
         "channels": sum(layer.channels for layer in report.layers),

@@ -20,9 +20,13 @@ def main_rows(report: RunReport) -> list[_Row]:
 
     loss, loss_onnx = pruned.accuracy - dense.accuracy, pruned.accuracy_onnx - dense.accuracy_onnx
     size = numbers.change(dense.onnx_bytes / pruned.onnx_bytes, "smaller", "larger")
-    measure = "test accuracy" if report.data.labels else "agreement with dense"
     return [
-        row(measure, numbers.fraction, "accuracy", f"{loss:+.4f}"),
+        row(
+            "test accuracy" if report.data.labels else "agreement with dense",
+            numbers.fraction,
+            "accuracy",
+            f"{loss:+.4f}",
+        ),
         row("same, ONNX Runtime", numbers.fraction, "accuracy_onnx", f"{loss_onnx:+.4f}"),
         row("params", numbers.count, "params", numbers.change(report.params_ratio, "fewer", "more")),
         row("MACs", numbers.count, "macs", numbers.change(report.macs_ratio, "fewer", "more")),
@@ -43,14 +47,14 @@ def findings(report: RunReport) -> list[tuple[str, str]]:
         numbers.significant(report.speed_efficiency, 2) if report.benchmark.trustworthy else "not trustworthy"
     )
     return [
-        *([("asked for", _asked_text(report.asked))] if report.asked else []),
+        *([("asked for", _asked_text(report.asked, report.data.measure))] if report.asked else []),
         *_attempt_rows(report),
         ("speed-up", _speedup_text(report)),
         *((f"pruned, {variant.precision}", _variant_text(report, variant)) for variant in report.variants),
         ("speed efficiency", f"{speed} (speed-up / MACs ratio of {numbers.significant(report.macs_ratio)})"),
         ("near-zero channels", f"{sparse.near_zero_channels:,} of {sparse.channels:,}"),
         (
-            "accuracy at the cut" if report.data.labels else "agreement at the cut",
+            f"{report.data.measure} at the cut",
             f"{numbers.fraction(sparse.accuracy_before_cut)} before, "
             f"{numbers.fraction(sparse.accuracy_after_cut)} after",
         ),
@@ -121,11 +125,11 @@ def _faster(report: RunReport) -> str:
     return f"{interval_value(report.speedup)}× faster"
 
 
-def _asked_text(asked: Mapping[str, float]) -> str:
+def _asked_text(asked: Mapping[str, float], measure: str) -> str:
     phrases = {
         "speedup": "a speed-up of {:g}",
         "latency_ms": "{:g} ms",
-        "max_accuracy_drop": "at most {:g} of validation accuracy lost",
+        "max_accuracy_drop": f"at most {{:g}} of validation {measure} lost",
     }
     return ", ".join(phrases.get(key, f"{{:g}} of the {key}").format(value) for key, value in asked.items())
 
@@ -138,10 +142,15 @@ def _attempt_rows(report: RunReport) -> list[tuple[str, str]]:
         outcome = attempt.failure
         if attempt.accuracy is not None:
             outcome = (
-                f"validation accuracy {numbers.fraction(attempt.accuracy)}, {-attempt.drop:+.4f} against dense; "
-                f"{verdict}"
+                f"validation {report.data.measure} {numbers.fraction(attempt.accuracy)}, {-attempt.drop:+.4f} against "
+                f"dense; {verdict}"
             )
-        rows.append((f"attempt {attempt.number}", f"{_asked_text(attempt.target)}{measured}: {outcome}"))
+        rows.append(
+            (
+                f"attempt {attempt.number}",
+                f"{_asked_text(attempt.target, report.data.measure)}{measured}: {outcome}",
+            )
+        )
     return [*rows, *([("limited by", report.binds)] if report.binds else [])]
 
 
@@ -158,7 +167,7 @@ def _speedup_text(report: RunReport) -> str:
 def _variant_text(report: RunReport, variant: VariantFigures) -> str:
     speed = f"{interval_value(variant.speedup)} times as fast as dense ({interval_range(variant.speedup)})"
     return (
-        f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, accuracy "
+        f"{speed if report.benchmark.trustworthy else 'speed-up not trustworthy'}, {report.data.measure} "
         f"{numbers.fraction(variant.accuracy_onnx)}, {numbers.milliseconds(variant.latency_ms.median)}, "
         f"{numbers.size(variant.onnx_bytes)}"
     )

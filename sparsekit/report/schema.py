@@ -48,6 +48,11 @@ class DataInfo(_Record):
     test: Count
     labels: bool = True
 
+    @property
+    def measure(self) -> str:
+        """What the figures called accuracy are: that, or agreement with the dense model."""
+        return "accuracy" if self.labels else "agreement"
+
 
 class LatencyFigures(_Record):
     """Wall time of one run in ONNX Runtime, in ms: median, 10th and 90th percentile over the rounds."""

@@ -94,7 +94,7 @@ def _budget(target: Target) -> float:
 def _first_result(run: Run) -> AttemptsResult:
     full, most = full_target(run.arguments.target, *check_speed(run))
     dense = run.evaluate(run.final_dense(), run.images("validation"))
-    run.say(f"attempts: the dense model gets {dense:.4f} of the validation images right")
+    run.say(f"attempts: the dense model has a validation {run.measure} of {dense:.4f}")
     return AttemptsResult(full, most, dense)
 
 
@@ -123,7 +123,7 @@ def _attempt(
     drop = found.dense_accuracy - tuned.validation_accuracy
     accepted = drop <= _budget(run.arguments.target)
     run.say(
-        f"attempts: {number}, {asked}: {tuned.validation_accuracy:.4f} of the validation images, {drop:.4f} lower than "
+        f"attempts: {number}, {asked}: validation {run.measure} {tuned.validation_accuracy:.4f}, {drop:.4f} lower than "
         f"dense: {'within the budget' if accepted else 'too much'}"
     )
     measured = choice.found.measured if choice is not None and choice.found is not None else None

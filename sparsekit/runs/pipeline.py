@@ -63,6 +63,7 @@ from sparsekit.runs.run_directory import RunDirectory
 from sparsekit.runs.stages import Stage, run_stage
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.plan import PrunePlan
+from sparsekit.training.data_sources import Images
 
 # Float32 kernels that add in another order differ by 1e-6. Ten times the largest difference seen is a wrong graph.
 _PARITY_LIMIT = 1e-3
@@ -158,6 +159,7 @@ def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
         config=run.inputs.config,
         model_args=run.inputs.model_args,
         figures=None if run.arguments.trains_baseline else _dense_figures(run, model),
+        commonest_answer=0.0 if run.recipe.data.labels else _commonest(run.images("test")),
     )
 
 
@@ -297,6 +299,11 @@ def _dense_figures(run: Run, model: nn.Module) -> DenseFigures:
     model.to(run.accelerator.device)
     accuracy = run.evaluate(model, run.images("test"))
     return DenseFigures(accuracy, count_params(model), count_macs(model, run.example))
+
+
+def _commonest(images: Images) -> float:
+    """Return the share of the images that have the commonest label."""
+    return float(np.bincount(images.labels).max()) / len(images)
 
 
 def _compare_on_test(run: Run) -> CutEffect:

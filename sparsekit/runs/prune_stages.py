@@ -98,7 +98,7 @@ def _repaired(
     images = training_images(run.recipe, run.inputs, repair.images)
     if _loses_nothing(model, pruned, images):
         return None
-    return cut_and_repair(
+    repaired = cut_and_repair(
         model,
         groups,
         plan,
@@ -107,6 +107,8 @@ def _repaired(
         seed=run.recipe.seed,
         console=run.console,
     )
+    # All processes get it: on one GPU there may be no room for so many.
+    return replace(repaired, model=repaired.model.cpu())
 
 
 def _loses_nothing(model: nn.Module, pruned: nn.Module, images: Tensor) -> bool:
@@ -120,8 +122,9 @@ def _prune_finished(run: Run, model: nn.Module, options: Options) -> CutResult:
     repair, target = run.recipe.cut.repair, run.arguments.target
     assert repair is not None
     images = training_images(run.recipe, run.inputs, repair.images)
-    found = run.by_the_first(
-        lambda: prune(
+
+    def prune_it() -> PruneResult:
+        pruned = prune(
             model,
             images,
             speedup=target.speedup,
@@ -131,7 +134,9 @@ def _prune_finished(run: Run, model: nn.Module, options: Options) -> CutResult:
             console=run.console,
             **vars(options),
         )
-    )
+        return replace(pruned, model=pruned.model.cpu())
+
+    found = run.by_the_first(prune_it)
     _tell_repair(run, found, "the dense model")
     run.save_artifact(found.model, run.files.checkpoints / "cut", found.plan, {})
     search = found.speed

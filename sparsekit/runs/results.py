@@ -52,12 +52,16 @@ class DenseFigures:
 
 @dataclass(frozen=True)
 class DenseResult:
-    """The dense model and the data. `figures` is None where the baseline is measured instead."""
+    """The dense model and the data. `figures` is None where the baseline is measured instead.
+
+    Without labels `commonest_answer` is the share of the test images that get the commonest of its answers; else 0.
+    """
 
     data: DataFound
     config: InputConfig
     model_args: dict[str, JsonValue]
     figures: DenseFigures | None
+    commonest_answer: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class TestedCut:
         """One line for the log of the run."""
         effect = self.effect
         return (
-            f"{self.cut}, test accuracy "
+            f"{self.cut}, on the test images "
             f"{effect.accuracy_before_cut:.4f} -> {effect.accuracy_after_cut:.4f}, largest logit change "
             f"{effect.max_abs_logit_change:.1e}"
         )

@@ -55,8 +55,9 @@ class Run:
     accelerator: Accelerator
     console: Console
     origin: RunDirectory | None = None
+    # Shared with the runs of attempts, which `replace` makes.
+    _answered: dict[str, Images] = field(repr=False, default_factory=dict)
     arguments: Arguments = field(init=False)
-    _answered: dict[str, Images] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arguments", Arguments.of(self.recipe))
@@ -97,6 +98,11 @@ class Run:
     def find_groups(self, model: nn.Module) -> ChannelGroups:
         """Find the channel groups of a model, with the options of the recipe."""
         return find_groups(model, self.example, **self.arguments.grouping)
+
+    @property
+    def measure(self) -> str:
+        """What models are judged by: accuracy, or agreement with the dense model where there are no labels."""
+        return "accuracy" if self.recipe.data.labels else "agreement"
 
     def images(self, split: Split) -> Images:
         """Return the images of a split; if they have no labels, with the answers of the dense model in their place."""
@@ -220,12 +226,11 @@ class Run:
 
         Without labels an accuracy is agreement with the dense model, and is called so.
         """
-        called = "accuracy" if self.recipe.data.labels else "agreement"
         return {
             "model": self.recipe.model.name,
             "class_names": list(self.inputs.data.class_names),
             **asdict(self.inputs.config),
-            **{name.replace("accuracy", called): value for name, value in accuracies.items()},
+            **{name.replace("accuracy", self.measure): value for name, value in accuracies.items()},
             "recipe": dump_recipe(self.recipe),
             "versions": library_versions(),
         }

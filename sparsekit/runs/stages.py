@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,8 @@ def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None
     try:
         result = stage.body(run, tick)
     except BaseException as error:
-        run.files.log(f"{name}: stopped by {type(error).__name__}: {error}")
+        with suppress(OSError):  # of a full disk, this line would hide the message
+            run.files.log(f"{name}: stopped by {type(error).__name__}: {error}")
         raise
     run.accelerator.wait_for_everyone()
     tick()

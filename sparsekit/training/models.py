@@ -71,6 +71,11 @@ def trained_classes(
     _check_name(name)
     with torch.random.fork_rng():
         model: Any = _build(name, False, image_size, args or {})
+    if not _classifier_names(model) or model.num_classes < 1:
+        raise ModelError(
+            f"{name} has no classifier, so its answers cannot be compared; a recipe needs a model that has one. "
+            'For an embedding use sparsekit.prune with outputs="values".'
+        )
     if checkpoint is None:
         return int(model.num_classes)
     weights = _read_weights(checkpoint)
@@ -79,7 +84,7 @@ def trained_classes(
             return len(weights[f"{classifier}.weight"])
     raise FileError(
         f"checkpoint {checkpoint} does not say how many classes it knows: it has no "
-        f"{' or '.join(f'{one}.weight' for one in _classifier_names(model)) or 'classifier'}. "
+        f"{' or '.join(f'{one}.weight' for one in _classifier_names(model))}. "
         "Name the model that it was trained with."
     )
 

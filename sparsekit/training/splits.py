@@ -66,7 +66,7 @@ def open_data(
     else:
         class_names, kinds_of = (), "no labels"
         opened = [(images.labelled(np.zeros(len(images), dtype=np.int64)), ()) for images, _ in opened]
-    _refuse_same(named, [images for images, _ in opened])
+    _refuse_same(named, [images for images, _ in opened], labels=labels)
     parts = dict(zip(named, (images for images, _ in opened), strict=True))
     rng = np.random.default_rng(seed)
     rest = parts[train]
@@ -121,10 +121,11 @@ def _named(name: str, root: Path | None) -> str:
     return f"{name} {root}" if root is not None else name
 
 
-def _refuse_same(names: Sequence[str], parts: Sequence[Images]) -> None:
-    # Compared by content: "val" and "validation", or "val" and "test" of torch/cifar10, name the same images.
+def _refuse_same(names: Sequence[str], parts: Sequence[Images], *, labels: bool) -> None:
+    # Compared by content: "val" and "validation", or "val" and "test" of torch/cifar10, name the same images. One image
+    # says little where there are no labels.
     for (name, images), (other_name, other) in combinations(zip(names, parts, strict=True), 2):
-        if np.array_equal(images.labels, other.labels) and images[0][0] == other[0][0]:
+        if labels and np.array_equal(images.labels, other.labels) and images[0][0] == other[0][0]:
             raise DataError(
                 f"the splits {name!r} and {other_name!r} hold the same images; "
                 "train, validation and test must differ. Leave one out to set a share of train aside."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,17 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_run(
         assert table.ms([CONV]) == [1.0]
     assert table.ms([CONV]) == [1.0]
     assert stopwatch.shown == [CONV]
+
+
+def test_a_full_disk_costs_a_warning_and_no_run(
+    stopwatch: Stopwatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(old: object, new: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.warns(UserWarning, match="no space is left on its disk"):
+        assert LatencyTable(cache=tmp_path).ms([CONV]) == [1.0]
 
 
 def test_the_folder_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

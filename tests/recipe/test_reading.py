@@ -506,6 +506,17 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
         (
             [
                 *("data.labels=false", "dense.epochs=0", "model.pretrained=true"),
+                *("data.name=torch/cifar10", "data.root=x"),
+            ],
+            "data.labels false is for images in folders, got the data set torch/cifar10, which has labels",
+        ),
+        (
+            ["data.labels=false", "dense.epochs=0", "model.pretrained=true", "dense.baseline=true"],
+            "dense.baseline needs labels to train the dense model on, got data.labels false",
+        ),
+        (
+            [
+                *("data.labels=false", "dense.epochs=0", "model.pretrained=true"),
                 *("sparsify.epochs=0", "cut.importance=taylor"),
             ],
             "cut.importance taylor takes gradients at labels, got data.labels false",

@@ -74,6 +74,10 @@ def test_a_finished_model_says_how_many_classes_it_knows(tmp_path: Path) -> None
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(FileError, match=r"does not say how many classes it knows: it has no head.weight"):
         known("test_vit", file)
+    with pytest.raises(
+        ModelError, match=r"vit_small_patch14_dinov2 has no classifier, so its answers cannot"
+    ):
+        known("vit_small_patch14_dinov2")
 
 
 def test_checkpoint_with_other_classes(tmp_path: Path) -> None:
