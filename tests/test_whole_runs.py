@@ -252,6 +252,18 @@ def test_a_finished_checkpoint_is_repaired_with_images_that_have_no_labels(
     assert "Test agreement" in page
     info = json.loads((tmp_path / "run" / "pruned" / "structure.json").read_text())["info"]
     assert info["test_agreement"] == report.pruned.accuracy
+    assert not any("the same answer" in warning for warning in report.warnings)
+    journal = tmp_path / "run" / "checkpoints" / "journal.json"
+    stages = json.loads(journal.read_text())["stages"]
+    assert 0.05 < stages[0]["result"]["commonest_answer"] < 0.3
+    stages[0]["result"]["commonest_answer"] = 0.97
+    journal.write_text(json.dumps({"stages": stages}))
+    again = in_this_process("report", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    warned = read_report(tmp_path / "run" / "report.json").warnings
+    assert any(
+        warning.startswith("The dense model gives 97% of the test images the same") for warning in warned
+    )
     planned = in_this_process("plan", tmp_path / "run", "--json")
     assert planned.returncode == 0, planned.stderr
     found = json.loads(planned.stdout)
