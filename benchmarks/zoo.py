@@ -11,12 +11,18 @@ Each model runs in a process of its own, within a time limit. The first stage th
     analyse    find_groups
     cut        half the units of every free group go, drawn at random with a fixed seed
     prove      verify_cut: the cut model equals the masked one
-    repair     the same cut after repair_weights, proved; how far both cuts are from the dense model, on random images
     api        what timm's own methods promise still holds (only where it held for the dense model)
     train      an SGD step at batch 2; no parameter loses its gradient
     cut_again  half of every group of the cut model
     save, load an artifact, read by a fresh process that must give equal logits
     export, parity   ONNX, and ONNX Runtime within 1e-3 of the largest logit
+
+`repair` is a part of its own, which `--only repair` runs alone. Half the units of every free group go, at random, as
+far as their rounding allows, without and with `repair_weights`; both cuts are compared with the dense model on images
+that the repair has not seen. Images are coloured blobs: they differ from each other and have fewer dimensions than
+pixels, as photographs do, while the outputs of a random network hardly differ on white noise. BatchNorms first get the
+statistics of such images, as if they had been trained on them. A constant answer is compared too: an error above its
+own says that a cut model has nothing left of what the dense one tells apart.
 
 Torch-Pruning cuts the same dense model (magnitude, half of every layer, the classifier left alone) with the attention
 patch of its authors' timm example; its stages are prune, forward, export and parity. Results are written after
@@ -60,7 +66,9 @@ MAX_PARAMS = 60e6
 MODELS_A_FILE = 4
 CUT_TOLERANCE = 1e-4
 # Random images that a repair is fitted to, others that it is judged on, and how many run at once.
-REPAIR_IMAGES, REPAIR_JUDGED, REPAIR_BATCH = 16, 4, 4
+REPAIR_IMAGES, REPAIR_JUDGED, REPAIR_BATCH = 32, 16, 8
+# Each image is a sum of grids of so many points a side, enlarged: a colour, and blobs.
+GRIDS = (1, 4)
 PARITY_LIMIT = 1e-3
 Record = dict[str, Any]
 
@@ -179,14 +187,27 @@ def enliven_(model: nn.Module, input_size: Sequence[int]) -> None:
                 noise = torch.rand(parameter.shape, generator=generator)
                 table = parameter.dim() > 1 and float(flat[0]) == 0
                 parameter.copy_(0.2 * (noise - 0.5) if table or name.endswith("bias") else 0.5 + noise)
-        norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 1.0
-        with contextlib.suppress(Exception):  # one that does not train keeps the statistics it has
-            model.train()(torch.randn(4, *input_size, generator=generator))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+    settle_norms_(model, [torch.randn(4, *input_size, generator=generator)])
+
+
+def settle_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Give every BatchNorm the mean statistics of these batches; the model is left in training mode."""
+    import torch
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    with (
+        torch.no_grad(),
+        contextlib.suppress(Exception),
+    ):  # one that does not train keeps the statistics it has
+        model.train()
+        for batch in batches:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def forward(chain: Chain) -> None:
@@ -261,18 +282,30 @@ def cut(chain: Chain) -> None:
     chain.figures["macs_removed"] = 1 - macs / chain.figures["macs"] if chain.figures["macs"] else 0.0
 
 
-def halve(model: nn.Module, groups: sk.ChannelGroups, seed: int) -> tuple[sk.PrunePlan, nn.Module]:
-    """Remove n // 2 of the n units of every free group, drawn at random."""
+def halve(
+    model: nn.Module, groups: sk.ChannelGroups, seed: int, *, rounded: bool = False
+) -> tuple[sk.PrunePlan, nn.Module]:
+    """Remove n // 2 of the n units of every free group, drawn at random; `rounded`: as many as may go."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for group in groups.free:
         mask = torch.ones(group.n_channels, dtype=torch.bool)
-        mask[torch.randperm(group.n_channels, generator=generator)[: group.n_channels // 2]] = False
+        order = torch.randperm(group.n_channels, generator=generator)
+        mask[order[: group.n_channels - n_kept(group, rounded=rounded)]] = False
         masks[group.name] = mask
     plan = sk.make_plan(groups, masks)
     return plan, sk.apply_plan(model, plan)
+
+
+def n_kept(group: sk.ChannelGroup, *, rounded: bool) -> int:
+    """Half of the units; `rounded`: up to a number that the group's rounding allows."""
+    half = group.n_channels - group.n_channels // 2
+    if not rounded:
+        return half
+    multiple, least = group.rounding.multiple, group.rounding.least
+    return min(-(-max(half, least) // multiple) * multiple, group.n_channels)
 
 
 def prove(chain: Chain) -> None:
@@ -281,40 +314,6 @@ def prove(chain: Chain) -> None:
     chain.figures["max_rel"] = agreement.max_rel
     if not agreement.max_rel <= CUT_TOLERANCE:
         raise ValueError(f"masked and cut model differ by {agreement.max_rel:.3g} of the largest output")
-
-
-def repair(chain: Chain) -> None:
-    """How far the cut model is from the dense one without and with repair; the repaired cut equals the masked one."""
-    import torch
-
-    generator = torch.Generator().manual_seed(2)
-    size = (REPAIR_IMAGES + REPAIR_JUDGED, *chain.example.shape[1:])
-    batches = torch.randn(size, generator=generator).split(REPAIR_BATCH)
-    fitted, judged = batches[: REPAIR_IMAGES // REPAIR_BATCH], batches[REPAIR_IMAGES // REPAIR_BATCH :]
-    found = sk.input_statistics(chain.model, chain.groups, fitted, gradients=False)
-    whole = sk.repair_weights(chain.model, chain.plan, found)
-    repaired = sk.apply_plan(whole, chain.plan)
-    chain.figures["cut_error"] = relative_error(chain.model, chain.pruned, judged)
-    chain.figures["repaired_error"] = relative_error(chain.model, repaired, judged)
-    agreement = sk.verify_cut(whole, repaired, chain.plan, tolerance=math.inf)
-    if not agreement.max_rel <= CUT_TOLERANCE:
-        raise ValueError(
-            f"repaired, masked and cut model differ by {agreement.max_rel:.3g} of the largest output"
-        )
-
-
-def relative_error(dense: nn.Module, other: nn.Module, batches: Sequence[Tensor]) -> float:
-    """The norm of the difference of all outputs over the norm of the dense model's."""
-    import torch
-
-    def outputs(model: nn.Module) -> Tensor:
-        # Through train(): it drops tensors that some timm models compute in eval mode and keep.
-        model = copy.deepcopy(model).train().eval()
-        with torch.no_grad():
-            return torch.cat([x.double().flatten() for batch in batches for x in flat_tensors(model(batch))])
-
-    target = outputs(dense)
-    return float((outputs(other) - target).norm() / target.norm())
 
 
 def api(chain: Chain) -> None:
@@ -515,6 +514,69 @@ def peer_export(chain: Chain) -> None:
     )
 
 
+# ---- repair, on its own ----------------------------------------------------------------------------------------------
+
+
+def repair(chain: Chain) -> None:
+    """How far the cut model is from the dense one without and with repair; the repaired cut equals the masked one."""
+    images = random_images(REPAIR_IMAGES + REPAIR_JUDGED, chain.example.shape[1:], seed=2)
+    fitted, judged = (part.split(REPAIR_BATCH) for part in images.split([REPAIR_IMAGES, REPAIR_JUDGED]))
+    dense = chain.model
+    settle_norms_(dense, fitted)
+    dense.eval()
+    groups = sk.find_groups(dense, chain.example)
+    plan, plainly_cut = halve(dense, groups, seed=0, rounded=True)
+
+    started = time.perf_counter()
+    found = sk.input_statistics(dense, groups, fitted, gradients=False)
+    whole = sk.repair_weights(dense, plan, found)
+    repaired = sk.apply_plan(whole, plan)
+    chain.figures["repair_seconds"] = round(time.perf_counter() - started, 3)
+
+    readers = {c.tensor for c in plan.cuts if c.role == "consumer" and c.drop}
+    chain.figures["repaired_layers"] = len(readers & found.layers.keys())
+    chain.figures["left_out"] = {layer: why for layer, why in found.left_out.items() if layer in readers}
+
+    target = outputs_on(dense, judged)
+    always = outputs_on(dense, fitted).mean(0, keepdim=True)
+    errors = {
+        "cut_error": outputs_on(plainly_cut, judged) - target,
+        "repaired_error": outputs_on(repaired, judged) - target,
+        "constant_error": always - target,
+    }
+    for name, difference in errors.items():
+        error = float(difference.norm() / target.norm())
+        if not math.isfinite(error):
+            raise ValueError(f"{name} is {error}")
+        chain.figures[name] = error
+    sk.verify_cut(whole, repaired, plan, tolerance=CUT_TOLERANCE)
+
+
+def random_images(n: int, size: Sequence[int], seed: int) -> Tensor:
+    """Coloured blobs: sums of random grids that are enlarged to the size of the images."""
+    import torch
+    from torch.nn import functional as F
+
+    generator = torch.Generator().manual_seed(seed)
+    channels, *sides = size
+    grids = [torch.randn(n, channels, points, points, generator=generator) for points in GRIDS]
+    layers = [F.interpolate(grid, sides, mode="bilinear", align_corners=False) for grid in grids]
+    return torch.stack(layers).sum(0) / len(GRIDS) ** 0.5
+
+
+def outputs_on(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """All outputs of a model (images, outputs)."""
+    import torch
+
+    # Through train(): it drops tensors that some timm models compute in eval mode and keep.
+    model = copy.deepcopy(model)
+    model.train()
+    model.eval()
+    with torch.no_grad():
+        rows = [[x.double().flatten(1) for x in flat_tensors(model(batch))] for batch in batches]
+    return torch.cat([torch.cat(row, 1) for row in rows])
+
+
 PARTS: dict[str, dict[str, Stage]] = {
     "sparsekit": {
         "build": build,
@@ -522,7 +584,6 @@ PARTS: dict[str, dict[str, Stage]] = {
         "analyse": analyse,
         "cut": cut,
         "prove": prove,
-        "repair": repair,
         "api": api,
         "train": train,
         "cut_again": cut_again,
@@ -531,6 +592,7 @@ PARTS: dict[str, dict[str, Stage]] = {
         "export": export,
         "parity": parity,
     },
+    "repair": {"build": build, "repair": repair},
     "torch-pruning": {
         "build": build,
         "prune": peer_prune,
@@ -623,19 +685,28 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> str:
 KEYS = (
     *("status", "params_removed", "macs_removed", "frozen", "frozen_reasons", "frozen_main_reason"),
     *("seconds", "forward_backward_seconds", "analysis_ratio_ok", "max_rel", "parity_max_rel"),
-    *("cut_error", "repaired_error"),
     *("api", "dense_train_error", "error"),
 )
 PEER_KEYS = ("status", "seconds", "params_removed", "error")
+ERRORS = ("cut_error", "repaired_error", "constant_error")
+REPAIR_KEYS = (
+    *("status", *ERRORS),
+    *("repaired_layers", "left_out", "repair_seconds", "seconds", "error"),
+)
+# What says that a part has been run.
+RUN = {"sparsekit": "status", "repair": "repair", "torch-pruning": "torch_pruning_status"}
 
 
 def run_model(name: str, arguments: argparse.Namespace) -> Record:
     """What the parts asked for say of one model."""
     record: Record = {"model": name}
-    if arguments.only != "torch-pruning":
+    if arguments.only in (None, "repair"):
+        repaired = run_part("repair", name, arguments.threads, arguments.timeout)
+        record["repair"] = {key: repaired.get(key) for key in REPAIR_KEYS}
+    if arguments.only in (None, "sparsekit"):
         found = run_part("sparsekit", name, arguments.threads, arguments.timeout)
         record |= {key: found.get(key) for key in KEYS}
-    if arguments.only != "sparsekit":
+    if arguments.only in (None, "torch-pruning"):
         peer = run_part("torch-pruning", name, arguments.threads, arguments.peer_timeout)
         seconds = {stage: s for stage, s in peer["seconds"].items() if stage != "build"}
         peer["seconds"] = arguments.peer_timeout if peer["timed_out"] else round(sum(seconds.values()), 3)
@@ -647,40 +718,51 @@ def run_model(name: str, arguments: argparse.Namespace) -> Record:
 def run_all(names: Sequence[str], arguments: argparse.Namespace, console: Console) -> list[Record]:
     """Run what is asked for; results and page are written after each model.
 
-    With `--resume`, models that have the results asked for are left out; with `--only`, the other part's are kept.
+    With `--resume`, models that have the results asked for are left out; with `--only`, the other parts' are kept.
     """
     file = arguments.output / "zoo.json"
     earlier: dict[str, Record] = {}
     if (arguments.resume or arguments.only) and file.exists():
         earlier = {record["model"]: record for record in json.loads(file.read_text(encoding="utf-8"))}
-    blank = dict.fromkeys((*KEYS, *(f"torch_pruning_{key}" for key in PEER_KEYS)))
+    blank = dict.fromkeys((*KEYS, "repair", *(f"torch_pruning_{key}" for key in PEER_KEYS)))
     records = {name: {"model": name, **blank, **earlier.get(name, {})} for name in [*earlier, *names]}
-    wanted = {None: ("status", "torch_pruning_status"), "sparsekit": ("status",)}.get(
-        arguments.only, ("torch_pruning_status",)
-    )
+    wanted = [RUN[part] for part in PARTS if arguments.only in (None, part)]
     open_names = [n for n in names if not (arguments.resume and all(records[n][key] for key in wanted))]
     with Progress(console=console) as progress:
         task = progress.add_task("zoo", total=len(open_names))
         for name in open_names:
             progress.update(task, description=name)
             records[name] |= run_model(name, arguments)
-            begun = [r for r in records.values() if r["status"] or r["torch_pruning_status"]]
+            begun = [r for r in records.values() if any(r[key] for key in RUN.values())]
             write_json(file, begun)
             write_text(arguments.docs, page(begun))
             progress.console.print(
-                f"{name}: {_summary(records[name])}", highlight=False, markup=False, soft_wrap=True
+                f"{name}: {_summary(records[name], arguments.only)}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
             progress.advance(task)
     return list(records.values())
 
 
-def _summary(record: Record) -> str:
-    text = ""
-    if record["status"]:
-        text = f"{record['status']}, {sum(record['seconds'].values()):.0f} s"
-    if record["torch_pruning_status"]:
-        text += f" (Torch-Pruning: {record['torch_pruning_status']})"
-    return f"{text}; {record['error']}" if record["error"] else text
+def _summary(record: Record, only: str | None) -> str:
+    """What has just been run, in a line."""
+    parts, errors = [], []
+    if only in (None, "sparsekit"):
+        parts.append(f"{record['status']}, {sum(record['seconds'].values()):.0f} s")
+        errors.append(record["error"])
+    if only in (None, "repair"):
+        found = record["repair"]
+        parts.append(f"repair: {found['status']}, {_errors(found)}")
+        errors.append(found["error"])
+    if only in (None, "torch-pruning"):
+        parts.append(f"Torch-Pruning: {record['torch_pruning_status']}")
+    return "; ".join([*parts, *(error for error in errors if error)])
+
+
+def _errors(found: Record) -> str:
+    return f"error {_number(found['cut_error'], 3)} cut, {_number(found['repaired_error'], 3)} repaired"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -696,13 +778,12 @@ def page(records: Sequence[Record]) -> str:
         f"command: `{shlex.join(['python', 'benchmarks/zoo.py', *sys.argv[1:]])}`",
     ]
     if "--only" in sys.argv:
-        circumstances.append(
-            "this command ran one of the two; the other's results are those of an earlier run"
-        )
+        circumstances.append("this command ran one part; the results of the others are those of earlier runs")
     failures = [
-        f"- `{record['model']}`, {record['status']}: {_escaped(record['error'] or '')}"
+        f"- `{record['model']}`, {what['status']}: {_escaped(what['error'] or '')}"
         for record in records
-        if record["status"] not in ("ok", None)
+        for what in (record, record["repair"])
+        if what and what["status"] not in ("ok", None)
     ]
     return "\n".join(
         [
@@ -710,10 +791,14 @@ def page(records: Sequence[Record]) -> str:
             "",
             "Written by `python benchmarks/zoo.py`, whose docstring says what each stage does. Half the units of "
             "every free group are cut; `removed` and `frozen` are fractions. Frozen parameters lie in tensors that no "
-            "free group touches; the reason given is the one that keeps most of them. `error` is how far the cut "
-            f"model's output is from the dense one's on {REPAIR_JUDGED} random images, over the norm of the dense "
-            f"one's; `repaired` the same with `repair_weights`, of {REPAIR_IMAGES} others. The status is `ok` or the "
+            "free group touches; the reason given is the one that keeps most of them. The status is `ok` or the "
             "first stage that failed.",
+            "",
+            "Three columns are relative errors of the output against the dense model's, norm over norm, on "
+            f"{REPAIR_JUDGED} random images: `cut` of the model that lost half of every free group, as far as the "
+            f"rounding allows; `repaired` of the same cut after `repair_weights`, fitted to {REPAIR_IMAGES} other "
+            "images; `constant` of the mean of the dense model's outputs on these, whatever the image. The weights "
+            "are random: the errors compare the ways, they are not those of trained networks.",
             "",
             *(f"- {line}" for line in counts(records) + circumstances),
             "",
@@ -739,14 +824,7 @@ def counts(records: Sequence[Record]) -> list[str]:
             f"{medians['macs_removed']:.2f} of the MACs, {medians['frozen']:.2f} frozen; nothing to remove in "
             f"{nothing}"
         )
-    fixed = [(r["cut_error"], r["repaired_error"]) for r in records if r.get("repaired_error") is not None]
-    if fixed:
-        errors = [statistics.median(errors) for errors in zip(*fixed, strict=True)]
-        lines.append(
-            f"relative error of the output after the cut, medians of {len(fixed)}: {errors[0]:.3f}, and "
-            f"{errors[1]:.3f} with repair_weights; smaller with it in "
-            f"{sum(after < before for before, after in fixed)}"
-        )
+    lines += repair_counts([record["repair"] for record in records if record["repair"]])
     timed = [record["analysis_ratio_ok"] for record in records if record["analysis_ratio_ok"] is not None]
     lines.append(
         f"analysis within 3 forward and backward passes plus 5 s: {sum(timed)} of {len(timed)} analysed"
@@ -755,6 +833,23 @@ def counts(records: Sequence[Record]) -> list[str]:
         lines.append(f"not run yet through sparsekit's chain: {left} of {len(records)}")
     peers = [record["torch_pruning_status"] for record in records if record["torch_pruning_status"]]
     return lines + ([_tally("Torch-Pruning", peers)] if peers else [])
+
+
+def repair_counts(found: Sequence[Record]) -> list[str]:
+    """On how many models repair ran, acted, and brought the output nearer."""
+    if not found:
+        return []
+    lines = [_tally("repair", [one["status"] for one in found])]
+    acted = [one for one in found if one["status"] == "ok" and one["repaired_layers"]]
+    if acted:
+        lower = sum(one["repaired_error"] < one["cut_error"] for one in acted)
+        below = sum(one["repaired_error"] < one["constant_error"] for one in acted)
+        ratio = statistics.median(one["repaired_error"] / one["cut_error"] for one in acted)
+        lines.append(
+            f"it had layers to repair in {len(acted)}, and lowered the error of the output in {lower} of them: the "
+            f"median is {ratio:.2f} of what it was; nearer than a constant answer are {below}"
+        )
+    return lines
 
 
 def _tally(who: str, statuses: Sequence[str]) -> str:
@@ -766,16 +861,16 @@ def _tally(who: str, statuses: Sequence[str]) -> str:
 def table(records: Sequence[Record]) -> list[str]:
     """One row for each model."""
     rows = [
-        "| model | status | params removed | MACs removed | error | repaired | frozen | mainly because | analysis s "
-        "| all s | Torch-Pruning |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | status | params removed | MACs removed | cut | repaired | constant | frozen | mainly because "
+        "| analysis s | all s | Torch-Pruning |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         cells = [
             record["model"],
             record["status"] or "",
             *(_number(record[key], 2) for key in ("params_removed", "macs_removed")),
-            *(_number(record.get(key), 3) for key in ("cut_error", "repaired_error")),
+            *(_number((record["repair"] or {}).get(key), 3) for key in ERRORS),
             _number(record["frozen"], 2),
             _escaped(record["frozen_main_reason"] or ""),
             _number((record["seconds"] or {}).get("analyse"), 1),
@@ -802,7 +897,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--all", action="store_true", help="up to four small models of every timm file")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for a model")
     parser.add_argument("--peer-timeout", type=float, default=150, help="seconds for Torch-Pruning on it")
-    parser.add_argument("--only", choices=PARTS, help="run one part; the other's results are kept")
+    parser.add_argument("--only", choices=PARTS, help="run one part; the results of the others are kept")
     parser.add_argument("--threads", type=int, default=2, help="of torch, in each process")
     parser.add_argument("--resume", action="store_true", help="keep the results there are, run the others")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of zoo.json")

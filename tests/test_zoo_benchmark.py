@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member, Rounding
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -43,19 +43,16 @@ def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(
     tmp_path: Path, zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = subprocess.run(
-        [sys.executable, *_command(tmp_path, "no_such_model\n\n# the smallest\ntest_resnet  # 160 px\n")],
+        [sys.executable, *_command(tmp_path, "# the smallest\n\ntest_resnet  # 160 px\n")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=240,
     )
     assert finished.returncode == 0, finished.stderr
-    unknown, record = _records(tmp_path)
-    assert (unknown["model"], unknown["status"]) == ("no_such_model", "build")
-    assert "no_such_model" in unknown["error"]
-
+    (record,) = _records(tmp_path)
     assert (record["model"], record["status"], record["error"]) == ("test_resnet", "ok", None)
-    stages = "build forward analyse cut prove repair api train cut_again save load export parity"
+    stages = "build forward analyse cut prove api train cut_again save load export parity"
     assert list(record["seconds"]) == stages.split()
     assert all(seconds > 0 for seconds in record["seconds"].values())
     assert 0.4 < record["params_removed"] < 0.8
@@ -68,19 +65,60 @@ def test_a_run_records_every_stage_goes_on_after_a_bad_name_and_is_resumed(
     assert set(record["api"].values()) == {True}
     assert (record["torch_pruning_status"], record["torch_pruning_seconds"]) == (None, None)
 
+    assert "| test_resnet | ok | 0." in (tmp_path / "docs" / "zoo.md").read_text(encoding="utf-8")
+
+    # From here on in this process, and without one for each model: they take seconds to start.
+    zoo.run_stages("sparsekit", "no_such_model", tmp_path, 1)
+    failed: dict[str, Any] = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert failed["status"] == "build"
+    assert "no_such_model" in failed["error"]
+    failed["timed_out"] = False
+    ran: list[str] = []
+
+    def run_part(part: str, name: str, threads: int, limit: float) -> dict[str, Any]:
+        ran.append(name)
+        return failed if part == "sparsekit" else failed | _repaired(tmp_path, zoo)
+
+    monkeypatch.setattr(zoo, "run_part", run_part)
+    command = _command(tmp_path, "no_such_model\ntest_resnet\nnor_this\n")
+    monkeypatch.setattr(sys, "argv", [*command, "--resume"])
+    zoo.main()
+    assert ran == ["no_such_model", "nor_this"]
+    resumed = _records(tmp_path)
+    assert resumed[0] == record
+    assert [(e["model"], e["status"]) for e in resumed[1:]] == [(name, "build") for name in ran]
     page = (tmp_path / "docs" / "zoo.md").read_text(encoding="utf-8")
-    assert "- sparsekit: 1 of 2 ok; failed in: build 1" in page
-    assert "| test_resnet | ok | 0." in page
+    assert "- sparsekit: 1 of 3 ok; failed in: build 2" in page
     assert "| no_such_model | build |" in page
 
-    command = _command(tmp_path, "test_resnet\nno_such_model\nnor_this\n")
-    monkeypatch.setattr(
-        sys, "argv", [*command, "--resume"]
-    )  # in this process: another takes seconds to start
+    monkeypatch.setattr(sys, "argv", [*_command(tmp_path, "test_resnet\n"), "--only", "repair"])
     zoo.main()
-    resumed = _records(tmp_path)
-    assert resumed[:2] == [unknown, record]
-    assert [(entry["model"], entry["status"]) for entry in resumed[2:]] == [("nor_this", "build")]
+    assert [bool(entry.pop("repair")) for entry in _records(tmp_path)] == [True, False, False]
+    assert [entry | {"repair": None} for entry in _records(tmp_path)] == resumed
+    page = (tmp_path / "docs" / "zoo.md").read_text(encoding="utf-8")
+    assert "- repair: 1 of 1 ok" in page
+    assert "lowered the error of the output in 1 of them" in page
+
+
+def _repaired(folder: Path, zoo: ModuleType) -> dict[str, Any]:
+    """The repair part of the smallest ResNet, in this process."""
+    zoo.run_stages("repair", "test_resnet", folder, 1)
+    record: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    assert list(record["seconds"]) == ["build", "repair"]
+    assert record["repaired_error"] < 0.7 * record["cut_error"]
+    assert record["constant_error"] > 0.3  # the images differ, and what the network makes of them
+    assert record["repaired_layers"] > 0
+    assert record["left_out"] == {}
+    return record
+
+
+@pytest.mark.parametrize(("n", "multiple", "least", "kept"), [(32, 8, 8, 16), (24, 8, 8, 16), (6, 4, 8, 6)])
+def test_half_of_a_group_goes_as_far_as_its_rounding_allows(
+    n: int, multiple: int, least: int, kept: int, zoo: ModuleType
+) -> None:
+    group = ChannelGroup("a", n, (), rounding=Rounding(multiple, least))
+    assert zoo.n_kept(group, rounded=True) == kept
+    assert zoo.n_kept(group, rounded=False) == n // 2
 
 
 def test_a_model_over_its_time_limit_fails_in_the_stage_it_was_in(zoo: ModuleType) -> None:
