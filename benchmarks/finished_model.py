@@ -512,7 +512,7 @@ def learned(dense: nn.Module, pruned: nn.Module, images: Tensor, seconds: float,
     used, apart = (part.contiguous(**in_format) for part in split(images, seed))
     groups = sk.find_groups(dense, images[:1])
     held_out = HeldOut(dense, groups, (apart,))
-    plan = sk.PrunePlan((), (), groups.input_shapes)
+    plan = sk.PrunePlan((), (), groups.inputs)
     return distill(
         dense, pruned, plan, used, held_out, seconds=seconds, stages=held_out.stages, seed=seed
     ).model

@@ -1,9 +1,10 @@
-"""Run a model without changing it: eval mode, true float32, example and random inputs, outputs as flat tensors."""
+"""Run a model without changing it: eval mode, true float32, its arguments, and its outputs as flat tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,32 +83,88 @@ def _no_tf32() -> Iterator[None]:
             setattr(place, name, value)
 
 
-def as_inputs(example_input: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The arguments that a model is called with: a tensor alone, or a tuple for a model with several inputs."""
-    return (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+# How a model is called: one argument, several by position, or several by name.
+ExampleInput = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a model is called with: by position, and by name. Each may be a nest of tuples, lists and dicts."""
+
+    positional: tuple[Any, ...] = ()
+    keyword: Mapping[str, Any] = field(default_factory=dict)
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """What the model returns for them."""
+        return model(*self.positional, **self.keyword)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors in them, in order."""
+        return flat_tensors((self.positional, dict(self.keyword)))
+
+    def each(self, change: Callable[[Tensor], Any]) -> Arguments:
+        """The same nest with each tensor changed, in order."""
+        return Arguments(mapped(self.positional, change), mapped(dict(self.keyword), change))
+
+
+def as_inputs(example_input: ExampleInput) -> Arguments:
+    """The arguments that a model is called with.
+
+    A tuple holds several by position, a dict several by name. Anything else, a tensor or a list, is one argument.
+    """
+    if isinstance(example_input, Mapping):
+        return Arguments(keyword=dict(example_input))
+    if isinstance(example_input, tuple):
+        return Arguments(tuple(example_input))
+    return Arguments((example_input,))
+
+
+def mapped(nest: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """The nest of tuples, lists and dicts, with everything of this kind in it changed, in order."""
+    if isinstance(nest, kind):
+        return change(nest)
+    if isinstance(nest, Mapping):
+        return {key: mapped(value, change, kind) for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        values = [mapped(value, change, kind) for value in nest]
+        return type(nest)(*values) if hasattr(nest, "_fields") else type(nest)(values)
+    return nest
 
 
 def flat_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors in a model's output, in order, out of any nesting of tuples, lists and dicts."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, dict):
-        outputs = list(outputs.values())
-    if isinstance(outputs, (list, tuple)):
-        return [tensor for output in outputs for tensor in flat_tensors(output)]
-    return []
+    """The tensors in a model's output, in order, out of any nesting of tuples, lists, mappings and objects.
 
-
-def random_inputs(
-    shapes: tuple[tuple[int, ...], ...], seed: int, like: nn.Module, batch: int | None = None
-) -> tuple[Tensor, ...]:
-    """Standard normal inputs of these shapes, on the device and in the dtype of the model `like`.
-
-    `batch` replaces the first dimension. The caller's random state does not move.
+    Of an object, such as a dataclass, all attributes count. Modules are not looked into.
     """
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(like.parameters(), torch.zeros(()))
-    sized = [(batch or shape[0], *shape[1:]) for shape in shapes]
-    return tuple(
-        torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype) for shape in sized
-    )
+    found: list[Tensor] = []
+    _collect(outputs, found, set())
+    return found
+
+
+_PLAIN_VALUES = (str, bytes, int, float, complex, type(None), nn.Module, type, torch.dtype, torch.device)
+
+
+def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
+    """Append the tensors in a value; `inside` are the objects that hold it, for some hold themselves."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    if isinstance(value, (Tensor, *_PLAIN_VALUES)) or id(value) in inside:
+        return
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    elif callable(value):  # a function holds no output
+        parts = []
+    else:
+        slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+        parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
+    for part in parts:
+        _collect(part, found, inside | {id(value)})
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = kind.__dict__.get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member, Rounding
+from sparsekit.structure.inputs import InputSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -152,7 +153,7 @@ def test_the_frozen_share_counts_parameters_no_free_group_touches(zoo: ModuleTyp
             ChannelGroup("b", 2, (member("b.weight"), member("c.weight")), "blocks.3 reshapes"),
             ChannelGroup("d", 2, (member("d.weight"),), "blocks.12 reshapes"),
         ),
-        input_shapes=((1, 3, 8, 8),),
+        inputs=InputSpec(),
         tensor_shapes={"a.weight": (2, 5), "b.weight": (2, 10), "c.weight": (2, 20), "d.weight": (2, 5), "e": (20,)},
         parameters=("a.weight", "b.weight", "c.weight", "d.weight", "e"),
     )  # fmt: skip

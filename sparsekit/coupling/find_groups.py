@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsekit.coupling.form_groups import form_groups
@@ -19,16 +19,17 @@ from sparsekit.coupling.residual_blocks import find_blocks
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import Arguments, ExampleInput, as_inputs, evaluating
 from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
-from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, check_rounding
+from sparsekit.structure.groups import ChannelGroup, ChannelGroups, check_rounding
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.surgery.attributes import read_sizes
 
 
 def find_groups(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     *,
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
@@ -61,14 +62,17 @@ def find_groups(
     the model cannot be copied, does not run on the example or returns no tensor, InputError for arguments of other
     types and for a pattern of `ignore` that matches no module.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    _check_types(model, inputs)
+    _check_model(model)
+    inputs = as_inputs(example_input)
+    spec = InputSpec.of(example_input)
     check_rounding(round_to, min_channels)
     if blocks not in (False, True, "all"):
         raise InputError(f"blocks must be False, True or 'all', got {blocks!r}")
     with torch.random.fork_rng():
         model = _copied(model)
-        costs = _run_once(model, inputs)
+        _run_once(model, inputs)
+        spec = spec.tried(model)
+        costs = layer_costs(model, example_input, spec.batch_size)
         names = [name for name, _ in model.named_modules()]
         for pattern in ignore:
             if not fnmatch.filter(names, pattern):
@@ -82,7 +86,7 @@ def find_groups(
         sized = {m.tensor for group in formed for m in group.members if m.role == "size"}
         groups = ChannelGroups(
             groups=tuple(formed),
-            input_shapes=tuple(tuple(x.shape) for x in inputs),
+            inputs=spec,
             layers=costs,
             tensor_shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             parameters=tuple(name for name, _ in model.named_parameters()),
@@ -98,7 +102,7 @@ def find_groups(
         return proved.with_rounding(round_to, min_channels)
 
 
-def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         found = f"the class {model.__name__}; call it" if isinstance(model, type) else type(model).__name__
         raise InputError(f"model must be a torch.nn.Module, got {found}")
@@ -107,9 +111,6 @@ def _check_types(model: Any, inputs: tuple[Any, ...]) -> None:
             f"{type(model).__name__} is compiled by torch.jit; give the module it was made from: compiled code "
             "cannot be followed"
         )
-    if not inputs or not all(isinstance(one, Tensor) for one in inputs):
-        found = ", ".join(type(one).__name__ for one in inputs) or "none"
-        raise InputError(f"example_input must be a tensor or a tuple of tensors, got {found}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise ModelError(f"{name} is not initialised; run the model once before it is analysed")
@@ -128,19 +129,18 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
+def _run_once(model: nn.Module, inputs: Arguments) -> None:
     try:
-        return layer_costs(model, inputs)
+        with evaluating(model):
+            inputs.call(model)
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} does not run on the example input of shape "
-            f"{[tuple(x.shape) for x in inputs]}: {first_line(error)}"
+            f"{[tuple(x.shape) for x in inputs.tensors]}: {first_line(error)}"
         ) from error
 
 
-def _trace(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, through_layer_norm: bool
-) -> tuple[ChannelGroup, ...]:
+def _trace(model: nn.Module, inputs: Arguments, *, through_layer_norm: bool) -> tuple[ChannelGroup, ...]:
     """The groups that one forward pass of a copy shows."""
     traced = copy.deepcopy(model)
     parameters = {name for name, _ in traced.named_parameters()}

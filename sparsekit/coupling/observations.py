@@ -17,10 +17,11 @@ An example: the second convolution reads, by its columns (atoms 10 and 11), what
 produce. So these go together, as two components that can go one by one. The others have to stay.
 
     >>> import torch
+    >>> from sparsekit.evaluation import as_inputs
     >>> from sparsekit.coupling.solve import solve
     >>> from sparsekit.coupling.trace import trace
     >>> first, second = torch.nn.Conv2d(3, 2, 1, bias=False), torch.nn.Conv2d(2, 4, 1, bias=False)
-    >>> seen = trace(torch.nn.Sequential(first, torch.nn.ReLU(), second), [torch.zeros(1, 3, 8, 8)]).seen
+    >>> seen = trace(torch.nn.Sequential(first, torch.nn.ReLU(), second), as_inputs(torch.zeros(1, 3, 8, 8))).seen
     >>> [(axis.tensor, axis.dim, axis.first, axis.size) for axis in seen.axes]
     [('0.weight', 0, 1, 2), ('0.weight', 1, 3, 3), ('2.weight', 0, 6, 4), ('2.weight', 1, 10, 2)]
     >>> seen.noted("producer").tolist(), seen.noted("consumer").tolist()

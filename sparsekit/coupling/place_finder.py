@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import linecache
 import sys
+from itertools import islice
 from types import CodeType, FrameType
 
 from torch import nn
@@ -22,10 +24,13 @@ class PlaceFinder:
     def computed_sizes(self, n_sizes: int) -> dict[int, Place]:
         """Places of computed sizes in the reshape of `n_sizes` sizes that is running, by dimension.
 
-        A size is computed if it is neither a literal nor an attribute. Empty where the reshape cannot be told.
+        A size is computed if it is no attribute: a literal says how many channels there were, too. Empty where the
+        reshape cannot be told.
         """
         frame = _user_frame()
-        module = frame.f_locals.get("self") if frame else None
+        # A method may call its first argument something else than `self`.
+        first = frame.f_code.co_varnames[:1] if frame else ()
+        module = frame.f_locals.get(first[0]) if frame and first else None
         if frame is None or id(module) not in self._names:
             return {}
         method = frame.f_code.co_name
@@ -38,20 +43,37 @@ class PlaceFinder:
         if parsed is None:
             return {}
         source, calls = parsed
-        line = frame.f_lineno - frame.f_code.co_firstlineno + 1
         here = [
-            i
-            for i, call in enumerate(calls)
-            if call.lineno <= line <= (call.end_lineno or call.lineno)
-            and len(size_arguments(call)) == n_sizes
+            i for i, call in enumerate(calls) if _runs(call, frame) and len(size_arguments(call)) == n_sizes
         ]
         if len(here) != 1:
             return {}
         return {
             dim: Place(self._names[id(module)], method, here[0], dim, source)
             for dim, size in enumerate(size_arguments(calls[here[0]]))
-            if isinstance(size, (ast.Name, ast.BinOp))
+            if not isinstance(size, ast.Attribute)
         }
+
+
+def _runs(call: ast.Call, frame: FrameType) -> bool:
+    """Whether a call of a method may be the one that a frame is at: by its line, and its last column if known."""
+    line = frame.f_lineno - frame.f_code.co_firstlineno + 1
+    if not call.lineno <= line <= (call.end_lineno or call.lineno):
+        return False
+    if not hasattr(frame.f_code, "co_positions"):  # Python 3.10: two calls on one line cannot be told apart
+        return True
+    _, end_line, _, end = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+    if end_line is None or end is None or call.end_col_offset is None:
+        return True
+    last = end_line - frame.f_code.co_firstlineno + 1
+    # A method is parsed without the indentation that it has in its class, and may have been compiled like that.
+    before: int = end - call.end_col_offset
+    return last == call.end_lineno and before in (0, _indentation(frame.f_code))
+
+
+def _indentation(code: CodeType) -> int:
+    first = linecache.getline(code.co_filename, code.co_firstlineno)
+    return len(first) - len(first.lstrip())
 
 
 def _user_frame() -> FrameType | None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import VerificationError, first_line
-from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.evaluation import evaluating
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.cut import cut_masked_
@@ -32,7 +33,7 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
     if not groups.free:
         return groups
     groups = _with_rewrites_of_what_they_run_through(groups)
-    model = randomised(model, groups.input_shapes, exact=fits_in_double(groups))
+    model = randomised(model, groups.inputs, exact=fits_in_double(groups))
     trial = Trial(model, replace(groups, groups=()))
     failures: dict[str, str] = {}
     every = [group.name for group in groups.free]
@@ -100,7 +101,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
         self.model, self.groups = model, groups
-        self._inputs = random_inputs(groups.input_shapes, 1, model)
+        self._inputs = groups.inputs.draw(1, model)
         self._last: tuple[list[str], nn.Module, list[Tensor]] = ([], model, [])
         self._trains: bool | None = None
 
@@ -168,7 +169,7 @@ class Trial:
         model = model.float().train()
         try:
             with torch.no_grad():
-                model(*random_inputs(self.groups.input_shapes, 0, model, batch=2))
+                self.groups.inputs.draw(0, model, batch=2).call(model)
         except Exception as error:
             return first_line(error)
         return ""
@@ -192,7 +193,7 @@ class Trial:
         return make_plan(self.groups, masks)
 
 
-def randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, exact: bool) -> nn.Module:
+def randomised(model: nn.Module, inputs: InputSpec, *, exact: bool) -> nn.Module:
     """A copy with random norms and scales: zero-initialised ones would make any cut look right.
 
     `exact`: in float64, where a wrong index cannot pass for rounding, if the model runs in it.
@@ -201,7 +202,7 @@ def randomised(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], *, e
     if exact:
         try:
             with evaluating(trial.double()):
-                trial(*random_inputs(input_shapes, 0, trial))
+                inputs.draw(0, trial).call(trial)
         except Exception:
             trial = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)

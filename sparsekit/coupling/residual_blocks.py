@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.coupling.proof import Trial, fits_in_double, randomised
-from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.evaluation import evaluating
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member, Role
+from sparsekit.structure.inputs import InputSpec
 
 # What a module is called with: by position and by name.
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,10 +35,10 @@ def find_blocks(model: nn.Module, groups: ChannelGroups, *, plain: bool = False)
     The penalised members are the scales; all else that the block owns goes with them. With `plain` blocks come too that
     have more or other things than scales to be zero: members of role "silenced", of which none is penalised.
     """
-    trial_model = randomised(model, groups.input_shapes, exact=fits_in_double(groups))
+    trial_model = randomised(model, groups.inputs, exact=fits_in_double(groups))
     _wake_(trial_model)
-    scaled = _scaled_blocks(trial_model, groups.input_shapes)
-    others = _plain_blocks(trial_model, groups.input_shapes, scaled) if plain else {}
+    scaled = _scaled_blocks(trial_model, groups.inputs)
+    others = _plain_blocks(trial_model, groups.inputs, scaled) if plain else {}
     found = tuple(
         _group(trial_model, name, scaled.get(name, ()), others.get(name, ()))
         for name, _ in trial_model.named_modules()
@@ -96,17 +97,15 @@ def _held_outside(model: nn.Module, block: nn.Module) -> set[int]:
     return held
 
 
-def _scaled_blocks(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, list[str]]:
+def _scaled_blocks(model: nn.Module, inputs: InputSpec) -> dict[str, list[str]]:
     """The smallest modules that return their input when some of their vectors are zero, with these vectors' names."""
     vectors = [(name,) for name, parameter in model.named_parameters() if _may_scale(name, parameter)]
     holders = {name.rsplit(".", up)[0] for (name,) in vectors for up in range(1, name.count(".") + 1)}
     modules = {name: module for name, module in model.named_modules() if name in holders}
-    return _identities(model, modules, vectors, input_shapes, shared=True)
+    return _identities(model, modules, vectors, inputs, shared=True)
 
 
-def _plain_blocks(
-    model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], scaled: Collection[str]
-) -> dict[str, list[str]]:
+def _plain_blocks(model: nn.Module, inputs: InputSpec, scaled: Collection[str]) -> dict[str, list[str]]:
     """The smallest modules, apart from `scaled` ones, that return their input when some of their layers are zero.
 
     With the names of these layers' parameters. Vectors may be zero, too.
@@ -132,7 +131,7 @@ def _plain_blocks(
         and not any(_nested(name, other) for other in scaled)
     }
     # Layers first: where a vector does as well as a layer, the vector is the one that stays to be zero.
-    return _identities(model, modules, [*layers, *vectors], input_shapes, shared=False)
+    return _identities(model, modules, [*layers, *vectors], inputs, shared=False)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -150,7 +149,7 @@ def _identities(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     units: Sequence[_Unit],
-    input_shapes: tuple[tuple[int, ...], ...],
+    inputs: InputSpec,
     *,
     shared: bool,
 ) -> dict[str, list[str]]:
@@ -161,7 +160,7 @@ def _identities(
     if not modules:
         return {}
     parameters = dict(model.named_parameters())
-    recorded = _recorded_arguments(model, modules, input_shapes)
+    recorded = _recorded_arguments(model, modules, inputs)
     found: dict[str, list[str]] = {}
     for name in sorted(recorded, key=lambda n: -n.count(".")):
         if any(inner.startswith(f"{name}.") for inner in found):
@@ -209,7 +208,7 @@ def _may_scale(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _recorded_arguments(
-    model: nn.Module, modules: Mapping[str, nn.Module], input_shapes: tuple[tuple[int, ...], ...]
+    model: nn.Module, modules: Mapping[str, nn.Module], inputs: InputSpec
 ) -> dict[str, _Arguments]:
     """The arguments of each module that a pass calls once and whose output has the shape of its first argument."""
     calls: dict[str, _Arguments | None] = {}
@@ -234,7 +233,7 @@ def _recorded_arguments(
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     try:
         with evaluating(model):
-            model(*random_inputs(input_shapes, 0, model))
+            inputs.draw(0, model).call(model)
     finally:
         for handle in handles:
             handle.remove()

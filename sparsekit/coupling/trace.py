@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sparsekit.coupling.rules.table import apply_rule
 from sparsekit.coupling.size_uses import SizeWatcher, watch_declared_sizes_
 from sparsekit.coupling.tracer import OperatorCall, Tracer
 from sparsekit.errors import ModelError
-from sparsekit.evaluation import flat_tensors
+from sparsekit.evaluation import Arguments, flat_tensors
 from sparsekit.surgery.norms import is_standardised
 
 # Modules with a rule of their own: what they do as a whole says more than what their operators do one by one.
@@ -60,7 +60,7 @@ def _can_make_up(module: Any) -> bool:
     return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
 
 
-def trace(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: bool = False) -> Tracer:
+def trace(model: nn.Module, inputs: Arguments, *, through_layer_norm: bool = False) -> Tracer:
     """Run `model` once and return the tracer with all that it has seen. The model gets hooks, so give a copy.
 
     Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
@@ -69,7 +69,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: boo
     watch_declared_sizes_(model, tracer)
     _watch_whole_modules_(model, tracer)
     with torch.no_grad(), SizeWatcher(tracer, apply_rule), _Operators(tracer):
-        outputs = model(*inputs)
+        outputs = inputs.call(model)
     results = flat_tensors(outputs)
     if not results:
         raise ModelError(

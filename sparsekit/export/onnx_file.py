@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from sparsekit.errors import FileError, ModelError, RunError
-from sparsekit.evaluation import as_inputs
+from sparsekit.errors import FileError, InputError, ModelError, RunError
+from sparsekit.evaluation import Arguments, ExampleInput, as_inputs
 from sparsekit.export.group_merging import merge_groups_
 from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
@@ -41,20 +42,21 @@ _NOISY_LOGGERS = (
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     *,
     opset: int | None = None,
     dynamic_batch: bool = False,
     merge_groups: bool = True,
     metadata: Mapping[str, str] | None = None,
-    input_names: Sequence[str] = ("input",),
+    input_names: Sequence[str] | None = None,
     output_names: Sequence[str] = ("logits",),
 ) -> Path:
     """Export `model` in eval mode and float32 to the ONNX file `path` and return the path.
 
-    Shapes are those of `example_input`, a tensor, or a tuple for a model with several inputs. With `dynamic_batch` the
-    batch is open: the first dimension of every input that has the first input's batch size. The opset is the exporter's
-    own unless `opset` is given. `metadata` is stored in the file (`read_metadata`).
+    Shapes are those of `example_input`, as `find_groups` takes it. With `dynamic_batch` the batch is open: the first
+    dimension of every tensor that has the first one's batch size. The file's inputs are the tensors of the example, in
+    order; unless `input_names` says otherwise, a single one is called "input", several "input0", "input1" and so on.
+    The opset is the exporter's own unless `opset` is given. `metadata` is stored in the file (`read_metadata`).
 
     A BatchNorm after a convolution is folded into it, subnormal weights become 0, and weights lie in the file itself.
     With `merge_groups` narrow groups of a convolution are merged, filled up with zeros, to the width that ONNX Runtime
@@ -68,13 +70,15 @@ def export_onnx(
         ModelError: the model cannot be traced, is too large for one file, or has no export in this opset.
         RunError: the exporter wrote an invalid graph.
     """
-    inputs = _portable_inputs(example_input, dynamic_batch)
-    if len(input_names) != len(inputs):
-        raise ModelError(f"input_names must name the {len(inputs)} example inputs, got {list(input_names)}")
+    inputs = _portable_inputs(as_inputs(example_input), dynamic_batch)
+    n = len(inputs.tensors)
+    if input_names is None:
+        input_names = ["input"] if n == 1 else [f"input{i}" for i in range(n)]
+    if len(input_names) != n:
+        raise InputError(f"input_names must name the {n} example inputs, got {list(input_names)}")
     portable = _portable_copy(model)
-    proto = _trace(
-        portable, inputs, opset, _batch_dims(inputs) if dynamic_batch else None, input_names, output_names
-    )
+    open_dims = _batch_dims(portable, inputs) if dynamic_batch else None
+    proto = _trace(portable, inputs, opset, open_dims, input_names, output_names)
     _check_opset(proto, opset)
     _strip_trace_notes(proto)
     _flush_subnormals(proto)
@@ -113,20 +117,20 @@ def metadata_texts(description: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in description.items()}
 
 
-def _portable_inputs(example_input: Tensor | tuple[Tensor, ...], dynamic_batch: bool) -> tuple[Tensor, ...]:
-    inputs = tuple(_float32_cpu(tensor.detach()) for tensor in as_inputs(example_input))
+def _portable_inputs(inputs: Arguments, dynamic_batch: bool) -> Arguments:
+    inputs = inputs.each(lambda tensor: _float32_cpu(tensor.detach()))
     if not dynamic_batch or _batch_size(inputs) != 1:
         return inputs
     # Tracing takes a dimension of size 1 for a constant, because it broadcasts: show two.
-    return tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in inputs)
+    return inputs.each(lambda x: torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x)
 
 
 def _float32_cpu(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.float32) if tensor.is_floating_point() else tensor.to("cpu")
 
 
-def _batch_size(inputs: Sequence[Tensor]) -> int | None:
-    return inputs[0].shape[0] if inputs and inputs[0].dim() > 0 else None
+def _batch_size(inputs: Arguments) -> int | None:
+    return next((tensor.shape[0] for tensor in inputs.tensors if tensor.dim() > 0), None)
 
 
 def _portable_copy(model: nn.Module) -> nn.Module:
@@ -148,27 +152,44 @@ def _portable_copy(model: nn.Module) -> nn.Module:
     return duplicate.to("cpu").float().train().eval().requires_grad_(False)
 
 
-def _batch_dims(inputs: Sequence[Tensor]) -> tuple[dict[int, Any] | None, ...]:
+def _batch_dims(model: nn.Module, inputs: Arguments) -> dict[str, Any] | tuple[Any, ...]:
+    """Which dimensions of which tensors are open, nested as the arguments are; by name where some are given by name."""
     batch, size = torch.export.Dim("batch", min=1), _batch_size(inputs)
-    return tuple({0: batch} if x.dim() > 0 and x.shape[0] == size else None for x in inputs)
+
+    def opened(nest: Any) -> Any:
+        if isinstance(nest, Tensor):
+            return {0: batch} if nest.dim() > 0 and nest.shape[0] == size else None
+        if isinstance(nest, Mapping):
+            return {key: opened(value) for key, value in nest.items()}
+        return [opened(value) for value in nest] if isinstance(nest, (list, tuple)) else None
+
+    positional = tuple(opened(one) for one in inputs.positional)
+    if not inputs.keyword:
+        return positional
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, positional, strict=False)), **opened(inputs.keyword)}
 
 
 def _trace(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: Arguments,
     opset: int | None,
-    dynamic_shapes: tuple[dict[int, Any] | None, ...] | None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | None,
     input_names: Sequence[str],
     output_names: Sequence[str],
 ) -> onnx.ModelProto:
     # By torch.export, not the deprecated TorchScript tracer: where control flow depends on data it fails, and does not
     # bake in one branch. In ONNX Runtime both graphs run equally fast (resnet18, mobilenetv3_small_050, test_convnext,
     # test_vit: within 2 %, as far as a file is from itself).
+    ends_in_dict = bool(inputs.positional) and isinstance(inputs.positional[-1], dict)
+
     def attempt() -> onnx.ModelProto:
         with quiet(_NOISY_LOGGERS), torch.random.fork_rng(devices=[]), torch.no_grad():
             program = torch.onnx.export(
                 model,
-                inputs,
+                # A dictionary at the end would be taken for keyword arguments.
+                (*inputs.positional, {}) if ends_in_dict else inputs.positional,
+                kwargs=dict(inputs.keyword) or None,
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.errors import InputError, first_line
-from sparsekit.evaluation import eval_mode, random_inputs
+from sparsekit.evaluation import Arguments, eval_mode
 from sparsekit.options import Importance
 from sparsekit.selection.importance import output_shares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
@@ -414,7 +414,7 @@ def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, hist
                 f"torch_pruning keeps other channels of {name} by this history than the plan: it couples them another "
                 "way; cut with sparsekit.apply_plan"
             )
-    inputs = random_inputs(groups.input_shapes, 0, model)
+    inputs = groups.inputs.draw(0, model)
     expected_outputs = outputs(detached(model, plan), inputs)
     try:
         difference = agreement(expected_outputs, outputs(theirs, inputs)).max_rel
@@ -435,17 +435,22 @@ def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: Prun
     theirs = copy.deepcopy(model)
     for parameter in theirs.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # it traces by autograd
-    inputs = random_inputs(groups.input_shapes, 0, theirs)
+    inputs = groups.inputs.draw(0, theirs)
     graph = _torch_pruning().DependencyGraph()
     try:
         with torch.random.fork_rng(), torch.enable_grad(), _quiet():
-            graph.build_dependency(theirs, example_inputs=inputs, verbose=False)
+            graph.build_dependency(theirs, example_inputs=_as_theirs(inputs), verbose=False)
             graph.load_pruning_history([(name, is_out, list(indices)) for name, is_out, indices in history])
     except Exception as error:
         raise InputError(
             f"torch_pruning cannot cut {type(model).__name__}: {first_line(error)}; cut with sparsekit.apply_plan"
         ) from error
     return theirs
+
+
+def _as_theirs(inputs: Arguments) -> tuple[Any, ...] | dict[str, Any]:
+    """Arguments as Torch-Pruning takes them: all by position, or all by name."""
+    return dict(inputs.keyword) if inputs.keyword else inputs.positional
 
 
 def _cut_tensors(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
-from sparsekit.evaluation import as_inputs
+from sparsekit.evaluation import ExampleInput
 from sparsekit.export.group_merging import merge_factor
 from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import compare_latency
@@ -33,7 +33,7 @@ _ROUNDS = 30
 def measure_layers(
     model: nn.Module,
     groups: ChannelGroups,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     *,
     threads: int = 1,
     table: LatencyTable | None = None,
@@ -78,7 +78,7 @@ class _LayerRun:
     output_shape: tuple[int, ...]
 
 
-def _layer_runs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> dict[str, list[_LayerRun]]:
+def _layer_runs(model: nn.Module, example_input: ExampleInput) -> dict[str, list[_LayerRun]]:
     runs: dict[str, list[_LayerRun]] = {}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -189,16 +189,9 @@ def _operator(run: _LayerRun, out: int, into: int, in_places: bool, mergeable: b
     )
 
 
-def _whole_ms(model: nn.Module, threads: int, example_input: Tensor | tuple[Tensor, ...]) -> float:
-    inputs = as_inputs(example_input)
+def _whole_ms(model: nn.Module, threads: int, example_input: ExampleInput) -> float:
     with TemporaryDirectory() as folder:
-        file = export_onnx(
-            model,
-            Path(folder) / "model.onnx",
-            inputs,
-            input_names=[f"input{i}" for i in range(len(inputs))],
-            output_names=(),
-        )
+        file = export_onnx(model, Path(folder) / "model.onnx", example_input, output_names=())
         return compare_latency([file], threads=threads, rounds=_ROUNDS).latencies[0].median_ms
 
 

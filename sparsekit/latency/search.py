@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError
-from sparsekit.evaluation import as_inputs
+from sparsekit.evaluation import ExampleInput
 from sparsekit.export.onnx_file import export_onnx
 from sparsekit.latency.compare import LatencyComparison, compare_latency
 from sparsekit.options import Quantity
@@ -80,7 +80,7 @@ def search_speed(
     model: nn.Module,
     groups: ChannelGroups,
     importance: Mapping[str, Tensor | LossCurve],
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     *,
     speedup: float | None = None,
     latency_ms: float | None = None,
@@ -114,7 +114,7 @@ def time_masks(
     model: nn.Module,
     groups: ChannelGroups,
     masks: Masks,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     *,
     threads: int = 1,
 ) -> SpeedTrial:
@@ -130,12 +130,12 @@ class _Stopwatch:
         self,
         model: nn.Module,
         groups: ChannelGroups,
-        example_input: Tensor | tuple[Tensor, ...],
+        example_input: ExampleInput,
         threads: int,
         folder: Path,
     ) -> None:
         self._model, self._groups, self._threads = model, groups, threads
-        self._inputs = as_inputs(example_input)
+        self._example_input = example_input
         self._folder = folder
         self._dense = self._export(model, "dense.onnx")
 
@@ -146,8 +146,7 @@ class _Stopwatch:
         return SpeedTrial.of(1 / kept_share(self._groups, masks).latency, compared)
 
     def _export(self, model: nn.Module, name: str) -> Path:
-        names = [f"input{i}" for i in range(len(self._inputs))]
-        return export_onnx(model, self._folder / name, self._inputs, input_names=names, output_names=())
+        return export_onnx(model, self._folder / name, self._example_input, output_names=())
 
 
 class _Search:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsekit.artifact.format import read_structure
 from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
+from sparsekit.evaluation import as_inputs
 from sparsekit.finished.preparation import Options
 from sparsekit.finished.prune_model import PruneResult, prune
 from sparsekit.finished.repair_cut import RepairedCut, cut_and_repair
@@ -113,7 +114,7 @@ def _repaired(
 
 def _loses_nothing(model: nn.Module, pruned: nn.Module, images: Tensor) -> bool:
     """Whether the cut model answers to some images as the sparse one does: what went was zero."""
-    seen = (images[:_COMPARED_IMAGES].to(next(model.parameters()).device),)
+    seen = as_inputs(images[:_COMPARED_IMAGES].to(next(model.parameters()).device))
     return agreement(outputs(model, seen), outputs(pruned, seen)).max_rel <= _SAME
 
 

@@ -31,7 +31,7 @@ def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Mask
     """
     kept = dict(masks)
     cut = [group for group in groups.free if group.name in kept and not bool(kept[group.name].all())]
-    readings = observe_inputs(model, groups.input_shapes, readers_of(model, _readers(cut)))
+    readings = observe_inputs(model, groups.inputs, readers_of(model, _readers(cut)))
     stays = {tensor: torch.ones(len(reading.low), dtype=torch.bool) for tensor, reading in readings.items()}
     plain = plain_layers(model, readings)
     merging = {tensor: readings[tensor] for tensor, module in plain.items() if not bias_is_exact(module)}

@@ -39,7 +39,7 @@ def compose(first: PrunePlan, second: PrunePlan) -> PrunePlan:
     return PrunePlan(
         tuple(cut for _, cut in sorted(cuts.items()) if stays(cut.tensor)),
         _groups_of_both(first.groups, second.groups),
-        first.input_shapes,
+        first.inputs,
         tuple(sorted(place for place in rewrites.values() if stays(place.module))),
         tuple(sorted(blocks, key=lambda block: block.module)),
     )

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsekit.evaluation import as_inputs, evaluating
+from sparsekit.evaluation import ExampleInput, as_inputs, evaluating
 from sparsekit.structure.groups import LayerCost
+from sparsekit.structure.inputs import batch_size
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -23,7 +24,7 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> int:
+def count_macs(model: nn.Module, example_input: ExampleInput) -> int:
     """Count the MACs of one forward pass on `example_input`, divided by its batch size (FLOPs / 2).
 
     Convolutions and all matrix products count, attention included, as in `torch.utils.flop_counter`. The model runs in
@@ -31,16 +32,17 @@ def count_macs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> 
     """
     # The counter tracks modules by the gradients of their inputs, and fails if an input is a parameter.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inputs = [tensor.detach() for tensor in as_inputs(example_input)]
+    inputs = as_inputs(example_input).each(Tensor.detach)
+    batch = batch_size(model, example_input)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
         with evaluating(model), attention_in_the_open(), FlopCounterMode(display=False) as counter:
-            model(*inputs)
+            inputs.call(model)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-    return int(counter.get_total_flops() // 2 // inputs[0].shape[0])
+    return int(counter.get_total_flops() // 2 // batch)
 
 
 @contextmanager
@@ -55,9 +57,14 @@ def attention_in_the_open() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def layer_costs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
-    """Return the cost of every convolution and linear layer, observed in one forward pass on `example_input`."""
-    batch = as_inputs(example_input)[0].shape[0]
+def layer_costs(
+    model: nn.Module, example_input: ExampleInput, batch: int | None = None
+) -> tuple[LayerCost, ...]:
+    """Return the cost of every convolution and linear layer, observed in one forward pass on `batch` examples.
+
+    Without `batch` it is found out (`batch_size`).
+    """
+    batch = batch_size(model, example_input) if batch is None else batch
     positions: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -79,7 +86,7 @@ def layer_costs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) ->
 
 def watch_layers(
     model: nn.Module,
-    example_input: Tensor | tuple[Tensor, ...],
+    example_input: ExampleInput,
     record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
 ) -> None:
     """Run the model once in eval mode, and call `record(name, layer, inputs, output)` for each run of a layer."""
@@ -93,7 +100,7 @@ def watch_layers(
     ]
     try:
         with evaluating(model):
-            model(*as_inputs(example_input))
+            as_inputs(example_input).call(model)
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sparsekit.errors import InputError
 from sparsekit.machine import channel_multiple
 from sparsekit.options import RoundTo
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.latency_curve import LatencyCurve
 from sparsekit.structure.places import Place
 
@@ -188,7 +189,7 @@ class LayerCost:
 class ChannelGroups:
     """Everything that `find_groups` learned about a model, as plain data. Iterating gives its groups.
 
-    - `input_shapes` are those of the example inputs.
+    - `inputs` describes the arguments of the example.
     - `layers` has the cost of every convolution and linear layer.
     - `tensor_shapes` has the shape of every parameter and buffer; `parameters` names those that are trained.
     - `attributes` has the value or values of each integer attribute whose size depends on a group.
@@ -196,7 +197,7 @@ class ChannelGroups:
     """
 
     groups: tuple[ChannelGroup, ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: InputSpec
     layers: tuple[LayerCost, ...] = ()
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsekit.errors import FileError, InputError
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.places import Place
 
 
@@ -57,19 +58,19 @@ class BlockCut:
 class PrunePlan:
     """What will be cut: `cuts` has every tensor that shrinks, `groups` every group that was decided on.
 
-    `input_shapes` are those of the example inputs. `rewrites` are the places in the model's code that have to leave a
+    `inputs` describes the arguments of the example. `rewrites` are the places in the model's code that have to leave a
     size to torch. `blocks` go as a whole, so nothing inside them is in `cuts` or `rewrites`.
     """
 
     cuts: tuple[TensorCut, ...]
     groups: tuple[GroupCut, ...]
-    input_shapes: tuple[tuple[int, ...], ...]
+    inputs: InputSpec
     rewrites: tuple[Place, ...] = ()
     blocks: tuple[BlockCut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as dictionaries and lists. `from_json` gives back an equal plan."""
-        return asdict(self)
+        return {**asdict(replace(self, inputs=InputSpec())), "inputs": self.inputs.to_json()}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> PrunePlan:
@@ -81,17 +82,17 @@ class PrunePlan:
                     for c in data["cuts"]
                 ),
                 groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
-                input_shapes=tuple(tuple(shape) for shape in data["input_shapes"]),
+                inputs=InputSpec.from_json(data["inputs"]),
                 rewrites=tuple(Place(**place) for place in data["rewrites"]),
                 blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data["blocks"]),
             )
             _check_types(plan)
             _check_positions(plan)
             return plan
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no pruning plan: {type(error).__name__}: {error}; expected the keys cuts, groups, "
-                "input_shapes, rewrites and blocks as PrunePlan.to_json writes them"
+                "inputs, rewrites and blocks as PrunePlan.to_json writes them"
             ) from error
 
 
@@ -142,7 +143,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         for place in group.rewrites
         if not any(block.holds(place.module) for block in blocks)
     }
-    return PrunePlan(cuts, tuple(decided), groups.input_shapes, tuple(sorted(rewrites)), tuple(blocks))
+    return PrunePlan(cuts, tuple(decided), groups.inputs, tuple(sorted(rewrites)), tuple(blocks))
 
 
 def _checked(mask: Tensor, group: ChannelGroup) -> list[bool]:
@@ -178,7 +179,6 @@ def _check_types(plan: PrunePlan) -> None:
             )
     for group in plan.groups:
         expected += [(group.name, str), (group.n_channels, int), *((n, int) for n in group.kept)]
-    expected += [(size, int) for shape in plan.input_shapes for size in shape]
     for place in plan.rewrites:
         expected += [(place.module, str), (place.method, str), (place.source, str)]
         expected += [(place.call, int), (place.argument, int), (place.size, int)]
@@ -205,5 +205,3 @@ def _check_positions(plan: PrunePlan) -> None:
     for group in plan.groups:
         if not set(group.kept) <= set(range(group.n_channels)):
             raise ValueError(f"{group.name} keeps channels that it does not have")
-    if any(size < 1 for shape in plan.input_shapes for size in shape):
-        raise ValueError("an input has an impossible shape")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ModelError, first_line
-from sparsekit.evaluation import evaluating, random_inputs
+from sparsekit.evaluation import evaluating
 from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan
 
 # A channel counts as constant when it varies by less than this, relative to its size (float32 noise of a sum).
@@ -35,7 +36,7 @@ def fold_constants_(model: nn.Module, plan: PrunePlan) -> dict[str, int]:
     """
     tensors = (cut.tensor for cut in plan.cuts if cut.role == "consumer" and cut.drop)
     layers = plain_layers(model, tensors)
-    folded = move_constants_(model, plan, observe_inputs(model, plan.input_shapes, layers))
+    folded = move_constants_(model, plan, observe_inputs(model, plan.inputs, layers))
     blank_columns_(model, plan)
     return folded
 
@@ -163,7 +164,7 @@ class Reading:
 
 
 def observe_inputs(
-    model: nn.Module, input_shapes: tuple[tuple[int, ...], ...], layers: Mapping[str, nn.Module]
+    model: nn.Module, inputs: InputSpec, layers: Mapping[str, nn.Module]
 ) -> dict[str, Reading]:
     """What each layer reads on two random batches, by its weight's name; layers that do not run are left out."""
     readings: dict[str, Reading] = {}
@@ -171,7 +172,8 @@ def observe_inputs(
     def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             read = args[0] if args else keywords["input"]
-            values = read.movedim(channel_dim(module), 0).flatten(1)
+            values = read.movedim(channel_dim(module), 0)
+            values = values.reshape(len(values), -1)
             low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
             if key in readings:
                 low, high = torch.minimum(low, readings[key].low), torch.maximum(high, readings[key].high)
@@ -183,10 +185,10 @@ def observe_inputs(
     try:
         with evaluating(model):
             for seed in (0, 1) if layers else ():
-                model(*random_inputs(input_shapes, seed, model, batch=2))
+                inputs.draw(seed, model, batch=2).call(model)
     except Exception as error:
         raise ModelError(
-            f"{type(model).__name__} does not run on random inputs of shapes {list(input_shapes)}: "
+            f"{type(model).__name__} does not run on trial inputs of shapes {list(inputs.shapes)}: "
             f"{first_line(error)}"
         ) from error
     finally:

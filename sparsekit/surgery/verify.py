@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sparsekit.errors import VerificationError, first_line
-from sparsekit.evaluation import comparing, flat_tensors, random_inputs
+from sparsekit.evaluation import Arguments, comparing, flat_tensors
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.mask import mask_model
 
@@ -34,7 +35,7 @@ def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, toleranc
     """
     masked = mask_model(model, plan)
     try:
-        agreement = compare_outputs(masked, pruned, plan.input_shapes)
+        agreement = compare_outputs(masked, pruned, plan.inputs)
         if not agreement.max_rel <= tolerance:
             agreement = _compared_in_float64(masked, pruned, plan) or agreement
     except VerificationError:
@@ -54,9 +55,7 @@ def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, toleranc
 def _compared_in_float64(masked: nn.Module, pruned: nn.Module, plan: PrunePlan) -> Agreement | None:
     """None if one of them does not run in float64, as where the code or the device has only float32."""
     try:
-        return compare_outputs(
-            copy.deepcopy(masked).double(), copy.deepcopy(pruned).double(), plan.input_shapes
-        )
+        return compare_outputs(copy.deepcopy(masked).double(), copy.deepcopy(pruned).double(), plan.inputs)
     except Exception:
         return None
 
@@ -64,18 +63,18 @@ def _compared_in_float64(masked: nn.Module, pruned: nn.Module, plan: PrunePlan) 
 def compare_outputs(
     first: nn.Module,
     second: nn.Module,
-    input_shapes: tuple[tuple[int, ...], ...],
+    spec: InputSpec,
     *,
     batches: tuple[int, ...] = (1, 3),
     seed: int = 0,
 ) -> Agreement:
-    """Largest difference of two models on random inputs of several batch sizes, in eval mode.
+    """Largest difference of two models on trial inputs of several batch sizes, in eval mode.
 
     Raises VerificationError if the outputs differ in number, in shape or in being finite.
     """
     found = []
     for batch in batches:
-        inputs = random_inputs(input_shapes, seed + batch, first, batch)
+        inputs = spec.draw(seed + batch, first, batch)
         found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
     return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
 
@@ -99,7 +98,7 @@ def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
     return Agreement(max_abs, scale)
 
 
-def outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:
     """All tensors the model returns, in eval mode and true float32."""
     with comparing(model):
-        return flat_tensors(model(*inputs))
+        return flat_tensors(inputs.call(model))

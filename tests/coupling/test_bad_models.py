@@ -256,23 +256,37 @@ def test_a_model_without_numbers_is_refused() -> None:
         None,
         "image",
         3,
-        [IMAGE],
-        {"images": IMAGE},
-        (IMAGE, "label"),
-        (IMAGE, None),
         (),
+        {},
         np.zeros((1, 3, 8, 8)),
     ],
     ids=str,
 )
-def test_an_example_that_is_no_tensor_is_refused(example: Any) -> None:
+def test_an_example_without_a_tensor_is_refused(example: Any) -> None:
     model = Residual()
-    with refused(model, InputError, "example_input must be a tensor or a tuple of tensors, got "):
+    with refused(model, InputError, "example_input must hold a tensor, got "):
         find_groups(model, example)
 
 
+def test_an_example_of_what_no_plan_can_hold_is_refused() -> None:
+    model = Residual()
+    with refused(model, InputError, "argument 1 of example_input holds a ndarray; give tensors, numbers"):
+        find_groups(model, (IMAGE, [np.zeros(3)]))
+    with refused(model, InputError, "example_input holds a tensor without elements"):
+        find_groups(model, torch.zeros(0, 3, 8, 8))
+
+
 @pytest.mark.parametrize(
-    "example", [torch.randint(9, (1, 3, 8, 8)), torch.tensor(1.0), torch.zeros(0, 3, 8, 8), IMAGE.half()]
+    "example",
+    [
+        torch.randint(9, (1, 3, 8, 8)),
+        torch.tensor(1.0),
+        IMAGE.half(),
+        [IMAGE],
+        {"pictures": IMAGE},
+        (IMAGE, "label"),
+        (IMAGE, None),
+    ],
 )
 def test_an_example_that_the_model_does_not_take_is_refused(example: Tensor) -> None:
     model = Residual()
@@ -360,6 +374,12 @@ def _planned(name: str = "Residual") -> tuple[nn.Module, PrunePlan]:
     model, inputs = build(name)
     groups = find_groups(model, inputs)
     return model, make_plan(groups, random_masks(groups, 0.5))
+
+
+def _inputs(shape: list[Any], **also: Any) -> dict[str, Any]:
+    """Of one argument, as a plan has it in JSON."""
+    tensor = {"shape": shape, "dtype": "float32", "grows": True, **also}
+    return {"positional": [{"tensor": tensor}], "keyword": {}, "batch": "any"}
 
 
 def _changed(plan: PrunePlan, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -451,9 +471,14 @@ def test_a_plan_with_a_cut_of_the_wrong_types_is_refused(key: str, value: Any) -
         ("groups", [{"name": "stem", "n_channels": "4", "kept": [0]}]),
         ("groups", [{"name": "stem", "n_channels": 4, "kept": "0"}]),
         ("groups", [{"name": "stem", "n_channels": 4, "kept": [4]}]),
-        ("input_shapes", [["a"]]),
-        ("input_shapes", [[0, 3, 8, 8]]),
-        ("input_shapes", [[-1, 3, 8, 8]]),
+        ("inputs", [["a"]]),
+        ("inputs", {"positional": [], "keyword": {}, "batch": "some"}),
+        ("inputs", _inputs(["a"])),
+        ("inputs", _inputs([0, 3, 8, 8])),
+        ("inputs", _inputs([-1, 3, 8, 8])),
+        ("inputs", _inputs([1, 3], dtype="text")),
+        ("inputs", _inputs([1, 3], values=[1.0])),
+        ("inputs", {"positional": [{"object": 1}], "keyword": {}, "batch": "any"}),
         ("rewrites", [{"module": 1, "method": "forward", "call": 0, "argument": 0, "source": ""}]),
         ("rewrites", [{"module": "", "method": "forward", "call": "0", "argument": 0, "source": ""}]),
     ],
@@ -480,8 +505,9 @@ def test_a_plan_that_cuts_a_tensor_twice_is_refused() -> None:
 @pytest.mark.parametrize("shapes", [[], [[1, 4, 8, 8]], [[1, 3]], [[1, 3, 8, 8], [1, 3, 8, 8]]])
 def test_a_plan_with_inputs_that_the_model_does_not_take_is_refused(shapes: list[list[int]]) -> None:
     model, plan = _planned()
-    strange = PrunePlan.from_json(_changed(plan, lambda data: data.update(input_shapes=shapes)))
-    with refused(model, ModelError, "Residual does not run on random inputs of shapes "):
+    inputs = [_inputs(shape)["positional"][0] for shape in shapes]
+    strange = PrunePlan.from_json(_changed(plan, lambda data: data["inputs"].update(positional=inputs)))
+    with refused(model, ModelError, "Residual does not run on trial inputs of shapes "):
         apply_plan(model, strange)
 
 
@@ -504,7 +530,7 @@ def test_a_plan_that_rewrites_what_the_model_does_not_have_is_refused(module: st
 
 def test_a_cut_that_left_a_model_which_does_not_run_is_reported_as_wrong() -> None:
     model, plan = _planned()
-    half = PrunePlan(plan.cuts[:1], plan.groups, plan.input_shapes)
+    half = PrunePlan(plan.cuts[:1], plan.groups, plan.inputs)
     broken = apply_plan(model, half)
     with untouched(model), pytest.raises(VerificationError, match="the cut model does not run"):
         verify_cut(model, broken, plan)

@@ -213,8 +213,9 @@ def test_untraceable_model_is_one_message_and_leaves_nothing(
 
 
 def test_input_names_must_fit(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="2 example inputs"):
-        export_onnx(_TwoInputs(), tmp_path / "m.onnx", (torch.randn(1, 6, 4, 4), torch.tensor([1])))
+    inputs = (torch.randn(1, 6, 4, 4), torch.tensor([1]))
+    with pytest.raises(InputError, match="2 example inputs"):
+        export_onnx(_TwoInputs(), tmp_path / "m.onnx", inputs, input_names=("maps",))
 
 
 def test_missing_garbage_empty_and_truncated_files_are_refused(

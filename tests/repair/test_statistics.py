@@ -57,8 +57,9 @@ def test_batches_sum_up_to_what_all_images_give_at_once(name: str) -> None:
         assert one.moments.rows == other.moments.rows
         assert torch.allclose(one.moments.mean, other.moments.mean, atol=1e-12)
         assert torch.allclose(one.moments.covariance, other.moments.covariance, atol=1e-12)
-        assert torch.equal(one.reading.low, other.reading.low)
-        assert torch.equal(one.reading.high, other.reading.high)
+        # A batch of another size may take another kernel, which rounds another way.
+        assert torch.allclose(one.reading.low, other.reading.low, atol=1e-12)
+        assert torch.allclose(one.reading.high, other.reading.high, atol=1e-12)
 
 
 def read_by(model: nn.Module, tensor: str, inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from sparsekit.errors import InputError
 from sparsekit.selection.costs import CostModel, kept_share
 from sparsekit.selection.knapsack import choose_channels
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, Member
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.latency_curve import LatencyCurve
 from sparsekit.structure.masks import Masks, Scores
 
@@ -45,7 +46,7 @@ def _chain(widths: list[int], generator: np.random.Generator) -> ChannelGroups:
             members[i - 1].append(Member(name, 1, tuple(range(into)), 1, "consumer"))
     return ChannelGroups(
         tuple(ChannelGroup(f"g{i}", n, tuple(members[i])) for i, n in enumerate(widths)),
-        input_shapes=(),
+        inputs=InputSpec(),
         layers=tuple(layers),
         tensor_shapes={layer.weight: layer.shape for layer in layers},
         parameters=tuple(layer.weight for layer in layers),

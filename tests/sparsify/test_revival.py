@@ -21,6 +21,7 @@ from sparsekit.sparsify.channel_vectors import OwnedWeights
 from sparsekit.sparsify.revival import Revival
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.training.checkpoint import load_state, save_state
 
 Optimizer = torch.optim.Optimizer
@@ -39,7 +40,7 @@ class Filters(nn.Module):
         super().__init__()
         self.x = nn.Parameter(torch.full((n, WIDTH), size))
         member = Member("x", 0, tuple(range(n)), 1, "producer", penalised=True)
-        self.groups = ChannelGroups((ChannelGroup("x", n, (member,)),), input_shapes=())
+        self.groups = ChannelGroups((ChannelGroup("x", n, (member,)),), inputs=InputSpec())
 
 
 def _train(

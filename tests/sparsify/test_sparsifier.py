@@ -25,6 +25,7 @@ from sparsekit.selection.costs import kept_share
 from sparsekit.selection.importance import filter_norms, zero_channels
 from sparsekit.sparsify.schedules import PhaseShares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.training.checkpoint import load_state, save_state
 
 Optimizer = torch.optim.Optimizer
@@ -52,7 +53,7 @@ def _groups(*named: tuple[str, ...], n: int) -> ChannelGroups:
             )
             for names in named
         ),
-        input_shapes=(),
+        inputs=InputSpec(),
     )
 
 

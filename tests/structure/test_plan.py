@@ -14,6 +14,7 @@ from sparsekit.errors import FileError, InputError
 from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.compose import compose
 from sparsekit.structure.groups import ChannelGroups
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import GroupCut, PrunePlan, TensorCut, make_plan
 from sparsekit.surgery.cut import apply_plan
@@ -43,7 +44,7 @@ def test_the_indices_of_a_concatenation_are_those_written_out_by_hand() -> None:
     }
     assert len(plan.cuts) == 5
     assert plan.groups == (GroupCut("left", 4, (0, 2)), GroupCut("right", 6, (1, 4, 5)))
-    assert plan.input_shapes == ((2, 3, 10, 10),)
+    assert plan.inputs.shapes == ((2, 3, 10, 10),)
 
 
 def test_the_columns_behind_a_flatten_go_in_blocks() -> None:
@@ -116,13 +117,13 @@ def a_plan() -> dict[str, Any]:
     return plan
 
 
-@pytest.mark.parametrize("data", [None, 3, "plan", [], {}, {"cuts": 1, "groups": [], "input_shapes": []}])
+@pytest.mark.parametrize("data", [None, 3, "plan", [], {}, {"cuts": 1, "groups": [], "inputs": {}}])
 def test_what_is_no_plan_is_refused(data: Any) -> None:
     with pytest.raises(FileError, match="this is no pruning plan"):
         PrunePlan.from_json(data)
 
 
-@pytest.mark.parametrize("key", ["cuts", "groups", "input_shapes"])
+@pytest.mark.parametrize("key", ["cuts", "groups", "inputs"])
 def test_a_plan_that_lacks_a_key_is_refused(key: str) -> None:
     data = a_plan()
     del data[key]
@@ -215,7 +216,7 @@ def test_of_three_plans_any_two_neighbours_may_be_composed_first(name: str) -> N
 @pytest.mark.parametrize("name", ["Residual", "AttentionOfComputedSizes"])
 def test_a_plan_that_cuts_nothing_leaves_the_other_as_it_is(name: str) -> None:
     _, plan, _ = decided(name)
-    nothing = PrunePlan((), (), plan.input_shapes)
+    nothing = PrunePlan((), (), plan.inputs)
     assert plan.cuts
     assert compose(plan, nothing) == plan == compose(nothing, plan)
 
@@ -224,25 +225,26 @@ def test_composed_positions_are_those_of_the_uncut_model() -> None:
     first = TensorCut("left.weight", 0, "producer", keep=(0, 2, 3, 5), drop=(1, 4))
     second = TensorCut("left.weight", 0, "producer", keep=(1, 3), drop=(0, 2))
     other = TensorCut("head.weight", 1, "consumer", keep=(1,), drop=(0,))
+    example = InputSpec.of(torch.zeros(1, 3, 8, 8))
     both = compose(
-        PrunePlan((first,), (GroupCut("left", 6, (0, 2, 3, 5)),), ((1, 3, 8, 8),)),
-        PrunePlan((second, other), (GroupCut("left", 4, (1, 3)), GroupCut("head", 2, (1,))), ((2, 3, 4, 4),)),
+        PrunePlan((first,), (GroupCut("left", 6, (0, 2, 3, 5)),), example),
+        PrunePlan((second, other), (GroupCut("left", 4, (1, 3)), GroupCut("head", 2, (1,))), InputSpec()),
     )
     assert both.cuts == (other, TensorCut("left.weight", 0, "producer", keep=(2, 5), drop=(0, 1, 3, 4)))
     assert both.groups == (GroupCut("head", 2, (1,)), GroupCut("left", 6, (2, 5)))
-    assert both.input_shapes == ((1, 3, 8, 8),)
+    assert both.inputs == example
 
 
 def test_a_group_whose_units_are_counted_otherwise_after_the_first_cut_is_not_listed() -> None:
-    plans = [PrunePlan((), (GroupCut("left", n, (0, 2)),), ((1, 3),)) for n in (4, 3)]
+    plans = [PrunePlan((), (GroupCut("left", n, (0, 2)),), InputSpec()) for n in (4, 3)]
     assert compose(*plans).groups == ()
 
 
 def test_the_rewritten_places_of_both_plans_are_kept() -> None:
     places = [Place("attention", "forward", call, 3, "0" * 64) for call in (0, 1, 2)]
-    plans = [PrunePlan((), (), ((1, 3),), rewrites) for rewrites in (tuple(places[1:]), tuple(places[:2]))]
+    plans = [PrunePlan((), (), InputSpec(), rewrites) for rewrites in (tuple(places[1:]), tuple(places[:2]))]
     assert compose(*plans).rewrites == tuple(places)
-    sized = [PrunePlan((), (), ((1, 3),), (replace(places[0], size=size),)) for size in (8, 4)]
+    sized = [PrunePlan((), (), InputSpec(), (replace(places[0], size=size),)) for size in (8, 4)]
     assert compose(*sized).rewrites == sized[1].rewrites
 
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from sparsekit.selection.carriers import keep_carriers
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.masks import Masks
 from sparsekit.structure.plan import PrunePlan, TensorCut, make_plan
 from sparsekit.surgery.constants import fold_constants_
@@ -222,7 +223,7 @@ def test_a_layer_that_computes_its_weight_only_loses_columns(kind: str) -> None:
 def test_a_grouped_layer_is_not_read_since_its_columns_are_not_its_inputs() -> None:
     model = reading(nn.Conv2d(N, 4, 3, padding=1, groups=2), dead=[1, 2, 3])
     cut = TensorCut("3.weight", 1, "consumer", keep=(0, 1), drop=(2, 3))
-    assert fold_constants_(model, PrunePlan((cut,), (), ((1, 3, 11, 11),))) == {}
+    assert fold_constants_(model, PrunePlan((cut,), (), InputSpec.of(torch.zeros(1, 3, 11, 11)))) == {}
 
 
 class TwoReaders(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import ModelError, VerificationError
-from sparsekit.evaluation import flat_tensors, random_inputs
+from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.constants import fold_constants_
 from sparsekit.surgery.cut import apply_plan
@@ -93,7 +93,7 @@ def test_the_cut_model_is_the_dense_one_that_reads_zeros_in_place_of_what_varied
     groups = find_groups(model, inputs)
     plan = make_plan(groups, random_masks(groups, share))
     assert plan.cuts
-    inputs = random_inputs(plan.input_shapes, 0, model)  # what is constant is judged on these, here as there
+    inputs = plan.inputs.draw(0, model).positional  # what is constant is judged on these, here as there
     cut = apply_plan(model, plan)
     with torch.no_grad():
         outputs, dense = cut(*inputs), model(*inputs)
@@ -371,7 +371,7 @@ def test_rounding_that_a_network_amplifies_is_not_taken_for_a_wrong_cut() -> Non
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
     plan = make_plan(groups, random_masks(groups, 0.5))
     cut = apply_plan(model, plan)
-    assert compare_outputs(mask_model(model, plan), cut, plan.input_shapes).max_rel > 0.01
+    assert compare_outputs(mask_model(model, plan), cut, plan.inputs).max_rel > 0.01
     assert verify_cut(model, cut, plan).max_rel < 1e-6
     assert next(cut.parameters()).dtype == torch.float32
     with torch.no_grad():

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError, VerificationError
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan, TensorCut, make_plan
 from sparsekit.surgery.cut import apply_plan
 from sparsekit.surgery.transplant import rebind_scheduler, transplant, transplant_ema
@@ -215,7 +216,7 @@ def test_factored_state_is_dropped_where_it_was_cut_and_kept_elsewhere(name: str
     model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 12), nn.Linear(12, 10), nn.Linear(10, 8))
     keep, drop = (0, 2, 4, 5, 7, 8), (1, 3, 6)
     cuts = [("0.weight", 0, "producer"), ("0.bias", 0, "producer"), ("1.weight", 1, "consumer")]
-    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), ((2, 8),))
+    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec())
     optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=LR, min_dim_size_to_factor=4)
     train(optimizer, model, 3)
     pruned = apply_plan(model, plan)
@@ -241,7 +242,7 @@ def test_preconditioners_are_dropped_where_the_parameter_was_cut(width: int) -> 
     )  # of width 8: square as well
     keep, drop = (0, 2, 3), tuple(i for i in range(width) if i not in (0, 2, 3))
     cuts = [("0.weight", 0, "producer"), ("0.bias", 0, "producer"), ("1.weight", 1, "consumer")]
-    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), ((2, 8),))
+    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec())
     optimizer = timm.optim.create_optimizer_v2(model, opt="kron", lr=LR)
     with torch.compiler.set_stance("force_eager"):
         train(optimizer, model, 2)
@@ -438,7 +439,7 @@ def test_a_tied_parameter_that_is_cut_takes_its_state_along(still_tied: bool) ->
     model = nn.ModuleDict({name: nn.Linear(4, 3, bias=False) for name in ("one", "two")}).double()
     model["two"].weight = model["one"].weight
     plan = PrunePlan(
-        tuple(TensorCut(f"{name}.weight", 1, "consumer", (0, 3), (1, 2)) for name in model), (), ((1, 4),)
+        tuple(TensorCut(f"{name}.weight", 1, "consumer", (0, 3), (1, 2)) for name in model), (), InputSpec()
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
     train(optimizer, model, 2)
@@ -459,9 +460,7 @@ def test_a_tied_parameter_that_is_cut_takes_its_state_along(still_tied: bool) ->
 def test_cuts_of_what_is_no_parameter_are_left_aside() -> None:
     model, pruned, plan = half_cut("Residual")
     size: Any = "size"  # an integer attribute
-    more = PrunePlan(
-        (*plan.cuts, TensorCut("head.heads", 0, size, (0,), (1,))), plan.groups, plan.input_shapes
-    )
+    more = PrunePlan((*plan.cuts, TensorCut("head.heads", 0, size, (0,), (1,))), plan.groups, plan.inputs)
     assert_once_and_all(transplant(torch.optim.SGD(model.parameters(), lr=LR), model, pruned, more), pruned)
 
 
@@ -587,7 +586,7 @@ def test_a_pruned_model_of_another_plan_is_refused() -> None:
     model, pruned, plan = half_cut("Residual")
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     refused(optimizer, model, model, plan, r"\.weight: needs shape .*, got .*apply_plan\(model, plan\)")
-    refused(optimizer, model, pruned, PrunePlan((), (), ()), "needs shape")
+    refused(optimizer, model, pruned, PrunePlan((), (), InputSpec()), "needs shape")
     refused(
         optimizer,
         model,
@@ -602,7 +601,9 @@ def test_a_pruned_model_of_another_plan_is_refused() -> None:
         plan,
         r"0\.stem\.weight: the uncut model has no such parameter",
     )
-    larger = PrunePlan((TensorCut("stem.weight", 0, "producer", (0, 9), tuple(range(1, 9))),), (), ())
+    larger = PrunePlan(
+        (TensorCut("stem.weight", 0, "producer", (0, 9), tuple(range(1, 9))),), (), InputSpec()
+    )
     refused(
         optimizer,
         model,
@@ -624,7 +625,7 @@ def test_two_parameters_that_became_one_are_refused() -> None:
     pruned = copy.deepcopy(model)
     pruned["two"].weight = pruned["one"].weight
     with pytest.raises(VerificationError, match=r"does not hold each parameter.*two\.weight"):
-        transplant(torch.optim.SGD(model.parameters(), lr=LR), model, pruned, PrunePlan((), (), ()))
+        transplant(torch.optim.SGD(model.parameters(), lr=LR), model, pruned, PrunePlan((), (), InputSpec()))
 
 
 def test_state_that_spans_all_parameters_is_refused() -> None:
