@@ -38,7 +38,15 @@ from typing import Annotated, Any
 
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 from torch import Tensor, nn
 
 from sparsekit.errors import FileError, InputError, first_names
@@ -82,6 +90,17 @@ class OwnSource(_Closed):
     factory: str
 
 
+def _read_plan(value: Any) -> PrunePlan | None:
+    try:
+        return value if value is None or isinstance(value, PrunePlan) else PrunePlan.from_json(value)
+    except FileError as error:
+        raise ValueError(str(error)) from None
+
+
+def _write_plan(plan: PrunePlan | None) -> dict[str, Any] | None:
+    return None if plan is None else plan.to_json()
+
+
 class Structure(_Closed):
     """structure.json, as the module's docstring describes it."""
 
@@ -93,7 +112,7 @@ class Structure(_Closed):
     plain: list[str]
     rewrites: list[Place]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    plan: PrunePlan | None
+    plan: Annotated[PrunePlan | None, PlainValidator(_read_plan), PlainSerializer(_write_plan)]
     info: dict[str, JsonValue]
     versions: dict[str, str]
 

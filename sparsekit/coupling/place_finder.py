@@ -11,7 +11,7 @@ from types import CodeType, FrameType
 from torch import nn
 
 from sparsekit.structure.places import Place
-from sparsekit.surgery.rewrite_code import parsed_method, size_arguments
+from sparsekit.surgery.rewrite_code import literal, parsed_method, size_arguments
 
 
 class PlaceFinder:
@@ -24,9 +24,16 @@ class PlaceFinder:
     def computed_sizes(self, n_sizes: int) -> dict[int, Place]:
         """Places of computed sizes in the reshape of `n_sizes` sizes that is running, by dimension.
 
-        A size is computed if it is no attribute: a literal says how many channels there were, too. Empty where the
-        reshape cannot be told.
+        A size is computed if it is neither a literal nor an attribute. Empty where the reshape cannot be told.
         """
+        return {dim: place for dim, (place, number) in self._sizes(n_sizes).items() if number is None}
+
+    def literal_sizes(self, n_sizes: int) -> dict[int, Place]:
+        """Places of sizes that are written as numbers, in the same way."""
+        return {dim: place for dim, (place, number) in self._sizes(n_sizes).items() if number is not None}
+
+    def _sizes(self, n_sizes: int) -> dict[int, tuple[Place, int | None]]:
+        """The place of each size that is no attribute, and its number if it is a literal."""
         frame = _user_frame()
         # A method may call its first argument something else than `self`.
         first = frame.f_code.co_varnames[:1] if frame else ()
@@ -49,7 +56,7 @@ class PlaceFinder:
         if len(here) != 1:
             return {}
         return {
-            dim: Place(self._names[id(module)], method, here[0], dim, source)
+            dim: (Place(self._names[id(module)], method, here[0], dim, source), literal(size))
             for dim, size in enumerate(size_arguments(calls[here[0]]))
             if not isinstance(size, ast.Attribute)
         }

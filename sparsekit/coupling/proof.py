@@ -26,6 +26,11 @@ _PROOF_TOLERANCE = 1e-6
 _FLOAT32_TOLERANCE = 1e-4
 # Above this the proof is made in float32: a pass in float64 takes many seconds on a small machine.
 _MOST_MACS_IN_DOUBLE = 8e9
+# What groups of many units lose; groups of few cannot lose the same.
+_SHARES = (0.41, 0.29, 0.37, 0.23, 0.46, 0.31)
+_SMALL = 8
+# Which groups are cut, how (see `Trial.cut`), and how many units stay.
+_Which = tuple[list[str], int, int]
 
 
 def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
@@ -41,17 +46,35 @@ def prove(model: nn.Module, groups: ChannelGroups) -> ChannelGroups:
         if variant == trial.groups:
             continue
         trial.groups = variant
-        if not trial.cut(every):
+        if not trial.cut_apart(every):
             break
     else:
-        failures = trial.search(trial.cut)
+        failures = trial.search(trial.cut_apart)
     trial.groups = _with_fewest_rewrites(trial, [g.name for g in groups.free if g.name not in failures])
     groups = trial.groups
     passed = [group.name for group in groups.free if group.name not in failures]
     if passed and trial.cut_and_train(passed):  # some models have branches that only training reaches
         failures |= trial.search(trial.cut_and_train, passed)
-    proved = [replace(g, frozen=failures[g.name]) if g.name in failures else g for g in groups]
+    passed = [name for name in passed if name not in failures]
+    least = _least(trial, passed, failures)
+    proved = [
+        replace(g, frozen=failures[g.name]) if g.name in failures else replace(g, least=least.get(g.name, 1))
+        for g in groups
+    ]
     return replace(groups, groups=tuple(proved))
+
+
+def _least(trial: Trial, passed: list[str], failures: dict[str, str]) -> dict[str, int]:
+    """How many units have to stay in groups that cannot be cut to one: two; those that then fail join `failures`.
+
+    Code that squeezes its tensors, for example, loses a dimension of one channel.
+    """
+    if not passed or not trial.cut(passed, left=1):
+        return {}
+    few = trial.search(lambda names: trial.cut(names, left=1), passed)
+    failures |= trial.search(lambda names: trial.cut(names, left=2), list(few))
+    failures |= {name: few[name] for name in few if trial.groups[name].n_channels < 3}
+    return {name: 2 for name in few if name not in failures}
 
 
 def fits_in_double(groups: ChannelGroups) -> bool:
@@ -85,7 +108,7 @@ def _with_fewest_rewrites(trial: Trial, names: list[str]) -> ChannelGroups:
     for kind in kinds:
         before = trial.groups
         trial.groups = _without_places(before, {n for n, module in modules.items() if type(module) is kind})
-        if trial.cut(names):
+        if trial.cut_apart(names):
             trial.groups = before
     return trial.groups
 
@@ -97,12 +120,12 @@ def _without_places(groups: ChannelGroups, modules: set[str]) -> ChannelGroups:
 
 
 class Trial:
-    """Trial cuts of a copy of the model: a half, a third or a quarter of the channels of some groups at a time."""
+    """Trial cuts of a copy of the model: a quarter to a half of the channels of some groups at a time."""
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
         self.model, self.groups = model, groups
         self._inputs = groups.inputs.draw(1, model)
-        self._last: tuple[list[str], nn.Module, list[Tensor]] = ([], model, [])
+        self._last: tuple[_Which, nn.Module, list[Tensor]] = (([], 0, 0), model, [])
         self._trains: bool | None = None
 
     def search(
@@ -114,9 +137,7 @@ class Trial:
         their last fail, all of them are taken to fail for the same reason.
         """
         failures: dict[str, str] = {}
-        alike: dict[str, list[str]] = defaultdict(list)
-        for name in names if names is not None else [group.name for group in self.groups.free]:
-            alike[re.sub(r"\d+", "#", name)].append(name)
+        alike = _alike(names if names is not None else [group.name for group in self.groups.free])
 
         def bisect(classes: list[list[str]]) -> None:
             names = [name for one in classes for name in one]
@@ -137,15 +158,29 @@ class Trial:
 
         bisect(list(alike.values()))
         passed = [name for one in alike.values() for name in one if name not in failures]
-        if failures and passed and (reason := attempt(passed)):
-            failures |= dict.fromkeys(passed, f"a trial cut of several groups together failed: {reason}")
+        if passed and attempt(passed):  # some fail only with others
+            failures |= _failing_together(attempt, passed)
         return failures
 
-    def cut(self, names: list[str]) -> str:
-        """What went wrong; an empty string if the masked and the cut model agree."""
-        plan = self._plan(names)
+    def cut_apart(self, names: list[str]) -> str:
+        """What went wrong in any of several cuts of these groups; any two lose different shares in one of them.
+
+        If they always lost the same, sizes that only happen to agree would pass for right.
+        """
+        small = [n for n in (self.groups[name].n_channels for name in names) if n < _SMALL]
+        n_cuts = 1
+        while len(_SHARES) ** n_cuts < len(names) or (small and min(small) ** (n_cuts - 1) < len(small)):
+            n_cuts += 1
+        return next((reason for which in range(n_cuts) if (reason := self.cut(names, which))), "")
+
+    def cut(self, names: list[str], which: int = 0, *, left: int = 0) -> str:
+        """What went wrong; an empty string if the masked and the cut model agree.
+
+        which: of several cuts of the same groups. left: how many units stay of each, if not what `which` says.
+        """
+        plan = self._plan(names, which, left)
         try:
-            masked, expected = self._masked(names, plan)
+            masked, expected = self._masked((names, which, left), plan)
             found = agreement(expected, outputs(cut_masked_(copy.deepcopy(masked), plan), self._inputs))
         except VerificationError as error:
             return str(error)
@@ -159,7 +194,7 @@ class Trial:
     def cut_and_train(self, names: list[str]) -> str:
         """What went wrong in training mode on two inputs; an empty string if nothing, or if the uncut model fails."""
         plan = self._plan(names)
-        masked, _ = self._masked(names, plan)
+        masked, _ = self._masked((names, 0, 0), plan)
         failure = self._training_pass(cut_masked_(copy.deepcopy(masked), plan))
         if failure and self._trains is None:
             self._trains = not self._training_pass(copy.deepcopy(self.model))
@@ -174,23 +209,68 @@ class Trial:
             return first_line(error)
         return ""
 
-    def _masked(self, names: list[str], plan: PrunePlan) -> tuple[nn.Module, list[Tensor]]:
+    def _masked(self, which: _Which, plan: PrunePlan) -> tuple[nn.Module, list[Tensor]]:
         """The masked model and its outputs; kept, because trials with other rewrites ask for them again."""
-        if self._last[0] != names:
+        if self._last[0] != which:
             masked = detached(self.model, plan)
-            self._last = (names, masked, outputs(masked, self._inputs))
+            self._last = (which, masked, outputs(masked, self._inputs))
         return self._last[1:]
 
-    def _plan(self, names: Sequence[str]) -> PrunePlan:
+    def _plan(self, names: Sequence[str], which: int = 0, left: int = 0) -> PrunePlan:
         generator = torch.Generator().manual_seed(len(names))
         masks = {}
-        # Groups lose different shares: sizes that only happen to agree would pass for right.
-        numbers = {group.name: number for number, group in enumerate(self.groups)}
+        large = {group.name: i for i, group in enumerate(g for g in self.groups if g.n_channels >= _SMALL)}
+        small = {group.name: i for i, group in enumerate(g for g in self.groups if g.n_channels < _SMALL)}
         for name in names:
-            n, number = self.groups[name].n_channels, numbers[name]
-            masks[name] = torch.ones(n, dtype=torch.bool)
-            masks[name][torch.randperm(n, generator=generator)[: max(1, n // (2 + number % 3))]] = False
+            n = self.groups[name].n_channels
+            if left:
+                stay = min(left, n)
+            elif name in large:
+                stay = n - round(n * _share(large[name], which))
+            else:
+                stay = _few(n, small[name], which)
+            masks[name] = torch.zeros(n, dtype=torch.bool)
+            masks[name][torch.randperm(n, generator=generator)[:stay]] = True
         return make_plan(self.groups, masks)
+
+
+def _share(number: int, which: int) -> float:
+    """The share that the group of this number loses in one of the cuts: by the digits of its number.
+
+    In the first all groups lose some, in the others some stay whole.
+    """
+    digit = number // len(_SHARES) ** which % len(_SHARES)
+    return _SHARES[digit] if digit or not which else 0.0
+
+
+def _few(n: int, number: int, which: int) -> int:
+    """How many units a group of few keeps in one of the cuts, in the same way; a whole block goes, or stays."""
+    if n == 1:
+        return number >> (which - 1) & 1 if which else 0
+    return 1 + number // n ** (which - 1) % n if which else 1 + number % (n - 1)
+
+
+def _alike(names: Sequence[str]) -> dict[str, list[str]]:
+    """Groups by their names without numbers: those of the blocks of a stage belong together."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[re.sub(r"\d+", "#", name)].append(name)
+    return alike
+
+
+def _failing_together(attempt: Callable[[list[str]], str], names: Sequence[str]) -> dict[str, str]:
+    """The groups that fail with some before them, though each passes alone: taken in, one after the other."""
+    failures: dict[str, str] = {}
+    passed: list[str] = []
+    for one in _alike(names).values():
+        for some in (one,) if not attempt([*passed, *one]) else ([name] for name in one):
+            reason = attempt([*passed, *some])
+            if reason:
+                told = f"a trial cut with other groups failed: {reason}"
+                failures |= dict.fromkeys(some, told)
+            else:
+                passed += some
+    return failures
 
 
 def randomised(model: nn.Module, inputs: InputSpec, *, exact: bool) -> nn.Module:

@@ -152,6 +152,9 @@ def _reshaped(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None
     if isinstance(result, Tensor) and len(sizes) == result.dim():
         for dim, size in enumerate(sizes):
             _note(tracer, size, result, dim)
+        if any(type(size) is int and size > 1 for size in sizes):
+            for dim, place in tracer.places.literal_sizes(len(sizes)).items():
+                _note(tracer, NamedInt.of(sizes[dim], place.attribute), result, dim)
         # Labels with FIXED among them (tokens behind a class token) keep their size.
         cuttable = [one for one in tracer.known(result).labels if not bool((one == FIXED).any())]
         labelled = {

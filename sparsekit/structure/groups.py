@@ -86,6 +86,7 @@ class ChannelGroup:
     - `rewrites` are the places in the model's code that have to leave a size to torch once something is removed.
     - `bypass` names the residual block that the group's only channel stands for; without it the block passes its input
       on. Empty for all other groups.
+    - `least` is how many channels have to stay at least: two where the model's code cannot do with one.
     - `rounding` says how many channels a cut may keep.
     """
 
@@ -95,6 +96,7 @@ class ChannelGroup:
     frozen: str = ""
     rewrites: tuple[Place, ...] = ()
     bypass: str = ""
+    least: int = 1
     rounding: Rounding = Rounding()
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
@@ -118,7 +120,7 @@ class ChannelGroup:
         if self.bypass:
             return replace(self, rounding=Rounding(1, 0))
         own = multiple // gcd(multiple, self.width)
-        return replace(self, rounding=Rounding(own, max(self.units(min_channels), 1)))
+        return replace(self, rounding=Rounding(own, max(self.units(min_channels), self.least)))
 
     def lies_in(self, module: str) -> bool:
         """Whether all tensors of the group are inside that module."""

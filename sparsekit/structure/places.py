@@ -35,3 +35,18 @@ class Place:
     argument: int
     source: str
     size: int = -1
+
+    @property
+    def attribute(self) -> Attribute:
+        """A number that is written in this place, as if the module had it in an attribute."""
+        return Attribute(self.module, f"{self.method}:{self.call}:{self.argument}:{self.source}")
+
+    @staticmethod
+    def of(path: str) -> Place | None:
+        """The place that such an attribute stands for, by its full name; None for a real attribute."""
+        module, _, name = path.rpartition(".")
+        parts = name.split(":")
+        if len(parts) != 4:
+            return None
+        method, call, argument, source = parts
+        return Place(module, method, int(call), int(argument), source)

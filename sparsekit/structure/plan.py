@@ -157,6 +157,10 @@ def _checked(mask: Tensor, group: ChannelGroup) -> list[bool]:
     keep: list[bool] = mask.tolist()
     if not any(keep) and not group.bypass:
         raise InputError(f"the mask of {name} keeps no channel; a layer must not be emptied")
+    if sum(keep) < group.least and not group.bypass:
+        raise InputError(
+            f"the mask of {name} keeps {sum(keep)} channel; the model's code needs {group.least} at least"
+        )
     if group.frozen and not all(keep):
         raise InputError(f"the mask of {name} removes channels, but the group is frozen: {group.frozen}")
     return keep

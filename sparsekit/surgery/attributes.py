@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
-from sparsekit.structure.places import Attribute
+from sparsekit.structure.places import Attribute, Place
+from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_, written_number
 
 
 def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
-    """The integers that an attribute holds, one or a tuple of them; empty if there is no such attribute."""
+    """The integers that an attribute holds, one or a tuple of them; empty if there is no such attribute.
+
+    A number in the code of a method counts as an attribute, too (`Place.attribute`).
+    """
     module, _, name = path.rpartition(".")
+    place = Place.of(path)
     try:
+        if place is not None:
+            number = written_number(model.get_submodule(module), place)
+            return () if number is None else (number,)
         value = getattr(model.get_submodule(module), name)
     except AttributeError:
         return ()
@@ -27,6 +36,10 @@ def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
 def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
     """Set the attribute, or one entry of it, to `size`; a tuple or list is replaced by a new one of its kind."""
     module = model.get_submodule(attribute.module)
+    place = Place.of(str(attribute))
+    if place is not None:
+        leave_sizes_to_torch_(model, [replace(place, size=size)])
+        return
     if attribute.item is None:
         setattr(module, attribute.name, size)
         return

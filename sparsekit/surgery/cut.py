@@ -66,7 +66,8 @@ def _holders(model: nn.Module) -> Holders:
 
 def _resize_(model: nn.Module, cut: TensorCut) -> None:
     module, _, name = cut.tensor.rpartition(".")
-    item = cut.dim if isinstance(getattr(model.get_submodule(module), name), (tuple, list)) else None
+    held = getattr(model.get_submodule(module), name, None)  # None: the size is written in the code
+    item = cut.dim if isinstance(held, (tuple, list)) else None
     write_size_(model, Attribute(module, name, item), len(cut.keep))
 
 

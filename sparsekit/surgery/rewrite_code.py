@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import operator
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -23,6 +24,12 @@ from sparsekit.structure.places import Place
 _RESHAPES = ("reshape", "view")
 # Attribute of the classes made here: the places they differ in.
 _MARK = "_rewritten_places"
+_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 
 
 def leave_sizes_to_torch_(model: nn.Module, places: Iterable[Place]) -> None:
@@ -78,9 +85,33 @@ def parsed_method(function: Any) -> tuple[str, list[ast.Call]] | None:
 
 def size_arguments(call: ast.Call) -> list[ast.expr]:
     """The sizes that a reshape call is given, as arguments or in one tuple; empty if some are unpacked from a name."""
-    if len(call.args) == 1 and isinstance(call.args[0], (ast.Tuple, ast.List)):
-        return call.args[0].elts
-    return [] if any(isinstance(argument, ast.Starred) for argument in call.args) else call.args
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    # In `torch.reshape(x, sizes)` the tensor comes first.
+    arguments = call.args[1:] if isinstance(owner, ast.Name) and owner.id == "torch" else call.args
+    if len(arguments) == 1 and isinstance(arguments[0], (ast.Tuple, ast.List)):
+        arguments = arguments[0].elts
+    return [] if any(isinstance(argument, ast.Starred) for argument in arguments) else arguments
+
+
+def written_number(module: nn.Module, place: Place) -> int | None:
+    """The number that is written in a place of a module's code now; None if there is none."""
+    for known in rewritten_places(module):
+        if replace(known, module=place.module, size=-1) == replace(place, size=-1):
+            return known.size
+    parsed = parsed_method(getattr(original_class(module), place.method, None))
+    if parsed is None or not _exists(place, *parsed):
+        return None
+    return literal(size_arguments(parsed[1][place.call])[place.argument])
+
+
+def literal(expression: ast.expr) -> int | None:
+    """The value of a whole number as it is written, such as `400` or `16 * 5 * 5`; None for anything else."""
+    if isinstance(expression, ast.Constant):
+        return expression.value if type(expression.value) is int else None
+    if not isinstance(expression, ast.BinOp) or type(expression.op) not in _ARITHMETIC:
+        return None
+    left, right = literal(expression.left), literal(expression.right)
+    return None if not left or not right else _ARITHMETIC[type(expression.op)](left, right)
 
 
 def _exists(place: Place, source: str, calls: Sequence[ast.Call]) -> bool:

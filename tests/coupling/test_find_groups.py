@@ -37,7 +37,7 @@ def members_of(name: str, group: str) -> dict[tuple[str, int], Member]:
         ("SqueezeExcite", {"excite": 8, "squeeze": 4}),
         ("LayerNormMlp", {"up": 10}),
         ("GroupedConv", {"before": 4, "grouped": 4, "after": 6}),
-        ("Attention", {"proj": 8, "up": 10}),
+        ("Attention", {"qkv": 2, "proj": 8, "up": 10}),
         # A conv group of two inputs and three outputs is a unit.
         ("GroupedConvOfFour", {"grouped": 4}),
         # Channels c and c + 4 are neighbours after the shuffle; one without the other would leave no halves.
@@ -87,7 +87,6 @@ def test_every_model_by_hand_has_its_free_groups_counted() -> None:
 @pytest.mark.parametrize(
     ("name", "module", "reason"),
     [
-        ("Attention", "qkv", "a trial cut failed"),
         ("LayerNormMlp", "embed", "norm mixes channels"),
         ("LayerNormMlp", "down", "norm mixes channels"),
         ("TiedWeights", "first", "size is fixed"),
@@ -199,6 +198,31 @@ def test_a_gate_is_not_penalised_but_what_it_multiplies_is() -> None:
     (group,) = [g for g in find_groups(model, inputs) if "conv" in {m.module for m in g.members}]
     assert {m.tensor for m in group.penalised} == {"norm.weight", "norm.bias"}
     assert {m.module for m in group.of_role("producer")} == {"conv", "excite"}
+
+
+SELF_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swish": lambda x: x * torch.sigmoid(x),
+    "swish in place": lambda x: x.mul_(x.sigmoid()),
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "gelu by tanh": lambda x: 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3))),
+    "hard swish": lambda x: x * F.hardsigmoid(x),
+    "energy": lambda x: x * torch.sigmoid((x - x.mean((2, 3), keepdim=True)).square() / 4 + 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SELF_GATES)
+def test_what_gates_itself_is_no_gate(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(SELF_GATES[name](self.norm(self.conv(images))))
+
+    (group,) = find_groups(Net(), torch.randn(1, 3, 8, 8)).free
+    assert {m.tensor for m in group.penalised} == {"norm.weight", "norm.bias"}
 
 
 def test_a_depthwise_filter_belongs_to_its_channel() -> None:

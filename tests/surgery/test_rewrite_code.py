@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -292,7 +293,16 @@ class WithStar(Heads):
         return x.reshape(len(x), 5, *sizes)
 
 
-LEFT_ALONE = [WithSuper, WithWrapper, WithDecorator, WithFunction, WithLambda, WithTwoOnALine, WithStar]
+LEFT_ALONE = [WithSuper, WithWrapper, WithDecorator, WithFunction, WithLambda, WithStar]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not say in which column a call is")
+def test_two_reshapes_on_a_line_are_told_apart() -> None:
+    model = WithTwoOnALine()
+    groups = find_groups(model, TOKENS)
+    assert not groups["up"].frozen
+    plan = make_plan(groups, random_masks(groups, 0.5))
+    assert verify_cut(model, apply_plan(model, plan), plan).max_rel < 1e-5
 
 
 @pytest.mark.parametrize("make", LEFT_ALONE)
@@ -392,3 +402,54 @@ class DividedAttributes(Heads):
 
 def test_a_quotient_of_two_attributes_is_a_computed_size() -> None:
     assert not find_groups(DividedAttributes(), TOKENS)["up"].frozen
+
+
+class LeNet(nn.Module):
+    """Writes the number of features behind its maps into the code, as tutorials do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.fc1, self.fc2 = nn.Linear(16 * 5 * 5, 20), nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.conv1(x).relu(), 2)
+        x = nn.functional.max_pool2d(self.conv2(x).relu(), 2)
+        x = x.view(-1, 16 * 5 * 5)
+        return self.fc2(self.fc1(x).relu())
+
+
+class Decoder(nn.Module):
+    """Writes the number of maps, and gives the sizes to a function of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.conv, self.out = (
+            nn.Linear(16, 12 * 16),
+            nn.ConvTranspose2d(12, 8, 2),
+            nn.Conv2d(8, 3, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.conv(torch.reshape(self.up(x).relu(), (-1, 12, 4, 4))).relu())
+
+
+@pytest.mark.parametrize(
+    ("make", "example", "widths"),
+    [(LeNet, torch.randn(1, 3, 32, 32), [6, 16, 20]), (Decoder, torch.randn(2, 16), [12, 8])],
+)
+def test_a_number_of_channels_that_is_written_in_the_code_is_written_anew(
+    make: Callable[[], nn.Module], example: Tensor, widths: list[int], tmp_path: Path
+) -> None:
+    model = make().eval()
+    for _ in range(2):
+        groups = find_groups(model, example, round_to=1, min_channels=1)
+        assert [g.n_channels for g in groups.free] == widths
+        plan = make_plan(groups, random_masks(groups, 0.5))
+        cut = apply_plan(model, plan)
+        assert verify_cut(model, cut, plan).max_rel < 1e-5
+        kept = {group.name: len(group.kept) for group in plan.groups}
+        model, widths = cut, [kept[group.name] for group in groups.free]
+    save(model, tmp_path, factory=make)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, factory=make)(example), model(example))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, merged_by_span, span
@@ -30,15 +31,18 @@ def unknown(tracer: Tracer, call: OperatorCall) -> None:
 def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
     """What feeds the product of these operands, and whether it is squashed.
 
-    An operand that is squashed is a gate: it only scales the others, which alone make the product zero.
+    An operand that is squashed is a gate: it only scales the others, which alone make the product zero. What makes
+    both, as in x * sigmoid(x), is no gate: without it the product is zero, too.
     """
     gates = [k for k in known if k.squashed and k.feeds is not None]
     others = [k for k in known if not (k.squashed and k.feeds is not None)]
     if gates and any(not k.weight for k in others):
+        scaled = joined(k.feeds for k in others)
         for k in gates:
             if k.feeds is not None:
-                tracer.seen.note("gate", k.feeds)
-        return joined(k.feeds for k in others), any(k.squashed for k in others)
+                alone = k.feeds if scaled is None else np.setdiff1d(k.feeds, scaled)
+                tracer.seen.note("gate", alone)
+        return scaled, any(k.squashed for k in others)
     return joined(k.feeds for k in known), any(k.squashed for k in known)
 
 
