@@ -18,6 +18,7 @@ from sparsekit.selection.bisection import (
     step_importance,
     threshold_for_share,
 )
+from sparsekit.selection.carriers import keep_carriers
 from sparsekit.selection.costs import CostModel
 from sparsekit.selection.importance import filter_norms, zero_channels
 from sparsekit.selection.rounding import round_up
@@ -53,10 +54,27 @@ def keep_masks(
     - "auto" removes exact zeros, then more until `target` is met if one is given. Without zeros and target it takes the
       gap.
 
-    The number kept is rounded up to the group's `rounding`: the most important of the removed channels come back.
+    The number kept is rounded up to the group's `rounding`: the most important of the removed channels come back. So
+    does a channel that has to carry the constants of others (`keep_carriers`).
     Raises InputError for a method without what it needs, an unknown quantity, or a target out of reach.
     """
+    if method not in get_args(MaskMethod):
+        raise InputError(f"method must be one of {', '.join(get_args(MaskMethod))}, got {method!r}")
     check_target(groups, target)
+    masks = _chosen(model, groups, method, threshold, relative, target, importance)
+    return keep_carriers(model, groups, masks)
+
+
+def _chosen(
+    model: nn.Module,
+    groups: ChannelGroups,
+    method: MaskMethod,
+    threshold: float | None,
+    relative: bool,
+    target: Mapping[Quantity, float] | None,
+    importance: Scores | None,
+) -> Masks:
+    """The masks by themselves, without carriers."""
     zeros = zero_channels(model, groups)
     given = filter_norms(model, groups) if importance is None else _checked(groups, importance)
     # Exact zeros rank below everything else, whatever their filters are.

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsekit.report.inspection import Inspection, _compact, inspect_module
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, Member
+from sparsekit.structure.inputs import InputSpec
 
 
 def _inspect(ignore: tuple[str, ...] = ()) -> Inspection:
@@ -166,7 +167,7 @@ def test_two_hundred_groups_are_shown_in_no_time() -> None:
     )
     groups = ChannelGroups(
         tuple(ChannelGroup(f"group{i}", 64, members) for i in range(200)),
-        ((1, 3, 8, 8),),
+        InputSpec.of(torch.zeros(1, 3, 8, 8)),
         tuple(LayerCost(m.tensor, (64, 64), 100) for m in members),
         {**{m.tensor: (64, 64) for m in members}, **{f"other.{i}": (3,) for i in range(2000)}},
         (*(f"other.{i}" for i in range(2000)), *(m.tensor for m in members)),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from sparsekit.selection.carriers import keep_carriers
-from sparsekit.selection.keep_masks import keep_masks
+from sparsekit.selection.keep_masks import _chosen, keep_masks
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Member
 from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.masks import Masks
@@ -208,7 +208,7 @@ def test_a_layer_that_computes_its_weight_only_loses_columns(kind: str) -> None:
     )
     groups = ChannelGroups(
         (ChannelGroup("0", N, (Member(name, 1, tuple(range(N)), 1, "consumer"),)),),
-        ((1, 3, 11, 11),),
+        InputSpec.of(torch.zeros(1, 3, 11, 11)),
         tensor_shapes={name: (4, N)},
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -277,7 +277,7 @@ def slimmed(reader: nn.Module, dead: list[int], round_to: int = 1) -> tuple[nn.M
     """A model some of whose scales, but not shifts, are zero, and the masks of the channels that are not."""
     model = reading(reader, dead=dead)
     groups = find_groups(model, images(), round_to=round_to)
-    return model, groups, keep_masks(model, groups, method="threshold", threshold=1e-9)
+    return model, groups, _chosen(model, groups, "threshold", 1e-9, True, None, None)
 
 
 def kept(mask: Tensor) -> list[int]:
@@ -293,6 +293,12 @@ def test_the_largest_constant_is_kept_where_none_would_stay() -> None:
     assert kept(masks["0"]) == [0, 2, 6, 7]  # a new mask
     assert change_at_the_cut(model, carried) < EXACT
     assert keep_carriers(model, groups, carried)["0"] is carried["0"]  # it has one now
+
+
+def test_keep_masks_keep_a_carrier_of_themselves() -> None:
+    model, groups, masks = slimmed(nn.Conv2d(N, 4, 3, padding=1), [1, 3, 4, 5])
+    carried = keep_masks(model, groups, method="threshold", threshold=1e-9)
+    assert kept(carried["0"]) == kept(keep_carriers(model, groups, masks)["0"]) == [0, 2, 4, 6, 7]
 
 
 def test_it_takes_the_place_of_a_dead_channel_that_filled_a_multiple() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import ModelError, VerificationError
 from sparsekit.evaluation import flat_tensors
+from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.constants import fold_constants_
 from sparsekit.surgery.cut import apply_plan
@@ -416,7 +417,7 @@ def test_models_are_compared_in_true_float32_whatever_is_on_outside() -> None:
 
 def test_outputs_of_other_shapes_do_not_agree() -> None:
     with pytest.raises(VerificationError, match="different shapes"):
-        compare_outputs(nn.Linear(3, 2), nn.Linear(3, 4), ((1, 3),))
+        compare_outputs(nn.Linear(3, 2), nn.Linear(3, 4), InputSpec.of(torch.zeros(1, 3)))
 
 
 def test_the_difference_is_measured_against_the_largest_output() -> None:
