@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from sparsekit.errors import ModelError, first_line
 
 _PLAIN = (nn.Module.train, nn.Module.eval)
 
@@ -132,6 +137,40 @@ def mapped(nest: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
     return nest
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, also of one that keeps tensors of its last pass, as `self.features = x` does.
+
+    Torch copies no tensor that is part of a graph: these are copied without it. Raises ModelError for a model that
+    cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        _refuse_masked(name, module)
+        kept: list[Tensor] = []
+        _collect([vars(module), module._parameters, module._buffers], kept, set())
+        for tensor in kept:
+            if tensor.grad_fn is not None and id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {first_line(error)}; every cut is tried on copies, so keep what "
+            "cannot be copied out of the module"
+        ) from error
+
+
+def _refuse_masked(name: str, module: nn.Module) -> None:
+    """Raise ModelError for a module that `torch.nn.utils.prune` masks: its weight is made anew in each pass."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            own = getattr(hook, "_tensor_name", "weight")
+            raise ModelError(
+                f"{name or type(module).__name__}.{own} is masked by torch.nn.utils.prune; make the mask permanent "
+                f"first: torch.nn.utils.prune.remove(module, {own!r})"
+            )
+
+
 def flat_tensors(outputs: Any) -> list[Tensor]:
     """The tensors in a model's output, in order, out of any nesting of tuples, lists, mappings and objects.
 
@@ -142,26 +181,26 @@ def flat_tensors(outputs: Any) -> list[Tensor]:
     return found
 
 
-_PLAIN_VALUES = (str, bytes, int, float, complex, type(None), nn.Module, type, torch.dtype, torch.device)
+_PLAIN_VALUES = (str, bytes, int, float, complex, type(None), type, ModuleType, torch.dtype, torch.device)
 
 
-def _collect(value: Any, found: list[Tensor], inside: set[int]) -> None:
-    """Append the tensors in a value; `inside` are the objects that hold it, for some hold themselves."""
+def _collect(value: Any, found: list[Tensor], seen: set[int]) -> None:
+    """Append the tensors in a value, in order; `seen` are the objects looked into, for some hold themselves."""
     if isinstance(value, Tensor):
         found.append(value)
-    if isinstance(value, (Tensor, *_PLAIN_VALUES)) or id(value) in inside:
         return
-    if isinstance(value, Mapping):
-        parts = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         parts = list(value)
-    elif callable(value):  # a function holds no output
-        parts = []
+    elif isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (nn.Module, *_PLAIN_VALUES)) or callable(value) or id(value) in seen:
+        return
     else:
+        seen.add(id(value))
         slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
         parts = [*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots)]
     for part in parts:
-        _collect(part, found, inside | {id(value)})
+        _collect(part, found, seen)
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from sparsekit.artifact.format import OwnSource, Structure, TimmSource, to_json_text
 from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
+from sparsekit.evaluation import copied
 
 Factory = Callable[[], nn.Module]
 # Arguments of `timm.create_model` that name weights, files or addresses; an artifact has weights of its own.
@@ -83,7 +83,7 @@ def build_by_factory(factory: Factory) -> nn.Module:
         model = factory()
         if not isinstance(model, nn.Module):
             raise TypeError(f"it must be a torch.nn.Module, got {type(model).__name__}")
-        return copy.deepcopy(model)
+        return copied(model)
 
     return _built(build, "what the factory builds")
 

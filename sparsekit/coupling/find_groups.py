@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from sparsekit.coupling.residual_blocks import find_blocks
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
-from sparsekit.evaluation import Arguments, ExampleInput, as_inputs, evaluating
+from sparsekit.evaluation import Arguments, ExampleInput, as_inputs, copied, evaluating
 from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, check_rounding
@@ -31,6 +30,7 @@ def find_groups(
     model: nn.Module,
     example_input: ExampleInput,
     *,
+    more_inputs: Sequence[ExampleInput] = (),
     ignore: Sequence[str] = (),
     through_layer_norm: bool = False,
     blocks: Blocks = False,
@@ -58,20 +58,26 @@ def find_groups(
     `round_to` and `min_channels` say how many channels of a layer may be kept: multiples, and at least so many
     (`ChannelGroups.with_rounding`). Everything that chooses channels reads them off the groups.
 
+    A layer that no pass runs keeps its width, and fails once it is used with fewer channels: `more_inputs` are further
+    examples, such as one with a flag that runs another head. Layers that only training runs are found without. What is
+    left is listed in `ChannelGroups.unread`.
+
     The model keeps its mode, parameters, buffers and random state: all of it happens to copies. Raises ModelError if
     the model cannot be copied, does not run on the example or returns no tensor, InputError for arguments of other
     types and for a pattern of `ignore` that matches no module.
     """
     _check_model(model)
     inputs = as_inputs(example_input)
-    spec = InputSpec.of(example_input)
+    others = tuple(as_inputs(one) for one in more_inputs)
+    spec, *other_specs = (InputSpec.of(one) for one in (example_input, *more_inputs))
     check_rounding(round_to, min_channels)
     if blocks not in (False, True, "all"):
         raise InputError(f"blocks must be False, True or 'all', got {blocks!r}")
     with torch.random.fork_rng():
-        model = _copied(model)
-        _run_once(model, inputs)
-        spec = spec.tried(model)
+        model = copied(model)
+        for one in (inputs, *others):
+            _run_once(model, one)
+        spec = replace(spec.tried(model), others=tuple(one.tried(model) for one in other_specs))
         costs = layer_costs(model, example_input, spec.batch_size)
         names = [name for name, _ in model.named_modules()]
         for pattern in ignore:
@@ -80,7 +86,7 @@ def find_groups(
                     f"ignore: the pattern {pattern!r} matches no module of {type(model).__name__}"
                 )
         parametrised = _parametrised(model)
-        traced = _trace(model, inputs, through_layer_norm=through_layer_norm)
+        traced, unread = _trace(model, (inputs, *others), through_layer_norm=through_layer_norm)
         formed = [_frozen_if_needed(group, ignore, parametrised) for group in traced]
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
         sized = {m.tensor for group in formed for m in group.members if m.role == "size"}
@@ -91,6 +97,7 @@ def find_groups(
             tensor_shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             parameters=tuple(name for name, _ in model.named_parameters()),
             attributes={path: read_sizes(model, path) for path in sorted(sized)},
+            unread=unread,
         )
         proved = prove(model, groups)
         if blocks:
@@ -118,17 +125,6 @@ def _check_model(model: Any) -> None:
             raise ModelError(f"{name} is on the meta device and holds no numbers; load the weights first")
 
 
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy to run: a forward pass may change counters, caches and statistics."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}; every cut is tried on copies, so keep what "
-            "cannot be copied out of the module"
-        ) from error
-
-
 def _run_once(model: nn.Module, inputs: Arguments) -> None:
     try:
         with evaluating(model):
@@ -140,14 +136,17 @@ def _run_once(model: nn.Module, inputs: Arguments) -> None:
         ) from error
 
 
-def _trace(model: nn.Module, inputs: Arguments, *, through_layer_norm: bool) -> tuple[ChannelGroup, ...]:
-    """The groups that one forward pass of a copy shows."""
-    traced = copy.deepcopy(model)
+def _trace(
+    model: nn.Module, inputs: Sequence[Arguments], *, through_layer_norm: bool
+) -> tuple[tuple[ChannelGroup, ...], tuple[str, ...]]:
+    """The groups that passes of a copy show, and the trained tensors that none of them read."""
+    traced = copied(model)
     parameters = {name for name, _ in traced.named_parameters()}
     with evaluating(traced), attention_in_the_open():
         name_integers_(traced)
-        seen = trace(traced, inputs, through_layer_norm=through_layer_norm).seen
-    return form_groups(seen, solve(seen), parameters)
+        tracer = trace(traced, *inputs, through_layer_norm=through_layer_norm)
+    unread = tuple(name for name in tracer.unread() if name in parameters)
+    return form_groups(tracer.seen, solve(tracer.seen), parameters), unread
 
 
 def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: set[str]) -> ChannelGroup:

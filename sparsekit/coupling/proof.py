@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import VerificationError, first_line
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import copied, evaluating
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.places import Place
@@ -124,7 +123,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, groups: ChannelGroups) -> None:
         self.model, self.groups = model, groups
-        self._inputs = groups.inputs.draw(1, model)
+        self._inputs = [way.draw(1, model) for way in groups.inputs.ways]
         self._last: tuple[_Which, nn.Module, list[Tensor]] = (([], 0, 0), model, [])
         self._trains: bool | None = None
 
@@ -181,7 +180,7 @@ class Trial:
         plan = self._plan(names, which, left)
         try:
             masked, expected = self._masked((names, which, left), plan)
-            found = agreement(expected, outputs(cut_masked_(copy.deepcopy(masked), plan), self._inputs))
+            found = agreement(expected, self._outputs(cut_masked_(copied(masked), plan)))
         except VerificationError as error:
             return str(error)
         except Exception as error:
@@ -195,25 +194,30 @@ class Trial:
         """What went wrong in training mode on two inputs; an empty string if nothing, or if the uncut model fails."""
         plan = self._plan(names)
         masked, _ = self._masked((names, 0, 0), plan)
-        failure = self._training_pass(cut_masked_(copy.deepcopy(masked), plan))
+        failure = self._training_pass(cut_masked_(copied(masked), plan))
         if failure and self._trains is None:
-            self._trains = not self._training_pass(copy.deepcopy(self.model))
+            self._trains = not self._training_pass(copied(self.model))
         return failure if self._trains else ""
 
     def _training_pass(self, model: nn.Module) -> str:
         model = model.float().train()
         try:
             with torch.no_grad():
-                self.groups.inputs.draw(0, model, batch=2).call(model)
+                for way in self.groups.inputs.ways:
+                    way.draw(0, model, batch=2).call(model)
         except Exception as error:
             return first_line(error)
         return ""
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        """For all ways to call the model."""
+        return [tensor for inputs in self._inputs for tensor in outputs(model, inputs)]
 
     def _masked(self, which: _Which, plan: PrunePlan) -> tuple[nn.Module, list[Tensor]]:
         """The masked model and its outputs; kept, because trials with other rewrites ask for them again."""
         if self._last[0] != which:
             masked = detached(self.model, plan)
-            self._last = (which, masked, outputs(masked, self._inputs))
+            self._last = (which, masked, self._outputs(masked))
         return self._last[1:]
 
     def _plan(self, names: Sequence[str], which: int = 0, left: int = 0) -> PrunePlan:
@@ -278,13 +282,13 @@ def randomised(model: nn.Module, inputs: InputSpec, *, exact: bool) -> nn.Module
 
     `exact`: in float64, where a wrong index cannot pass for rounding, if the model runs in it.
     """
-    trial = copy.deepcopy(model)
+    trial = copied(model)
     if exact:
         try:
             with evaluating(trial.double()):
                 inputs.draw(0, trial).call(trial)
         except Exception:
-            trial = copy.deepcopy(model)
+            trial = copied(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in trial.state_dict().items():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,14 +61,35 @@ def _can_make_up(module: Any) -> bool:
     return isinstance(scale, nn.Parameter) and len(shape) == 1 and isinstance(module.eps, float)
 
 
-def trace(model: nn.Module, inputs: Arguments, *, through_layer_norm: bool = False) -> Tracer:
-    """Run `model` once and return the tracer with all that it has seen. The model gets hooks, so give a copy.
+def trace(
+    model: nn.Module, inputs: Arguments, *others: Arguments, through_layer_norm: bool = False
+) -> Tracer:
+    """Run `model` on all inputs and return the tracer with all that it has seen. The model gets hooks: give a copy.
 
-    Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
+    Where parameters are left that no pass has read, as those of an auxiliary head, it runs in training mode, too, if it
+    can. Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
     """
     tracer = Tracer(model, through_layer_norm=through_layer_norm)
     watch_declared_sizes_(model, tracer)
     _watch_whole_modules_(model, tracer)
+    for one in (inputs, *others):
+        _pass(model, one, tracer)
+    if tracer.unread():
+        _training_pass(model, inputs, tracer)
+    return tracer
+
+
+def _training_pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:
+    """A pass in training mode, for what it alone runs; it ends early where the model fails, as if it needs targets."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train()
+    with suppress(Exception):
+        _pass(model, inputs, tracer)
+    for module, training in flags:
+        module.training = training
+
+
+def _pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:
     with torch.no_grad(), SizeWatcher(tracer, apply_rule), _Operators(tracer):
         outputs = inputs.call(model)
     results = flat_tensors(outputs)
@@ -80,7 +102,6 @@ def trace(model: nn.Module, inputs: Arguments, *, through_layer_norm: bool = Fal
         tracer.read(tensor)
         for labels in tracer.known(tensor).labels:
             tracer.seen.fix(labels, "it reaches the model's output")
-    return tracer
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

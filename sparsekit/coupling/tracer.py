@@ -82,6 +82,10 @@ class Tracer:
         self._known[tensor] = known
         return known
 
+    def unread(self) -> tuple[str, ...]:
+        """The names of all tensors of the model that no operator has read so far."""
+        return tuple(name for tensor, name in self._names.items() if tensor not in self._known)
+
     def name_of(self, tensor: Tensor | None) -> str | None:
         """The tensor's name, if it is a parameter or buffer."""
         return None if tensor is None else self._names.get(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
@@ -17,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from sparsekit.errors import FileError, InputError, ModelError, RunError
-from sparsekit.evaluation import Arguments, ExampleInput, as_inputs
+from sparsekit.evaluation import Arguments, ExampleInput, as_inputs, copied
 from sparsekit.export.group_merging import merge_groups_
 from sparsekit.export.quiet import quiet
 from sparsekit.files import atomic_path
@@ -141,13 +140,7 @@ def _portable_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has {size_bytes / 2**30:.1f} GiB of weights in float32; one ONNX file "
             "holds 2 GiB; use a smaller model"
         )
-    try:
-        duplicate = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied for the export: {error}; keep only parameters "
-            "and buffers on its modules, no tensors that are part of an autograd graph"
-        ) from error
+    duplicate = copied(model)
     # Through train() first: it drops tensors that some models compute from their weights in eval mode and keep.
     return duplicate.to("cpu").float().train().eval().requires_grad_(False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import InputError, ModelError, first_line
-from sparsekit.evaluation import evaluating, flat_tensors
+from sparsekit.evaluation import copied, evaluating, flat_tensors
 from sparsekit.finished.display import StepDisplay
 from sparsekit.finished.images import collect_images
 from sparsekit.latency.layers import measure_layers
@@ -205,7 +204,7 @@ def _check_free(model: nn.Module, groups: ChannelGroups) -> None:
 
 def float_on_cpu(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in float32, as it is exported."""
-    return copy.deepcopy(model).cpu().float()
+    return copied(model).cpu().float()
 
 
 def _working_copy(
@@ -215,19 +214,19 @@ def _working_copy(
 
     Standardised convolutions whose inputs may go are plain in it, so that they can be masked and repaired.
     """
-    copied = copy.deepcopy(model)
-    copied.train()  # in steps: the `train` of some timm modules returns nothing
-    copied.eval()
-    make_readers_plain_(copied, (m.tensor for group in groups.free for m in group.of_role("consumer")))
-    tensors = [*copied.parameters(), *copied.buffers()]
+    plain = copied(model)
+    plain.train()  # in steps: the `train` of some timm modules returns nothing
+    plain.eval()
+    make_readers_plain_(plain, (m.tensor for group in groups.free for m in group.of_role("consumer")))
+    tensors = [*plain.parameters(), *plain.buffers()]
     if example.dim() != 4 or any(tensor.dim() == 5 for tensor in tensors):
-        return copied, torch.contiguous_format
-    faster = copy.deepcopy(copied).to(memory_format=torch.channels_last)
+        return plain, torch.contiguous_format
+    faster = copied(plain).to(memory_format=torch.channels_last)
     try:  # a `view` of a map may refuse it
         with evaluating(faster):
             faster(example.repeat(2, 1, 1, 1).contiguous(memory_format=torch.channels_last))
     except Exception:
-        return copied, torch.contiguous_format
+        return plain, torch.contiguous_format
     return faster, torch.channels_last
 
 

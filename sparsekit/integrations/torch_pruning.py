@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.errors import InputError, first_line
-from sparsekit.evaluation import Arguments, eval_mode
+from sparsekit.evaluation import Arguments, copied, eval_mode
 from sparsekit.options import Importance
 from sparsekit.selection.importance import output_shares
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, Role
@@ -308,12 +308,12 @@ def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, l
             f"{name} ranks by gradients and needs images to compute them; got batches=None, give batches of "
             "(images, labels), for example a loader"
         )
-    copied = copy.deepcopy(model)
-    parameters = [p.requires_grad_() for p in copied.parameters() if p.is_floating_point()]
+    read = copied(model)
+    parameters = [p.requires_grad_() for p in read.parameters() if p.is_floating_point()]
     sums, n = [torch.zeros_like(p) for p in parameters], 0
-    with torch.random.fork_rng(), eval_mode(copied), torch.enable_grad():
+    with torch.random.fork_rng(), eval_mode(read), torch.enable_grad():
         for images, labels in _pairs(batches, parameters[0].device, alone=alone):
-            value = _checked_loss(loss(copied(images), labels))
+            value = _checked_loss(loss(read(images), labels))
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
@@ -325,7 +325,7 @@ def _with_gradients(model: nn.Module, criterion: Any, batches: Batches | None, l
         )
     for parameter, total in zip(parameters, sums, strict=True):
         parameter.grad = total / n
-    return copied
+    return read
 
 
 def _pairs(batches: Batches, device: torch.device, *, alone: bool) -> Iterator[tuple[Tensor, Tensor]]:
@@ -432,7 +432,7 @@ def _check_agrees(model: nn.Module, plan: PrunePlan, groups: ChannelGroups, hist
 
 def _cut_by_torch_pruning(model: nn.Module, groups: ChannelGroups, history: PruningHistory) -> nn.Module:
     """Return a copy of the model that Torch-Pruning has cut by this history."""
-    theirs = copy.deepcopy(model)
+    theirs = copied(model)
     for parameter in theirs.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # it traces by autograd
     inputs = groups.inputs.draw(0, theirs)

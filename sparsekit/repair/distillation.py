@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from sparsekit.errors import TrainingError
-from sparsekit.evaluation import eval_mode
+from sparsekit.evaluation import copied, eval_mode
 from sparsekit.repair.divergence import Divergence, compared, kl
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.structure.plan import PrunePlan
@@ -72,7 +71,7 @@ def distill(
 
     Raises TrainingError if the loss is not finite from the first step on.
     """
-    student = copy.deepcopy(pruned)
+    student = copied(pruned)
     best, best_state = held_out.of(student), _state(student)
     flags = [(p, p.requires_grad) for p in student.parameters()]
     trained = [p for p in student.parameters() if p.is_floating_point()]

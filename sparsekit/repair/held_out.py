@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import copied, evaluating
 from sparsekit.options import Outputs
 from sparsekit.repair.divergence import Divergence, compared, divergence, look_like_values
 from sparsekit.repair.replay import Recording, Stations, batches_of
@@ -131,7 +130,7 @@ class HeldOut:
 
 def _between(start: nn.Module, end: nn.Module, share: float) -> nn.Module:
     """A model with weights at this share of the way."""
-    between, before = copy.deepcopy(end), dict(start.named_parameters())
+    between, before = copied(end), dict(start.named_parameters())
     with torch.no_grad():
         for name, ours in between.named_parameters():
             if ours.is_floating_point():

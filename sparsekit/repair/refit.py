@@ -8,7 +8,6 @@ Zhang and Sun, "Channel pruning for accelerating very deep neural networks", 201
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsekit.evaluation import evaluating
+from sparsekit.evaluation import copied, evaluating
 from sparsekit.repair.least_squares import Moments, fit
 from sparsekit.repair.replay import Recording, Stations, answering
 from sparsekit.repair.rows import Reader
@@ -52,7 +51,7 @@ def refit(
     few positions keep their weights. As many images are used as the outputs of the stations leave memory for: 384 MB.
     What the layers of one station should give comes on top of that.
     """
-    refitted = copy.deepcopy(pruned)
+    refitted = copied(pruned)
     lost = {
         cut.tensor: cut
         for cut in plan.cuts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import InputError, ModelError, first_line
-from sparsekit.evaluation import eval_mode
+from sparsekit.evaluation import copied, eval_mode
 from sparsekit.options import Outputs
 from sparsekit.repair.divergence import compared, sampled_loss
 from sparsekit.repair.least_squares import Moments
@@ -90,7 +89,7 @@ def input_statistics(
     Raises InputError if there is no batch, and ModelError if the model does not run on one.
     """
     with torch.random.fork_rng():
-        model = copy.deepcopy(model)
+        model = copied(model)
         return _Gathering(model, groups, gradients, seed, most_positions, outputs).over(batches)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from sparsekit.evaluation import copied
 from sparsekit.repair.closed_form import repair_, repair_weights
 from sparsekit.repair.held_out import HeldOut
 from sparsekit.repair.statistics import InputStatistics
@@ -36,7 +36,7 @@ class Trials:
     ) -> None:
         self._dense, self.groups, self._statistics, self._held_out = dense, groups, statistics, held_out
         self.base = dict(base or {})
-        self._model = copy.deepcopy(dense)
+        self._model = copied(dense)
         plan = make_plan(groups, self.base)
         self._bypassed = [block.module for block in plan.blocks]
         # Masking in place does not know the cuts of norms that look at all channels.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sparsekit.artifact.save import save as save_artifact
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import RunError, SparsekitError
+from sparsekit.evaluation import copied
 from sparsekit.machine import library_versions
 from sparsekit.recipe.reading import dump_recipe
 from sparsekit.recipe.recipe import Recipe
@@ -238,7 +238,7 @@ class Run:
 
 def bare_copy(model: nn.Module) -> nn.Module:
     """Copy a model without the forward that accelerate may have set on it."""
-    duplicate = copy.deepcopy(model)
+    duplicate = copied(model)
     for name in ("forward", "_original_forward"):
         duplicate.__dict__.pop(name, None)
     return duplicate

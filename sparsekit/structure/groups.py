@@ -195,6 +195,7 @@ class ChannelGroups:
     - `layers` has the cost of every convolution and linear layer.
     - `tensor_shapes` has the shape of every parameter and buffer; `parameters` names those that are trained.
     - `attributes` has the value or values of each integer attribute whose size depends on a group.
+    - `unread` names the trained tensors that no pass read: those of layers that the examples do not run.
     - `round_to` and `min_channels` are what the groups' rounding was made of.
     """
 
@@ -204,6 +205,7 @@ class ChannelGroups:
     tensor_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     attributes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     round_to: RoundTo = 1
     min_channels: int = 1
 

@@ -92,11 +92,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The arguments of an example, nested as the model takes them, with a `TensorSpec` in place of each tensor."""
+    """The arguments of an example, nested as the model takes them, with a `TensorSpec` in place of each tensor.
+
+    `others` are further ways to call the model, as `find_groups(more_inputs=)` was given them.
+    """
 
     positional: tuple[Any, ...] = ()
     keyword: tuple[tuple[str, Any], ...] = ()
     batch: Batch = "any"
+    others: tuple[InputSpec, ...] = ()
 
     @staticmethod
     def of(example_input: ExampleInput) -> InputSpec:
@@ -123,6 +127,11 @@ class InputSpec:
         found: list[TensorSpec] = []
         mapped((self.positional, dict(self.keyword)), found.append, TensorSpec)
         return found
+
+    @property
+    def ways(self) -> tuple[InputSpec, ...]:
+        """All ways to call the model, this one first."""
+        return (self, *self.others)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -159,6 +168,7 @@ class InputSpec:
             "positional": [_to_json(one) for one in self.positional],
             "keyword": {name: _to_json(one) for name, one in self.keyword},
             "batch": self.batch,
+            **({"others": [one.to_json() for one in self.others]} if self.others else {}),
         }
 
     @staticmethod
@@ -167,7 +177,8 @@ class InputSpec:
         if data["batch"] not in get_args(Batch):
             raise ValueError(f"batch must be one of {', '.join(get_args(Batch))}, got {data['batch']!r}")
         keyword = tuple((str(name), _from_json(one)) for name, one in data["keyword"].items())
-        return InputSpec(tuple(_from_json(one) for one in data["positional"]), keyword, data["batch"])
+        others = tuple(InputSpec.from_json(one) for one in data.get("others", ()))
+        return InputSpec(tuple(_from_json(one) for one in data["positional"]), keyword, data["batch"], others)
 
     def _with_batch(self, batch: Batch = "any") -> InputSpec:
         """With those tensors growing whose first dimension is that of the first tensor, unless the batch is fixed."""
@@ -180,7 +191,7 @@ class InputSpec:
         positional, keyword = (
             mapped(part, changed, TensorSpec) for part in (self.positional, dict(self.keyword))
         )
-        return InputSpec(positional, tuple(keyword.items()), kind)
+        return InputSpec(positional, tuple(keyword.items()), kind, self.others)
 
     def tried(self, model: nn.Module) -> InputSpec:
         """With the batches that the model takes: any, if it runs on one more than it was shown, or twice as many."""

@@ -77,13 +77,22 @@ def _is_gone(model: nn.Module, cut: TensorCut) -> bool:
     return name in ("gain", "bias") and getattr(model.get_submodule(module), name, None) is None
 
 
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    """In which order it lies in memory: that of its dimensions, or with the channels last."""
+    if tensor.is_contiguous():
+        return torch.contiguous_format
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    found = formats.get(tensor.dim(), torch.contiguous_format)
+    return found if tensor.is_contiguous(memory_format=found) else torch.contiguous_format
+
+
 def _slice_(model: nn.Module, cut: TensorCut, holders: Holders) -> None:
     """Cut a tensor for every module that holds it: tied weights stay tied."""
     owner_name, _, name = cut.tensor.rpartition(".")
     old = getattr(model.get_submodule(owner_name), name)
     keep = torch.tensor(cut.keep, device=old.device)
     with torch.no_grad():
-        new = old.index_select(cut.dim, keep).contiguous()
+        new = old.index_select(cut.dim, keep).contiguous(memory_format=_format_of(old))
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     held = holders.pop(id(old))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
+from sparsekit.evaluation import copied
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.attributes import read_sizes
 from sparsekit.surgery.constants import blank_columns_, fold_constants_
@@ -31,9 +31,9 @@ def detached(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def with_plain_readers(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A copy in which standardised convolutions that lose columns are plain."""
-    copied = copy.deepcopy(model)
-    make_readers_plain_(copied, (cut.tensor for cut in plan.cuts if cut.role == "consumer"))
-    return copied
+    plain = copied(model)
+    make_readers_plain_(plain, (cut.tensor for cut in plan.cuts if cut.role == "consumer"))
+    return plain
 
 
 def _check_fits(model: nn.Module, plan: PrunePlan) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from sparsekit.errors import VerificationError, first_line
-from sparsekit.evaluation import Arguments, comparing, flat_tensors
+from sparsekit.evaluation import Arguments, comparing, copied, flat_tensors
 from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.mask import mask_model
@@ -55,7 +54,7 @@ def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, toleranc
 def _compared_in_float64(masked: nn.Module, pruned: nn.Module, plan: PrunePlan) -> Agreement | None:
     """None if one of them does not run in float64, as where the code or the device has only float32."""
     try:
-        return compare_outputs(copy.deepcopy(masked).double(), copy.deepcopy(pruned).double(), plan.inputs)
+        return compare_outputs(copied(masked).double(), copied(pruned).double(), plan.inputs)
     except Exception:
         return None
 
@@ -73,9 +72,10 @@ def compare_outputs(
     Raises VerificationError if the outputs differ in number, in shape or in being finite.
     """
     found = []
-    for batch in batches:
-        inputs = spec.draw(seed + batch, first, batch)
-        found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
+    for way in spec.ways:
+        for batch in batches:
+            inputs = way.draw(seed + batch, first, batch)
+            found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
     return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
 
 
