@@ -174,11 +174,15 @@ class InputSpec:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> InputSpec:
         """Read what `to_json` returned. Raises AttributeError, KeyError, TypeError or ValueError else."""
-        if data["batch"] not in get_args(Batch):
-            raise ValueError(f"batch must be one of {', '.join(get_args(Batch))}, got {data['batch']!r}")
-        keyword = tuple((str(name), _from_json(one)) for name, one in data["keyword"].items())
-        others = tuple(InputSpec.from_json(one) for one in data.get("others", ()))
-        return InputSpec(tuple(_from_json(one) for one in data["positional"]), keyword, data["batch"], others)
+        held = _as(dict, data)
+        if held["batch"] not in get_args(Batch) or set(held) - {"positional", "keyword", "batch", "others"}:
+            raise ValueError(f"batch must be one of {', '.join(get_args(Batch))}, got {held['batch']!r:.40}")
+        return InputSpec(
+            tuple(_from_json(one) for one in _as(list, held["positional"])),
+            tuple((name, _from_json(one)) for name, one in _as(dict, held["keyword"]).items()),
+            held["batch"],
+            tuple(InputSpec.from_json(one) for one in _as(list, held.get("others", []))),
+        )
 
     def _with_batch(self, batch: Batch = "any") -> InputSpec:
         """With those tensors growing whose first dimension is that of the first tensor, unless the batch is fixed."""
@@ -257,14 +261,21 @@ def _as_text(number: float) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
+def _as(kind: type, value: Any) -> Any:
+    """The value, if it is of this type."""
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__} where {value!r:.40} stands")
+    return value
+
+
 def _from_json(data: Any) -> Any:
-    ((kind, held),) = data.items()
+    ((kind, held),) = _as(dict, data).items()
     if kind == "tensor":
-        return _tensor_from_json(held)
+        return _tensor_from_json(_as(dict, held))
     if kind == "dict":
-        return {name: _from_json(one) for name, one in held.items()}
+        return {name: _from_json(one) for name, one in _as(dict, held).items()}
     if kind in ("list", "tuple"):
-        parts = [_from_json(one) for one in held]
+        parts = [_from_json(one) for one in _as(list, held)]
         return parts if kind == "list" else tuple(parts)
     if kind == "value" and isinstance(held, _CONSTANTS):
         return held
@@ -272,16 +283,21 @@ def _from_json(data: Any) -> Any:
 
 
 def _tensor_from_json(data: Mapping[str, Any]) -> TensorSpec:
-    shape, values = tuple(data["shape"]), tuple(float(value) for value in data.get("values", ()))
-    if any(type(size) is not int for size in shape):
-        raise TypeError(f"expected whole numbers where the shape {shape!r:.40} stands")
-    if any(size < 1 for size in shape):
-        raise ValueError("an input has an impossible shape")
-    if not isinstance(getattr(torch, str(data["dtype"]), None), torch.dtype):
+    unknown = set(data) - {"shape", "dtype", "mean", "std", "low", "high", "values", "grows"}
+    shape = tuple(_as(int, size) for size in _as(list, data["shape"]))
+    values = tuple(_number(value) for value in _as(list, data.get("values", [])))
+    if unknown or any(size < 1 for size in shape):
+        raise ValueError(f"an input has an impossible shape {shape} or the unknown keys {sorted(unknown)}")
+    if not isinstance(getattr(torch, _as(str, data["dtype"]), None), torch.dtype):
         raise ValueError(f"an input has the unknown type {data['dtype']!r:.40}")
     if values and len(values) != math.prod(shape):
         raise ValueError(f"an input of shape {shape} has {len(values)} values")
-    numbers = {name: float(data[name]) for name in ("mean", "std", "low", "high") if name in data}
-    return TensorSpec(
-        shape, str(data["dtype"]), **numbers, values=values, grows=bool(data.get("grows", False))
-    )
+    numbers = {name: _number(data[name]) for name in ("mean", "std", "low", "high") if name in data}
+    grows = _as(bool, data.get("grows", False))
+    return TensorSpec(shape, data["dtype"], **numbers, values=values, grows=grows)
+
+
+def _number(value: Any) -> float:
+    if value in ("inf", "-inf", "nan") or type(value) in (int, float):
+        return float(value)
+    raise TypeError(f"expected a number where {value!r:.40} stands")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import ModelError, VerificationError
-from sparsekit.evaluation import flat_tensors
+from sparsekit.evaluation import as_inputs, flat_tensors
 from sparsekit.structure.inputs import InputSpec
 from sparsekit.structure.plan import PrunePlan, make_plan
 from sparsekit.surgery.constants import fold_constants_
@@ -406,7 +406,7 @@ def test_models_are_compared_in_true_float32_whatever_is_on_outside() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(inputs)
         seen.clear()
-        (compared,) = outputs(model, (inputs,))
+        (compared,) = outputs(model, as_inputs(inputs))
     assert seen == [(False, False)]
     assert compared.dtype == torch.float32
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_the_difference_is_measured_against_the_largest_output() -> None:
         for layer, bias in ((first, [4.0, 1.0]), (second, [4.0, 3.0])):
             layer.weight.zero_()
             layer.bias.copy_(torch.tensor(bias))
-    agreement = compare_outputs(first, second, ((1, 1),))
+    agreement = compare_outputs(first, second, InputSpec.of(torch.zeros(1, 1)))
     assert (agreement.max_abs, agreement.scale, agreement.max_rel) == (2.0, 4.0, 0.5)
 
 

@@ -27,6 +27,7 @@ from sparsekit.surgery.cut import apply_plan
 from sparsekit.surgery.transplant import rebind_scheduler, transplant, transplant_ema
 
 Cut = tuple[nn.Module, nn.Module, PrunePlan]
+TWO_OF_EIGHT = InputSpec.of(torch.zeros(2, 8))
 LR = 0.01
 EXACT = {"rtol": 1e-11, "atol": 1e-13}  # float64
 
@@ -216,7 +217,9 @@ def test_factored_state_is_dropped_where_it_was_cut_and_kept_elsewhere(name: str
     model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 12), nn.Linear(12, 10), nn.Linear(10, 8))
     keep, drop = (0, 2, 4, 5, 7, 8), (1, 3, 6)
     cuts = [("0.weight", 0, "producer"), ("0.bias", 0, "producer"), ("1.weight", 1, "consumer")]
-    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec())
+    plan = PrunePlan(
+        tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec.of(torch.zeros(2, 8))
+    )
     optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=LR, min_dim_size_to_factor=4)
     train(optimizer, model, 3)
     pruned = apply_plan(model, plan)
@@ -242,7 +245,9 @@ def test_preconditioners_are_dropped_where_the_parameter_was_cut(width: int) -> 
     )  # of width 8: square as well
     keep, drop = (0, 2, 3), tuple(i for i in range(width) if i not in (0, 2, 3))
     cuts = [("0.weight", 0, "producer"), ("0.bias", 0, "producer"), ("1.weight", 1, "consumer")]
-    plan = PrunePlan(tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec())
+    plan = PrunePlan(
+        tuple(TensorCut(t, d, role, keep, drop) for t, d, role in cuts), (), InputSpec.of(torch.zeros(2, 8))
+    )
     optimizer = timm.optim.create_optimizer_v2(model, opt="kron", lr=LR)
     with torch.compiler.set_stance("force_eager"):
         train(optimizer, model, 2)
