@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,8 @@ __all__ = ["export_onnx", "read_metadata"]
 
 # Protocol buffers, and so ONNX files without side files, end at 2 GiB.
 _MAX_BYTES = 2**31 - 1
+# What torch.export says of a size that depends on data, as the number of boxes of a detector does.
+_DATA_DEPENDENT = re.compile("data-dependent|unbacked")
 # These loggers report what the exporter tries next; the outcome reaches the caller as a file or an exception.
 _NOISY_LOGGERS = (
     "torch.onnx",
@@ -205,11 +211,49 @@ def _trace(
             return attempt()
     # The exporter's errors have no common base, and the model's own code may raise anything.
     except Exception as error:
+        if _DATA_DEPENDENT.search(f"{error} {error.__cause__}") and not dynamic_shapes:
+            with suppress(Exception):
+                return _traced_by_example(model, inputs, opset, input_names, output_names)
         cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{type(model).__name__} cannot be exported to ONNX: {cause[0]}; its forward must be traceable "
             "by torch.export" + (" with an open batch size" if dynamic_shapes else "")
         ) from error
+
+
+def _traced_by_example(
+    model: nn.Module,
+    inputs: Arguments,
+    opset: int | None,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> onnx.ModelProto:
+    """By torch's older exporter, which follows one example; how many boxes a detector finds stays open in it."""
+    with (
+        TemporaryDirectory() as folder,
+        quiet(_NOISY_LOGGERS),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+    ):
+        file = Path(folder) / "traced.onnx"
+        torch.onnx.export(
+            model,
+            inputs.positional,
+            file,
+            kwargs=dict(inputs.keyword) or None,
+            dynamo=False,
+            opset_version=opset,
+            input_names=list(input_names),
+            output_names=list(output_names) or None,
+        )
+        proto = onnx.load(file)
+    warnings.warn(
+        f"{type(model).__name__} has sizes that depend on its data, which torch.export refuses; the file was traced on "
+        "the example by torch's older exporter: where the model's code decides by data, the file always does as it did "
+        "there",
+        stacklevel=4,
+    )
+    return proto
 
 
 def _write_attention_out_(model: nn.Module) -> bool:
