@@ -35,19 +35,20 @@ class SizeWatcher(TorchFunctionMode):
         super().__init__()
         self._tracer, self._apply_rule = tracer, apply_rule
 
-    def _pad(self, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
+    def _by_rule(self, name: str, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
         with _disable_current_modes():
             result = func(*args, **kwargs)
-        pads = args[1] if len(args) > 1 else kwargs["pad"]
-        tensor = args[0] if args else kwargs["input"]
-        call = OperatorCall("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
+        names = ("input", *_WHOLE_FUNCTIONS[name])
+        given = (*args, *(kwargs[one] for one in names[len(args) :] if one in kwargs))
+        tensors = tuple(flat_tensors(given))
+        call = OperatorCall(name, torch.ops.aten.pad.default, given, kwargs, tensors, (result,))
         self._apply_rule(self._tracer, call)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "pad":  # in some modes it copies into an empty tensor, piece by piece
-            return self._pad(func, args, kwargs or {})
+        if name in _WHOLE_FUNCTIONS:
+            return self._by_rule(name, func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         rule = _SIZE_RULES.get(name)
         if rule is not None and args and isinstance(args[0], Tensor):
@@ -253,6 +254,10 @@ def _note_part(tracer: Tracer, size: NamedInt, tensor: Tensor, dim: int) -> None
             tracer.seen.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
 
 
+# Functions with a rule of their own, and the names of their arguments after the first. In some modes `pad` copies into
+# an empty tensor, piece by piece; a local response norm pads and pools across channels; and `take_along_dim` computes
+# with an index after it was expanded, which then has a size of its own.
+_WHOLE_FUNCTIONS = {"pad": ("pad",), "local_response_norm": ("size",), "take_along_dim": ("indices", "dim")}
 _SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "reshape": _reshaped,
     "view": _reshaped,
