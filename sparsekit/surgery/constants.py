@@ -171,7 +171,8 @@ def observe_inputs(
     def watch(key: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             read = args[0] if args else keywords["input"]
-            values = read.movedim(channel_dim(module), 0).flatten(1)
+            values = read.movedim(channel_dim(module), 0)
+            values = values.reshape(len(values), -1)  # a linear layer may read one vector
             low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
             if key in readings:
                 low, high = torch.minimum(low, readings[key].low), torch.maximum(high, readings[key].high)

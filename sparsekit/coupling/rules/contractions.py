@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsekit.coupling.labels import aligned, along, merged_by_span, span
+from sparsekit.coupling.labels import aligned, along, divided, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
 from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, PLACES, finest, fix_all, gated, together
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
@@ -149,7 +149,7 @@ def deformable_convolution(tracer: Tracer, call: OperatorCall) -> None:
     fix_all(tracer, (offset, mask), PLACES)
     for one in tracer.known(tensor).labels if n_offsets > 1 else ():
         if 1 in span(one):
-            parts = one.unflatten(1, (n_offsets, -1))
+            parts = divided(one, 1, n_offsets)
             tracer.seen.couple(parts.narrow(1, 0, 1), parts)
             if conv_groups > 1:
                 tracer.seen.fix(one, "its offsets and its conv groups divide the channels in two ways")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sparsekit.coupling.labels import span
+from sparsekit.coupling.labels import divided, span
 from sparsekit.coupling.rules.meeting import (
     MIXES,
     PLACES,
@@ -96,7 +96,7 @@ def position_pooling(tracer: Tracer, call: OperatorCall) -> None:
     labels = []
     for one in tracer.known(call.args[0]).labels:
         if one.shape[1] > 1:
-            bins = one.unflatten(1, (-1, n_bins))
+            bins = divided(one, 1, one.shape[1] // n_bins)
             one = together(tracer, bins, [2]).squeeze(2)
         labels.append(one)
     _pool_regions(tracer, call, labels)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.coupling.labels import FIXED, compressed, merged_by_span, moved, span
+from sparsekit.coupling.labels import FIXED, compressed, divided, merged_by_span, moved, span
 from sparsekit.coupling.observations import Atoms, joined, to_atoms
 from sparsekit.coupling.rules.meeting import MIXES, PLACES, apart_from, combine, fix_all, gated, unknown
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
@@ -64,7 +64,7 @@ def shuffling(tracer: Tracer, call: OperatorCall) -> None:
     parts = int(call.named("groups"))
     for one in tracer.known(call.args[0]).labels:
         if one.shape[1] > 1:
-            split = one.unflatten(1, (parts, -1))
+            split = divided(one, 1, parts)
             tracer.seen.couple(split.narrow(1, 0, 1), split)
     moving(tracer, call)
 

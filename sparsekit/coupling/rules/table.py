@@ -59,6 +59,7 @@ from sparsekit.coupling.rules.placement import (
 )
 from sparsekit.coupling.rules.pointwise import pointwise
 from sparsekit.coupling.rules.quantization import fake_quantising, observed_quantising
+from sparsekit.coupling.rules.recurrence import packing, recurrent
 from sparsekit.coupling.rules.reductions import along_dim, distance, reducing, softmax_rule
 from sparsekit.coupling.tracer import OperatorCall, Rule, Tracer
 
@@ -145,6 +146,8 @@ KINDS: dict[Rule, str] = {
     convolution: "convolution _convolution",
     deformable_convolution: "deform_conv2d",
     standardised_convolution: "standardised_convolution",
+    recurrent: "recurrent_layer",
+    packing: "_pack_padded_sequence _pad_packed_sequence",
     fake_quantising: "fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask "
     "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine "
     "_fake_quantize_learnable_per_channel_affine",
@@ -155,5 +158,11 @@ KINDS: dict[Rule, str] = {
 _RULES: dict[str, Rule] = {name: rule for rule, names in KINDS.items() for name in names.split()}
 # Functions and modules that are told as a whole, not operator by operator.
 OURS = frozenset(
-    ("local_response_norm", "global_response_norm", "root_mean_square_norm", "standardised_convolution")
+    (
+        "local_response_norm",
+        "global_response_norm",
+        "root_mean_square_norm",
+        "standardised_convolution",
+        "recurrent_layer",
+    )
 )
