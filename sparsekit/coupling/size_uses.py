@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,8 @@ class SizeWatcher(TorchFunctionMode):
     def _by_rule(self, name: str, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
         with _disable_current_modes():
             result = func(*args, **kwargs)
-        names = ("input", *_WHOLE_FUNCTIONS[name])
-        given = (*args, *(kwargs[one] for one in names[len(args) :] if one in kwargs))
+        named = takewhile(kwargs.__contains__, ("input", *_WHOLE_FUNCTIONS[name])[len(args) :])
+        given = (*args, *(kwargs[one] for one in named))
         tensors = tuple(flat_tensors(given))
         call = OperatorCall(
             name, torch.ops.aten.pad.default, given, kwargs, tensors, tuple(flat_tensors(result))
@@ -281,7 +282,7 @@ _MAKERS = {"zeros", "new_zeros"}
 # an empty tensor, piece by piece; a local response norm pads and pools across channels; and `take_along_dim` computes
 # with an index after it was expanded, which then has a size of its own. Packed sequences are padded in pieces, too.
 _WHOLE_FUNCTIONS = {
-    "pad": ("pad",),
+    "pad": ("pad", "mode", "value"),
     "local_response_norm": ("size",),
     "take_along_dim": ("indices", "dim"),
     "_pad_packed_sequence": (),

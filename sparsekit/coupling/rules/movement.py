@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsekit.coupling.labels import FIXED, compressed, divided, merged_by_span, moved, span
-from sparsekit.coupling.observations import Atoms, joined, to_atoms
+from sparsekit.coupling.labels import FIXED, along, compressed, divided, merged_by_span, moved, span
+from sparsekit.coupling.named_integers import MultipleInt, NamedInt, PartInt
+from sparsekit.coupling.observations import MADE, Atoms, SizeUse, joined, to_atoms
 from sparsekit.coupling.rules.meeting import MIXES, PLACES, apart_from, combine, fix_all, gated, unknown
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
@@ -128,13 +129,60 @@ def striding(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def padding(tracer: Tracer, call: OperatorCall) -> None:
-    """Labels along a padded dimension are fixed: what is added there has a size of its own."""
-    tensor, pads = call.args[0], call.args[1]
+    """Constants beside channels: those stay, or shrink with the attribute that counts them; channels move along.
+
+    Anything else along a padded dimension stays: what is added there mirrors or repeats what is there, or its size is
+    written in the code. That goes for cropping, too.
+    """
+    tensor, pads = call.args[:2]
     known = tracer.known(tensor)
-    padded = {tensor.dim() - 1 - i // 2 for i, amount in enumerate(pads) if amount}
-    labels = apart_from(tracer, known.labels, padded, "it is padded to a fixed size")
+    amounts = {
+        tensor.dim() - 1 - i // 2: pads[i : i + 2] for i in range(0, len(pads), 2) if any(pads[i : i + 2])
+    }
+    constant = (
+        call.name.rstrip("_") in ("pad", "constant_pad_nd") and call.named("mode", "constant") == "constant"
+    )
+    labels = list(known.labels)
+    for dim, (before, after) in amounts.items():
+        if not constant or min(before, after) < 0:
+            labels = apart_from(tracer, labels, [dim], "it is padded by what is beside it, or cropped")
+            continue
+        if any(dim in span(one) for one in labels):
+            beside = [_constants(tracer, amount) for amount in (before, after)]
+            labels = [_padded(one, dim, beside) for one in labels]
+    for one in labels:
+        tracer.seen.grid(one)
     tracer.read(tensor)
-    tracer.learn(call.outputs[0], Known(tuple(labels), known.weight, known.feeds, known.squashed))
+    feeds = None if call.named("value") else known.feeds
+    tracer.learn(call.outputs[0], Known(tuple(labels), known.weight, feeds, known.squashed))
+
+
+def _constants(tracer: Tracer, amount: int) -> Tensor:
+    """Labels of channels that a pad adds. An attribute that is their number shrinks with them; else they stay."""
+    if not amount:
+        return torch.zeros(0)
+    first = tracer.seen.add_axis(MADE, 0, int(amount)).first
+    atoms = torch.arange(first, first + int(amount), dtype=torch.float32)
+    if isinstance(amount, NamedInt):
+        tracer.seen.sizes.append(SizeUse(amount.attribute, to_atoms(atoms)[:, None]))
+        return atoms
+    tracer.seen.fix(atoms, "constants are padded opposite to it, and the code says how many")
+    if isinstance(amount, (MultipleInt, PartInt)):
+        attribute = amount.attribute if isinstance(amount, MultipleInt) else amount.whole.attribute
+        tracer.seen.sizes.append(SizeUse(attribute, None))
+    return atoms
+
+
+def _padded(labels: Tensor, dim: int, beside: Sequence[Tensor]) -> Tensor:
+    """Labels between those of the constants before and after them along `dim`, if they run along it."""
+    if labels.shape[dim] == 1:
+        return labels
+    shape = [*labels.shape]
+    parts = [
+        along(one, dim, labels.dim()).expand([-1 if d == dim else n for d, n in enumerate(shape)])
+        for one in beside
+    ]
+    return torch.cat([parts[0], labels, parts[1]], dim)
 
 
 def concatenating(tracer: Tracer, call: OperatorCall) -> None:
