@@ -5,6 +5,7 @@
 
 docs/reference/recipe.md         every key of a recipe, from its specs
 docs/reference/command_line.md   every command, from typer
+docs/reference/operators.md      every operator with a rule, from the table of rules
 docs/reference/api.md            everything in `sparsekit.__all__`, from signatures and docstrings
 docs/architecture.md             the tree between its two marks, from the first sentences of the docstrings
 """
@@ -30,6 +31,7 @@ from typer.models import ArgumentInfo
 
 import sparsekit
 from sparsekit import cli
+from sparsekit.coupling.rules import table
 from sparsekit.recipe import messages
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
@@ -58,6 +60,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "reference" / "recipe.md": recipe_page(),
         DOCS / "reference" / "command_line.md": command_line_page(),
+        DOCS / "reference" / "operators.md": operators_page(),
         DOCS / "reference" / "api.md": api_page(),
         architecture: with_tree(architecture.read_text("utf-8")),
     }
@@ -70,6 +73,41 @@ def _written_by() -> str:
 def _cell(text: str) -> str:
     """Text for a cell of a table."""
     return re.sub(r"<(?=[a-zA-Z/!])", "&lt;", " ".join(text.split()).replace("|", "\\|"))
+
+
+# ---------------------------------------------------------------------------------------------- the operators
+
+
+def operators_page() -> str:
+    """Every operator with a rule, by the file of the rule and by the rule."""
+    lines = [
+        "# Operators",
+        "",
+        "`find_groups` follows the channels of a model through each operator that one forward pass executes. This page "
+        "says what becomes of them, operator by operator, in the words of the [architecture page]"
+        "(../architecture.md#words): labels say which channel each element of a tensor belongs to.",
+        "",
+        "- An operator in place (`relu_`) follows the rule of its name without the `_`.",
+        "- An operator that is not listed, and that torch tags as pointwise or as a view, works element by element, or "
+        "moves its labels.",
+        "- Any other fixes all channels that enter it: their group stays whole, and its reason names the operator.",
+        "- Many functions are made of others. `einsum`, `lp_pool2d` and `instance_norm` are followed by their parts.",
+        "- Names without a torch operator are told as a whole by the name of a module or function: "
+        + ", ".join(f"`{name}`" for name in sorted(table.OURS))
+        + ". Four are torchvision's: `deform_conv2d`, `roi_align`, `roi_pool` and their `ps_` kin.",
+    ]
+    file = ""
+    for rule, names in table.KINDS.items():
+        module = sys.modules[rule.__module__]
+        if module.__name__ != file:
+            title = module.__name__.rpartition(".")[2].capitalize().replace("Table", "New tensors")
+            sentence = (module.__doc__ or "").strip().splitlines()[0]
+            lines += ["", f"## {title}", "", *([] if module is table else [_cell(sentence), ""])]
+            lines += ["| what becomes of channels | operators |", "|---|---|"]
+            file = module.__name__
+        shown = ", ".join(f"`{name}`" for name in names.split())
+        lines.append(f"| {_cell(inspect.cleandoc(rule.__doc__ or ''))} | {shown} |")
+    return "\n".join([*lines, "", _written_by(), ""])
 
 
 # ------------------------------------------------------------------------------------------------- the recipe

@@ -25,9 +25,9 @@ repair: curves trials channel_order distillation refit held_out replay closed_fo
 sparsify: late_choice sparsifier steering revival penalised_weights learned_importance penalties strength
     channel_vectors schedules prox
 selection: keep_masks bisection knapsack loss_curves carriers costs importance rounding
-coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.norms rules.movement
-    rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder
-    named_integers labels
+coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.recurrence rules.norms
+    rules.placement rules.movement rules.maps rules.quantization rules.reductions rules.pointwise rules.meeting
+    size_uses form_groups solve tracer observations place_finder named_integers labels
 surgery: transplant optimizer_state verify cut mask constants norms bypass rewrite_code attributes
 export: parity graph_summary precision onnx_file group_merging quiet session
 training: loop splits loader display evaluate optimizers seeding data_sources models checkpoint options

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekit.coupling.labels import FIXED
-from sparsekit.coupling.observations import Atoms, Axis, Observations, Trait
+from sparsekit.coupling.observations import MADE, Atoms, Axis, Observations, Trait
 from sparsekit.coupling.solve import Coupled
 from sparsekit.structure.groups import ChannelGroup, Member, Role
 from sparsekit.structure.places import Attribute, Place
@@ -109,7 +109,9 @@ def _form(
     root = next(part for part in parts if noted.makes[components[0][1][part][0]])
     components.sort(key=lambda one: int(one[1][root][0]))
     members = [
-        _member(seen, noted, part, [runs[part] for _, runs in components], parameters) for part in parts
+        _member(seen, noted, part, [runs[part] for _, runs in components], parameters)
+        for part in parts
+        if seen.axes[part[0]].tensor != MADE
     ]
     numbers = [number for number, _ in components]
     members += _size_members(sized, numbers)

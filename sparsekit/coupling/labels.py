@@ -56,6 +56,11 @@ def along(labels: Tensor, dim: int, n_dims: int) -> Tensor:
     return labels.reshape(shape)
 
 
+def divided(labels: Tensor, dim: int, n_parts: int) -> Tensor:
+    """The labels with dimension `dim` in two: parts, and places in a part."""
+    return labels.reshape(*labels.shape[:dim], n_parts, -1, *labels.shape[dim + 1 :])
+
+
 def merged_by_span(arrays: Sequence[Tensor], couple: Callable[[Tensor, Tensor], None]) -> tuple[Tensor, ...]:
     """One array for each span; arrays of the same span are coupled element by element."""
     by_span: dict[tuple[int, ...], Tensor] = {}

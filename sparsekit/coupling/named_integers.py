@@ -7,6 +7,7 @@ any other, and its arguments show which dimension each of them sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -82,9 +83,16 @@ def name_integers_(model: nn.Module) -> None:
                 continue
             if _is_size(value):
                 module.__dict__[name] = NamedInt.of(value, Attribute(module_name, name))
-            elif type(value) in (tuple, list) and value and all(_is_size(entry) for entry in value):
-                entries = (NamedInt.of(v, Attribute(module_name, name, i)) for i, v in enumerate(value))
+            elif type(value) in (tuple, list) and _are_sizes(value):
+                entries = (
+                    NamedInt.of(v, Attribute(module_name, name, i)) if v else v for i, v in enumerate(value)
+                )
                 module.__dict__[name] = type(value)(entries)
+
+
+def _are_sizes(values: Sequence[Any]) -> bool:
+    """Whether these are sizes, with zeros among them at most, as in the amounts of a padding."""
+    return any(_is_size(one) for one in values) and all(type(one) is int and one >= 0 for one in values)
 
 
 def _is_size(value: Any) -> bool:

@@ -52,9 +52,13 @@ Atoms = NDArray[np.int64]
 Trait = Literal["factor", "gate"]
 
 
+# The tensor of axes that are none of the model's: a forward pass makes it new, in a size that an attribute gives.
+MADE = ""
+
+
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of one tensor; its atoms are `first` ... `first + size - 1`."""
+    """One dimension of one tensor; its atoms are `first` ... `first + size - 1`. See `MADE`."""
 
     tensor: str
     dim: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsekit.coupling.labels import FIXED, span
+from sparsekit.coupling.labels import FIXED, along, span
 from sparsekit.coupling.named_integers import MultipleInt, NamedInt, PartInt
-from sparsekit.coupling.observations import Atoms, SizeUse, to_atoms
+from sparsekit.coupling.observations import MADE, Atoms, SizeUse, to_atoms
 from sparsekit.coupling.tracer import Known, OperatorCall, Rule, Tracer
 from sparsekit.evaluation import flat_tensors
 from sparsekit.structure.places import Attribute
@@ -35,20 +36,25 @@ class SizeWatcher(TorchFunctionMode):
         super().__init__()
         self._tracer, self._apply_rule = tracer, apply_rule
 
-    def _pad(self, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
+    def _by_rule(self, name: str, func: Callable[..., Tensor], args: _Args, kwargs: _Kwargs) -> Tensor:
         with _disable_current_modes():
             result = func(*args, **kwargs)
-        pads = args[1] if len(args) > 1 else kwargs["pad"]
-        tensor = args[0] if args else kwargs["input"]
-        call = OperatorCall("pad", torch.ops.aten.pad.default, (tensor, pads), {}, (tensor,), (result,))
+        named = takewhile(kwargs.__contains__, ("input", *_WHOLE_FUNCTIONS[name])[len(args) :])
+        given = (*args, *(kwargs[one] for one in named))
+        tensors = tuple(flat_tensors(given))
+        call = OperatorCall(
+            name, torch.ops.aten.pad.default, given, kwargs, tensors, tuple(flat_tensors(result))
+        )
         self._apply_rule(self._tracer, call)
         return result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "pad":  # in some modes it copies into an empty tensor, piece by piece
-            return self._pad(func, args, kwargs or {})
+        if name in _WHOLE_FUNCTIONS:
+            return self._by_rule(name, func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
+        if name in _MAKERS and isinstance(result, Tensor):
+            _made(self._tracer, args, kwargs or {}, result)
         rule = _SIZE_RULES.get(name)
         if rule is not None and args and isinstance(args[0], Tensor):
             rule(self._tracer, args, kwargs or {}, result)
@@ -169,6 +175,23 @@ def _reshaped(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None
                 tracer.seen.places.append((place, np.unique(slices)))
 
 
+def _made(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
+    """A new tensor of an attribute's size, such as a first state of zeros: it shrinks with what the attribute sizes."""
+    sizes: Any = args[1:] if args and isinstance(args[0], Tensor) else args
+    if not sizes or isinstance(sizes[0], (tuple, list)):
+        sizes = sizes[0] if sizes else kwargs.get("size", ())
+    labels = []
+    for dim, size in enumerate(sizes[: result.dim()]):
+        if isinstance(size, (NamedInt, MultipleInt)) and size > 1:
+            first = tracer.seen.add_axis(MADE, dim, int(size)).first
+            atoms = torch.arange(first, first + int(size), dtype=torch.float32)
+            labels.append(along(atoms, dim, result.dim()))
+    if labels:
+        tracer.learn(result, Known(tuple(labels)))
+        for dim, size in enumerate(sizes[: result.dim()]):
+            _note(tracer, size, result, dim)
+
+
 def _unflattened(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     sizes = args[2] if len(args) > 2 else kwargs["sizes"]
@@ -256,6 +279,17 @@ def _note_part(tracer: Tracer, size: NamedInt, tensor: Tensor, dim: int) -> None
             tracer.seen.sizes.append(SizeUse(size.attribute, atoms.reshape(int(size), -1)))
 
 
+# What is made of other values than zeros stays: a channel that is added to them is not zero without its weights.
+_MAKERS = {"zeros", "new_zeros"}
+# Functions with a rule of their own, and the names of their arguments after the first. In some modes `pad` copies into
+# an empty tensor, piece by piece; a local response norm pads and pools across channels; and `take_along_dim` computes
+# with an index after it was expanded, which then has a size of its own. Packed sequences are padded in pieces, too.
+_WHOLE_FUNCTIONS = {
+    "pad": ("pad", "mode", "value"),
+    "local_response_norm": ("size",),
+    "take_along_dim": ("indices", "dim"),
+    "_pad_packed_sequence": (),
+}
 _SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "reshape": _reshaped,
     "view": _reshaped,

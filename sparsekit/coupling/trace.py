@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sparsekit.coupling.rules.table import apply_rule
@@ -27,21 +27,24 @@ _WHOLE_MODULES = {
     "GlobalResponseNorm": "global_response_norm",
     **dict.fromkeys(("RMSNorm", "RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32"), _ROOT_MEAN_SQUARE),
 }
-_STANDARDISED = "standardised_convolution"
+_STANDARDISED, _RECURRENT = "standardised_convolution", "recurrent_layer"
+# A subclass with a forward pass of its own may do anything with the parameters.
+_RECURRENT_PASSES = {kind.forward for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
 
 
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     """Apply a rule to each call of some modules instead of to their operators; in place, the model is a copy."""
 
-    def wrap(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
+    def wrap(module: nn.Module, name: str) -> Callable[..., Any]:
         forward = module.forward
 
-        def by_rule(tensor: Tensor) -> Any:
-            with _disable_current_modes():
-                result = forward(tensor)
-            call = OperatorCall(
-                name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,)
-            )
+        def by_rule(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                result = forward(*args, **kwargs)
+            given = (module, *args) if name == _RECURRENT else (*args, module)
+            tensors = tuple(flat_tensors((args, kwargs)))
+            outputs = tuple(flat_tensors(result))
+            call = OperatorCall(name, torch.ops.aten.convolution.default, given, kwargs, tensors, outputs)
             apply_rule(tracer, call)
             return result
 
@@ -49,6 +52,8 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
 
     for module in model.modules():
         name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
+        if type(module).forward in _RECURRENT_PASSES:
+            name = _RECURRENT
         if name == _ROOT_MEAN_SQUARE and not _can_make_up(module):
             name = None
         if name is not None:

@@ -52,6 +52,13 @@ class OperatorCall:
         """An argument given by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
+    def named(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema, wherever it was given, or the schema's default."""
+        for position, argument in enumerate(self.operator._schema.arguments):
+            if argument.name == name:
+                return self.arg(position, name, argument.default_value)
+        return default
+
 
 class Tracer:
     """Holds what is known of every live tensor while the model runs, and all that was seen."""
@@ -62,7 +69,8 @@ class Tracer:
         self.places = PlaceFinder(model)
         self._known: MutableMapping[Tensor, Known] = WeakTensorKeyDictionary()
         self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        for name, tensor in self._tensors.items():
             self._names[tensor] = name
 
     def known(self, tensor: Tensor) -> Known:
@@ -89,6 +97,12 @@ class Tracer:
     def name_of(self, tensor: Tensor | None) -> str | None:
         """The tensor's name, if it is a parameter or buffer."""
         return None if tensor is None else self._names.get(tensor)
+
+    def beside(self, tensor: Tensor | None, *names: str) -> list[Tensor]:
+        """The parameters and buffers of these names in the module that holds a tensor, as far as there are any."""
+        holder = (self.name_of(tensor) or "").rpartition(".")[0]
+        found = (self._tensors.get(f"{holder}.{name}" if holder else name) for name in names)
+        return [one for one in found if one is not None]
 
     def learn(self, tensor: Tensor, known: Known) -> None:
         """Note what is known of an output. Arrays of very many labels are given up: their atoms are fixed."""

@@ -49,6 +49,23 @@ def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
     setattr(module, attribute.name, type(getattr(module, attribute.name))(entries))
 
 
+def refit_recurrent_(module: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Make the sizes of a recurrent layer, and its list of weights, agree with its parameters."""
+    if isinstance(module, nn.RNNCellBase):
+        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+        return
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    module._flat_weights = weights
+    named = dict(zip(module._flat_weights_names, weights, strict=True))
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.hidden_size, module.input_size = (
+        len(named["weight_ih_l0"]) // gates,
+        named["weight_ih_l0"].shape[1],
+    )
+    if module.proj_size:
+        module.proj_size = len(named["weight_hr_l0"])
+
+
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
     """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
 
@@ -66,6 +83,8 @@ def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None)
     elif isinstance(module, nn.Linear):
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        refit_recurrent_(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:

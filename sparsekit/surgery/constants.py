@@ -173,7 +173,7 @@ def observe_inputs(
         def record(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             read = args[0] if args else keywords["input"]
             values = read.movedim(channel_dim(module), 0)
-            values = values.reshape(len(values), -1)
+            values = values.reshape(len(values), -1)  # a linear layer may read one vector
             low, high = values.amin(1).double().cpu(), values.amax(1).double().cpu()
             if key in readings:
                 low, high = torch.minimum(low, readings[key].low), torch.maximum(high, readings[key].high)

@@ -49,6 +49,9 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
             module = masked.get_submodule(cut.tensor.rpartition(".")[0])
             if isinstance(getattr(module, "bias", None), Tensor):  # made for a folded constant
                 _slice_(masked, replace(cut, tensor=bias, dim=0), holders)
+    for module in masked.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # on a GPU torch wants them in one piece of memory
     return masked
 
 

@@ -131,6 +131,8 @@ def test_positive_integers_and_sequences_of_them_are_named_and_nothing_else() ->
         Attribute("", "sizes", 1): 3,
         Attribute("", "parts", 0): 5,
         Attribute("", "parts", 1): 6,
+        # Among the amounts of a padding there are zeros.
+        Attribute("", "zeros", 1): 3,
         Attribute("layers.3", "upscale_factor"): 2,
     }
 

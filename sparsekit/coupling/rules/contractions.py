@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparsekit.coupling.labels import aligned, along, merged_by_span, span
+from sparsekit.coupling.labels import aligned, along, divided, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
-from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, finest, gated, together
+from sparsekit.coupling.rules.meeting import COMPUTED, MIXES, PLACES, finest, fix_all, gated, together
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
@@ -23,6 +23,7 @@ def matrix_product(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def linear_layer(tracer: Tracer, call: OperatorCall) -> None:
+    """linear: as a product with the transposed weight."""
     weight = call.args[1]
     bias = call.arg(2, "bias")
     transposed = weight.t()
@@ -136,8 +137,23 @@ def _meet_partly(tracer: Tracer, one: Tensor, other: Tensor, shared: set[int]) -
 
 
 def convolution(tracer: Tracer, call: OperatorCall) -> None:
+    """Convolutions, transposed ones too: columns meet the channels that are read, rows are new channels."""
     tensor, weight, bias = call.args[0], call.args[1], call.args[2]
     _convolve(tracer, tensor, weight, bias, call.outputs[0], bool(call.args[6]), int(call.args[8]))
+
+
+def deformable_convolution(tracer: Tracer, call: OperatorCall) -> None:
+    """As a convolution. Offsets and modulation stay; parts with offsets of their own lose equally many channels."""
+    tensor, weight, offset, mask, bias = call.args[:5]
+    conv_groups, n_offsets = int(call.named("groups")), int(call.named("offset_groups"))
+    fix_all(tracer, (offset, mask), PLACES)
+    for one in tracer.known(tensor).labels if n_offsets > 1 else ():
+        if 1 in span(one):
+            parts = divided(one, 1, n_offsets)
+            tracer.seen.couple(parts.narrow(1, 0, 1), parts)
+            if conv_groups > 1:
+                tracer.seen.fix(one, "its offsets and its conv groups divide the channels in two ways")
+    _convolve(tracer, tensor, weight, bias, call.outputs[0], False, conv_groups)
 
 
 def standardised_convolution(tracer: Tracer, call: OperatorCall) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -12,18 +13,15 @@ from sparsekit.coupling.observations import Atoms, joined
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 COMPUTED = "the weight of a layer it runs through is computed from other tensors (a parametrisation)"
+PLACES = "it says where to read or write"
 MIXES = "{} mixes channels, so removing one changes all others"
 
 
 def unknown(tracer: Tracer, call: OperatorCall) -> None:
     """Everything that enters is fixed."""
     weights = bool(call.tensors) and all(tracer.known(tensor).weight for tensor in call.tensors)
-    for tensor in call.tensors:  # before the outputs, of which one may be the same tensor
-        tracer.read(tensor)
-        for labels in tracer.known(tensor).labels:
-            tracer.seen.fix(
-                labels, f"it passes through {call.name}, which mixes channels in a way of its own"
-            )
+    # Before the outputs, of which one may be the same tensor.
+    fix_all(tracer, call.tensors, f"it passes through {call.name}, which mixes channels in a way of its own")
     for output in call.outputs:
         tracer.learn(output, Known(weight=weights))
 
@@ -46,37 +44,90 @@ def gated(tracer: Tracer, known: Sequence[Known]) -> tuple[Atoms | None, bool]:
     return joined(k.feeds for k in known), any(k.squashed for k in known)
 
 
+@dataclass(frozen=True)
+class Operand:
+    """What meets others element by element: its labels, and where it has a size of its own.
+
+    labels: along the dimensions of the result. present: dimensions along which it is longer than 1. weight: it is made
+    of parameters and buffers alone.
+    """
+
+    labels: Sequence[Tensor]
+    present: frozenset[int]
+    weight: bool = False
+
+
+def sized_dims(tensor: Tensor) -> frozenset[int]:
+    """Dimensions longer than 1. An expanded one (stride 0) has whatever size it is asked for, and does not count."""
+    return frozenset(d for d in range(tensor.dim()) if tensor.shape[d] > 1 and tensor.stride(d))
+
+
 def combine(
     tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], *, scales: bool = False
 ) -> tuple[Tensor, ...]:
-    """The labels of a result whose operands meet element by element, broadcast to `shape`.
+    """The labels of a result whose operands meet element by element, broadcast to `shape`; see `meet`."""
+    n = len(shape)
+    operands = []
+    for tensor in (t for t in tensors if t.dim() <= n):
+        known = tracer.known(tensor)
+        present = frozenset(d + n - tensor.dim() for d in sized_dims(tensor))
+        operands.append(Operand([aligned(labels, n) for labels in known.labels], present, known.weight))
+    return meet(tracer, operands, scales=scales)
+
+
+def meet(tracer: Tracer, operands: Sequence[Operand], *, scales: bool = False) -> tuple[Tensor, ...]:
+    """The labels of a result whose operands meet element by element.
 
     Labels of the same span are coupled. Labels whose span is part of another's cover it. Where another operand has a
     dimension without labels, everything along this dimension goes together; labels that span no other are fixed.
     `scales`: it is a product, in which a weight is a factor.
     """
-    n = len(shape)
-    operands = [t for t in tensors if t.dim() <= n]
-    # An expanded dimension (stride 0) has whatever size it is asked for.
-    present = [{d + n - t.dim() for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d)} for t in operands]
-    known = [tracer.known(t) for t in operands]
-    arrays = [tuple(aligned(labels, n) for labels in k.labels) for k in known]
-    labelled = [{d for labels in own for d in span(labels)} for own in arrays]
+    labelled = [{d for labels in one.labels for d in span(labels)} for one in operands]
     free: list[Tensor] = []
-    for i, own in enumerate(arrays):
-        if scales and known[i].weight:
-            for labels in own:
+    for i, own in enumerate(operands):
+        if scales and own.weight:
+            for labels in own.labels:
                 tracer.seen.note("factor", labels)
-        for labels in own:
+        others = [one.present - labelled[j] for j, one in enumerate(operands) if j != i]
+        for labels in own.labels:
             dims = set(span(labels))
-            others = [present[j] - labelled[j] for j in range(len(operands)) if j != i]
             sized = sorted(dims & set().union(*others))
             if dims and len(sized) == len(dims):
                 tracer.seen.fix(labels, "it meets a tensor whose size is fixed")
             else:
                 free.append(together(tracer, labels, sized))
-    merged = merged_by_span(free, tracer.seen.couple)
-    return finest(tracer, merged)
+    return finest(tracer, merged_by_span(free, tracer.seen.couple))
+
+
+def apart_from(tracer: Tracer, labels: Sequence[Tensor], dims: Collection[int], reason: str) -> list[Tensor]:
+    """The labels that do not run along `dims`. The others are fixed for this reason."""
+    kept = []
+    for one in labels:
+        if set(span(one)) & set(dims):
+            tracer.seen.fix(one, reason)
+        else:
+            kept.append(one)
+    return kept
+
+
+def within(tracer: Tracer, labels: Sequence[Tensor], dims: Collection[int], reason: str) -> list[Tensor]:
+    """The labels, one along `dims`: there everything goes together, and labels that run along these alone stay."""
+    kept = []
+    for one in labels:
+        inside = [d for d in span(one) if d in dims]
+        if inside and len(inside) == len(span(one)):
+            tracer.seen.fix(one, reason)
+        else:
+            kept.append(together(tracer, one, inside))
+    return kept
+
+
+def fix_all(tracer: Tracer, tensors: Iterable[Tensor], reason: str) -> None:
+    """Everything that these tensors hold stays, for this reason."""
+    for tensor in tensors:
+        tracer.read(tensor)
+        for labels in tracer.known(tensor).labels:
+            tracer.seen.fix(labels, reason)
 
 
 def finest(tracer: Tracer, merged: Sequence[Tensor]) -> tuple[Tensor, ...]:

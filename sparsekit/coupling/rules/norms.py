@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, along, merged_by_span, span
 from sparsekit.coupling.observations import joined, to_atoms
-from sparsekit.coupling.rules.meeting import MIXES, finest, together
+from sparsekit.coupling.rules.meeting import MIXES, apart_from, finest, together
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
 def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """Batch normalisation: each channel by itself, with its scale, shift and statistics."""
     tensor, parameters = call.args[0], [t for t in call.args[1:5] if isinstance(t, Tensor)]
     weight = next((tracer.name_of(t) for t in parameters), None)
     tracer.read(tensor, weight or "")
@@ -33,6 +34,7 @@ def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """Layer normalisation: channels that it runs over stay, unless `through_layer_norm` lets them go."""
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
     weight = call.arg(2, "weight")
@@ -42,12 +44,14 @@ def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def rms_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """Root mean square normalisation: channels that it runs over stay."""
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
     _mixing_norm(tracer, call, dims, [call.arg(2, "weight")], len(shape))
 
 
 def group_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """Group normalisation: its channels stay."""
     tensor = call.args[0]
     _mixing_norm(tracer, call, {*range(1, tensor.dim())}, [call.arg(1, "weight"), call.arg(2, "bias")], 0)
 
@@ -100,6 +104,15 @@ def root_mean_square_norm(tracer: Tracer, call: OperatorCall) -> None:
     tracer.read(tensor)
     merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, known.feeds, known.squashed))
+
+
+def local_response_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """Local response normalisation: a channel is divided by its neighbours, and without one has others; so all stay."""
+    tensor = call.args[0]
+    known = tracer.known(tensor)
+    labels = apart_from(tracer, known.labels, [1], MIXES.format("local_response_norm"))
+    tracer.read(tensor)
+    tracer.learn(call.outputs[0], Known(tuple(labels), known.weight, known.feeds, known.squashed))
 
 
 def response_norm(tracer: Tracer, call: OperatorCall) -> None:

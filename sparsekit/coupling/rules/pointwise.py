@@ -8,6 +8,7 @@ from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
 def pointwise(tracer: Tracer, call: OperatorCall) -> None:
+    """Element by element: labels of all operands meet."""
     name, tensors = call.name.rstrip("_"), call.tensors
     combined = combine(tracer, tensors, call.outputs[0].shape, scales=name in _SCALING)
     known = [tracer.known(tensor) for tensor in tensors]

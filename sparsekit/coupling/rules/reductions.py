@@ -4,41 +4,37 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsekit.coupling.labels import span
-from sparsekit.coupling.rules.meeting import MIXES, together
+from sparsekit.coupling.labels import aligned, span
+from sparsekit.coupling.rules.meeting import MIXES, Operand, apart_from, meet, sized_dims, together, within
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
 def reducing(tracer: Tracer, call: OperatorCall) -> None:
+    """Sums, means and the like: what is added up along a dimension goes together, channels that are stay."""
     tensor, out = call.tensors[0], call.outputs[0]
     known = tracer.known(tensor)
     dims = _reduced_dims(call, tensor)
-    labels = []
-    for one in known.labels:
-        inside = [d for d in span(one) if d in dims]
-        if inside and set(inside) == set(span(one)):
-            tracer.seen.fix(one, MIXES.format(call.name))
-            continue
-        first = together(tracer, one, inside)
-        if out.dim() < tensor.dim():
-            for d in sorted(dims, reverse=True):
-                first = first.squeeze(d)
-        labels.append(first)
+    labels = within(tracer, known.labels, dims, MIXES.format(call.name))
+    for d in sorted(dims, reverse=True) if out.dim() < tensor.dim() else ():
+        labels = [one.squeeze(d) for one in labels]
     tracer.read(tensor)
-    feeds = known.feeds if call.name not in ("var", "std", "var_mean") else None
+    feeds = known.feeds if call.name not in _NOT_ZERO_OF_ZEROS else None
     for output in call.outputs:
         tracer.learn(output, Known(tuple(labels), known.weight, feeds, known.squashed))
 
 
+_NOT_ZERO_OF_ZEROS = ("var", "std", "var_mean", "std_mean", "logsumexp", "argmax", "argmin")
+
+
 def _reduced_dims(call: OperatorCall, tensor: Tensor) -> set[int]:
-    position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
-    dims = call.arg(position, "dim")
-    if dims is None or isinstance(dims, bool) or (isinstance(dims, (list, tuple)) and not dims):
+    dims = call.named("dim")
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
         return set(range(tensor.dim()))
     return {d % tensor.dim() for d in ([dims] if isinstance(dims, int) else dims)}
 
 
 def softmax_rule(tracer: Tracer, call: OperatorCall) -> None:
+    """Softmax: channels that it runs over stay."""
     tensor = call.tensors[0]
     known, dim = tracer.known(tensor), call.arg(1, "dim") % tensor.dim()
     for one in known.labels:
@@ -53,11 +49,26 @@ def softmax_rule(tracer: Tracer, call: OperatorCall) -> None:
 def along_dim(tracer: Tracer, call: OperatorCall) -> None:
     """Cumulative sums, sorting and the like: along one dimension everything depends on the rest, and is fixed."""
     tensor = call.tensors[0]
-    known = tracer.known(tensor)
-    dim = next((a for a in call.args[1:] if isinstance(a, int)), call.kwargs.get("dim", -1)) % tensor.dim()
-    for one in known.labels:
-        if dim in span(one):
-            tracer.seen.fix(one, MIXES.format(call.name))
+    known, dim = tracer.known(tensor), call.named("dim", -1) % tensor.dim()
+    labels = tuple(apart_from(tracer, known.labels, [dim], MIXES.format(call.name)))
     tracer.read(tensor)
     for output in call.outputs:
-        tracer.learn(output, Known(tuple(one for one in known.labels if dim not in span(one)), known.weight))
+        tracer.learn(output, Known(labels, known.weight))
+
+
+def distance(tracer: Tracer, call: OperatorCall) -> None:
+    """cdist: (..., n, c) and (..., m, c) -> (..., n, m): what is compared stays, the points may go."""
+    first, second = call.tensors[:2]
+    n = call.outputs[0].dim()
+    operands = []
+    for tensor, dim in ((first, n - 2), (second, n - 1)):
+        known = tracer.known(tensor)
+        tracer.read(tensor)
+        labels = within(tracer, [aligned(one, n) for one in known.labels], [n - 1], MIXES.format("cdist"))
+        present = {d + n - tensor.dim() for d in sized_dims(tensor)} - {n - 1}
+        if dim == n - 1:
+            labels = [one.transpose(-1, -2) for one in labels]
+            present = {dim if d == n - 2 else d for d in present}
+        operands.append(Operand(labels, frozenset(present), known.weight))
+    weight = all(one.weight for one in operands)
+    tracer.learn(call.outputs[0], Known(meet(tracer, operands), weight))
