@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +86,11 @@ def input_statistics(
     positions are taken, or an eighth of the layer's columns if that is more, at random by `seed`. The memory it takes
     is that of a batch, 8 bytes for each pair of columns of a layer (12 for a while), and 4 for each pair of outputs.
 
-    Raises InputError if there is no batch, and ModelError if the model does not run on one.
+    Raises InputError if there is no batch or for another word in `outputs`, and ModelError if the model does not run on
+    a batch.
     """
+    if outputs not in get_args(Outputs):
+        raise InputError(f"outputs must be {' or '.join(get_args(Outputs))}, got {outputs!r}")
     with torch.random.fork_rng():
         model = copied(model)
         return _Gathering(model, groups, gradients, seed, most_positions, outputs).over(batches)

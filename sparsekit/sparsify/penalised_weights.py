@@ -170,10 +170,23 @@ def _trainable(
             "trained has any; take 'group_lasso', which acts on filters where there is no BatchNorm"
         )
     if not active:
-        raise InputError(
-            "no channel group of the model is free to be sparsified and trained; see `sparsekit inspect`"
-        )
+        raise InputError(_why_none(groups, tensors, penalty))
     return tuple(active)
+
+
+def _why_none(groups: ChannelGroups, tensors: Mapping[str, Tensor], penalty: Penalty) -> str:
+    """Why no group can be sparsified: all are frozen, their weights are not trained, or nothing in them can shrink."""
+    if not groups.free:
+        reasons = "; ".join(f"{group.name}: {group.frozen}" for group in groups.groups[:3])
+        return f"no channel group of the model is free to be sparsified ({reasons or 'it has none'})"
+    shrunk = [member.tensor for group in groups.free for member in penalised_members(group, penalty)]
+    fixed = [name for name in shrunk if not tensors[name].requires_grad]
+    if fixed:
+        return (
+            f"the weights of all free channel groups are frozen: {fixed[0]} and {len(fixed) - 1} others have "
+            "requires_grad=False; train those that are to shrink"
+        )
+    return f"no weight of the free channel groups can be shrunk; the first is {groups.free[0].name}"
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsekit.errors import InputError
+from sparsekit.errors import InputError, ModelError
 from sparsekit.structure.places import Place
 
 _RESHAPES = ("reshape", "view")
@@ -127,7 +127,12 @@ def _subclass(cls: type[nn.Module], places: tuple[Place, ...]) -> type[nn.Module
         one: _rewritten(getattr(cls, one), [place for place in places if place.method == one])
         for one in {place.method for place in places}
     }
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced}
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__reduce_ex__": _reduced,
+        "__prepare_scriptable__": _refuse_scripting,
+    }
     made: type[nn.Module] = type(cls.__name__, (cls,), {**methods, **names, _MARK: places})
     return made
 
@@ -155,6 +160,14 @@ def _rewritten(function: Any, places: Sequence[Place]) -> Callable[..., Any]:
     made: Callable[..., Any] = vars(namespace[around.name])[definition.name]
     made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return made
+
+
+def _refuse_scripting(module: nn.Module) -> nn.Module:
+    """torch.jit.script calls this first. It would read the text of the original method, with the sizes of before."""
+    raise ModelError(
+        f"sizes in the code of {original_class(module).__name__} were rewritten by a cut, and torch.jit.script reads "
+        "the text of before; take torch.jit.trace, torch.export or sparsekit.export_onnx"
+    )
 
 
 def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import json
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from sparsekit.artifact.load import load
 from sparsekit.artifact.save import save
 from sparsekit.coupling.find_groups import find_groups
-from sparsekit.errors import InputError
+from sparsekit.errors import InputError, ModelError
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import make_plan
 from sparsekit.surgery.cut import apply_plan
@@ -450,6 +451,9 @@ def test_a_number_of_channels_that_is_written_in_the_code_is_written_anew(
         assert verify_cut(model, cut, plan).max_rel < 1e-5
         kept = {group.name: len(group.kept) for group in plan.groups}
         model, widths = cut, [kept[group.name] for group in groups.free]
+    with warnings.catch_warnings(), pytest.raises(ModelError, match="were rewritten by a cut"):
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        torch.jit.script(model)
     save(model, tmp_path, factory=make)
     with torch.no_grad():
         assert torch.equal(load(tmp_path, factory=make)(example), model(example))
