@@ -1,0 +1,723 @@
+"""How far sparsekit gets through networks of all kinds: the whole chain on each, Torch-Pruning beside it.
+
+    python benchmarks/networks.py                          all that can be made here
+    python benchmarks/networks.py --only UNet tv_resnet18
+    python benchmarks/networks.py --page
+
+The networks are those of `written_networks.py`, which people write by hand, and small ones of libraries: torchvision's
+classification, segmentation, detection, video and optical flow (tv_), Hugging Face's vision models from configurations
+(hf_), segmentation_models.pytorch (smp_), MONAI (monai_) and ultralytics (yolo_). Those of a library that is not
+installed are left out, and the page says so. All have random weights; norms and what starts at zero are made random.
+
+Each network runs in a process of its own, within a time limit. The stages:
+
+    analyse    find_groups
+    cut        each free group loses a random share, from none to three quarters of its units, and verify_cut
+    apart      each free group alone, and all but it, in a random order, as many as fit into --apart-seconds
+    train      ten steps with the penalty, where the network runs in training mode and has outputs to sum up
+    again      find_groups of the cut model, half of each group, verify_cut
+    save       an artifact, loaded again: equal outputs
+    export     ONNX, and the largest difference of all outputs, relative to the largest
+
+A stage that fails has its message; later ones that need its result are left out. "unsound" counts the cuts that
+find_groups calls free and that fail. Torch-Pruning removes half of every layer (group magnitude; layers that make the
+outputs, by our trace, are ignored), and its result has to run and to return outputs of the dense shapes. `share` is
+that of the parameters that a cut of half of everything removes. Rows are appended as they come, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import written_networks as written
+from common import machine_text, versions_text, write_text
+from rich.console import Console
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+Made = tuple[Any, Any]  # a model, and an example of its inputs
+LIBRARIES = {
+    "tv": "torchvision",
+    "hf": "transformers",
+    "smp": "segmentation_models_pytorch",
+    "monai": "monai",
+    "yolo": "ultralytics",
+}
+STEPS = 10
+# What a row shows of its stages.
+SHOWN = ("share", "peer", "proof", "train", "again", "save", "export")
+HIGHEST_SHARE = 0.75
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
+
+
+def _written() -> dict[str, Callable[[], Made]]:
+    import torch
+
+    image, small = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 16, 16)
+    examples: dict[type[Any], Any] = {
+        written.LeNet: image,
+        written.CifarResNet: image,
+        written.UNet: image,
+        written.Edsr: small,
+        written.Generator: torch.randn(2, 32),
+        written.CycleGenerator: small,
+        written.Crnn: torch.randn(1, 1, 32, 48),
+        written.GruHead: torch.randn(1, 4, 48),
+        written.GroupNormNet: small,
+        written.DiffusionUNet: (small, torch.tensor([7])),
+        written.Siamese: (image, torch.randn(1, 3, 32, 32)),
+        written.SpatialTransformer: image,
+        written.SegNet: image,
+        written.Cbam: image,
+        written.TwoHeads: image,
+        written.HandSwish: image,
+        written.WrittenAttention: image,
+        written.CnnTransformer: image,
+        written.Captions: {
+            "pixel_values": image,
+            "input_ids": torch.tensor([[4, 9, 1, 0]]),
+            "attention_mask": torch.tensor([[True, True, True, False]]),
+        },
+        written.Volume: torch.randn(1, 1, 8, 8, 8),
+        written.SpectralDiscriminator: image,
+    }
+    return {kind.__name__: lambda kind=kind, x=x: (kind(), x) for kind, x in examples.items()}  # type: ignore[misc]
+
+
+def _torchvision() -> dict[str, Callable[[], Made]]:
+    import torch
+    from torchvision import models
+
+    def image(side: int) -> Any:
+        return torch.randn(1, 3, side, side)
+
+    plain = {
+        "alexnet": 64, "vgg11_bn": 32, "resnet18": 64, "resnext50_32x4d": 64, "wide_resnet50_2": 64, "densenet121": 64,
+        "mobilenet_v2": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
+        "mnasnet0_5": 64, "shufflenet_v2_x0_5": 64, "squeezenet1_1": 64, "regnet_y_400mf": 64, "convnext_tiny": 64,
+    }  # fmt: skip
+    found: dict[str, Callable[[], Made]] = {
+        name: lambda name=name, side=side: (models.get_model(name, weights=None, num_classes=10), image(side))  # type: ignore[misc]
+        for name, side in plain.items()
+    }
+    found["googlenet"] = lambda: (
+        models.googlenet(weights=None, num_classes=10, init_weights=False, aux_logits=True),
+        image(64),
+    )
+    found["vit"] = lambda: (
+        models.VisionTransformer(
+            image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
+        ),
+        image(32),
+    )
+    found["swin"] = lambda: (
+        models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10),
+        image(32),
+    )
+    found["maxvit"] = lambda: (
+        models.MaxVit((32, 32), 16, 2, [16, 32], [1, 1], 8, num_classes=10),
+        image(32),
+    )
+    found["fcn_resnet50"] = lambda: (
+        models.segmentation.fcn_resnet50(None, weights_backbone=None, num_classes=3),
+        image(64),
+    )
+    found["deeplabv3_mobilenet"] = lambda: (
+        models.segmentation.deeplabv3_mobilenet_v3_large(None, weights_backbone=None, num_classes=3),
+        image(64),
+    )
+    found["lraspp"] = lambda: (
+        models.segmentation.lraspp_mobilenet_v3_large(None, weights_backbone=None, num_classes=3),
+        image(64),
+    )
+    detect = models.detection
+    small = {"weights": None, "weights_backbone": None, "num_classes": 5}
+    found["ssdlite"] = lambda: (detect.ssdlite320_mobilenet_v3_large(**small), [image(96)[0]])
+    for name in ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn"):
+        found[name] = lambda name=name: (  # type: ignore[misc]
+            getattr(detect, name)(**small, min_size=96, max_size=128),
+            [image(96)[0]],
+        )
+    found["r3d_18"] = lambda: (
+        models.video.r3d_18(weights=None, num_classes=5),
+        torch.randn(1, 3, 8, 32, 32),
+    )
+    found["raft_small"] = lambda: (
+        models.optical_flow.raft_small(weights=None),
+        (image(128), image(128), 2),
+    )
+    return found
+
+
+def _hugging_face() -> dict[str, Callable[[], Made]]:
+    import torch
+    import transformers as hf
+
+    image = torch.randn(1, 3, 32, 32)
+    tokens = {
+        "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "vit": ("ViT", tokens),
+        "deit": ("DeiT", tokens),
+        "beit": ("Beit", {**tokens, "use_relative_position_bias": True}),
+        "dinov2": ("Dinov2", {**tokens, "mlp_ratio": 2}),
+        "swin": (
+            "Swin",
+            {"image_size": 32, "patch_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4],
+             "window_size": 4},
+        ),
+        "convnext": ("ConvNext", {"hidden_sizes": [16, 32], "depths": [2, 2], "num_stages": 2}),
+        "resnet": (
+            "ResNet",
+            {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2], "layer_type": "bottleneck"},
+        ),
+        "regnet": (
+            "RegNet",
+            {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 2], "groups_width": 16},
+        ),
+        "mobilenet_v2": ("MobileNetV2", {"image_size": 32, "depth_multiplier": 0.35}),
+        "segformer": (
+            "Segformer",
+            {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
+             "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
+        ),
+        "poolformer": (
+            "PoolFormer",
+            {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]},
+        ),
+        "levit": (
+            "Levit",
+            {"image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+             "key_dim": [8, 8, 8]},
+        ),
+        "mobilevit": (
+            "MobileViT",
+            {"image_size": 64, "hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 16, 16, 24, 32, 48, 64],
+             "num_attention_heads": 2},
+        ),
+        "bit": ("Bit", {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1]}),
+    }  # fmt: skip
+
+    def made(kind: str, keys: dict[str, Any]) -> Made:
+        config = getattr(hf, f"{kind}Config")(**keys, num_labels=5)
+        side = keys.get("image_size", 32)
+        model = getattr(hf, f"{kind}ForImageClassification")(config)
+        return model, {"pixel_values": image if side == 32 else torch.randn(1, 3, side, side)}
+
+    found: dict[str, Callable[[], Made]] = {
+        name: lambda kind=kind, keys=keys: made(kind, keys)  # type: ignore[misc]
+        for name, (kind, keys) in configs.items()
+    }
+    found["clip_vision"] = lambda: (
+        hf.CLIPVisionModel(hf.CLIPVisionConfig(**tokens, projection_dim=24)),
+        {"pixel_values": image},
+    )
+    found["yolos"] = lambda: (
+        hf.YolosForObjectDetection(
+            hf.YolosConfig(**{**tokens, "image_size": [32, 32]}, num_detection_tokens=5, num_labels=3)
+        ),
+        {"pixel_values": image},
+    )
+    return found
+
+
+def _segmentation_models() -> dict[str, Callable[[], Made]]:
+    import segmentation_models_pytorch as smp
+    import torch
+
+    kinds = ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "PAN", "DeepLabV3Plus")
+    return {
+        kind: lambda kind=kind: (  # type: ignore[misc]
+            getattr(smp, kind)("resnet18", encoder_weights=None, classes=2),
+            torch.randn(1, 3, 64, 64),
+        )
+        for kind in kinds
+    }
+
+
+def _monai() -> dict[str, Callable[[], Made]]:
+    import torch
+    from monai.networks import nets
+
+    volume = torch.randn(1, 1, 16, 16, 16)
+    return {
+        "UNet": lambda: (nets.UNet(3, 1, 2, (8, 16, 32), (2, 2), num_res_units=2), volume),
+        "BasicUNet": lambda: (nets.BasicUNet(3, 1, 2, (8, 8, 16, 16, 32, 8)), torch.randn(1, 1, 32, 32, 32)),
+        "SegResNet": lambda: (nets.SegResNet(3, 8, 1, 2, norm=("GROUP", {"num_groups": 4})), volume),
+        "DynUNet": lambda: (nets.DynUNet(3, 1, 2, [3, 3, 3], [1, 2, 2], [2, 2], filters=[8, 16, 32]), volume),
+        "AttentionUnet": lambda: (nets.AttentionUnet(3, 1, 2, (8, 16, 32), (2, 2)), volume),
+        "VNet": lambda: (nets.VNet(3, 1, 2), torch.randn(1, 1, 32, 32, 32)),
+    }
+
+
+def _yolo() -> dict[str, Callable[[], Made]]:
+    import torch
+    from ultralytics.nn.tasks import DetectionModel
+
+    return {
+        name: lambda name=name: (DetectionModel(f"{name}.yaml", verbose=False), torch.randn(1, 3, 64, 64))  # type: ignore[misc]
+        for name in ("yolov5n", "yolov8n", "yolov9t", "yolov10n", "yolo11n")
+    }
+
+
+MAKERS: dict[str, Callable[[], dict[str, Callable[[], Made]]]] = {
+    "": _written,
+    "tv": _torchvision,
+    "hf": _hugging_face,
+    "smp": _segmentation_models,
+    "monai": _monai,
+    "yolo": _yolo,
+}
+
+
+def makers_of(prefix: str) -> dict[str, Callable[[], Made]]:
+    """How each network of a library is made, by its full name. Raises ImportError where the library is missing."""
+    return {f"{prefix}_{name}" if prefix else name: make for name, make in MAKERS[prefix]().items()}
+
+
+def maker_of(name: str) -> Callable[[], Made]:
+    """How this network is made; no other library is imported."""
+    prefix = name.partition("_")[0]
+    return makers_of(prefix if prefix in LIBRARIES else "")[name]
+
+
+def all_names() -> tuple[list[str], list[str]]:
+    """The names of all networks, and the libraries that are not installed."""
+    found: list[str] = []
+    missing = []
+    for prefix in MAKERS:
+        try:
+            found += makers_of(prefix)
+        except ImportError as error:
+            missing.append(f"{LIBRARIES[prefix]} ({error})")
+    return found, missing
+
+
+def enliven_(model: Any) -> None:
+    """Give norms, scales and whatever starts out constant random values: a silent branch would hide a wrong cut."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.flatten()
+            if flat.numel() > 1 and bool((flat == flat[0]).all()):
+                noise = torch.rand(parameter.shape, generator=generator)
+                parameter.copy_(0.2 * (noise - 0.5) if name.endswith("bias") else 0.5 + noise)
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                module.running_mean.copy_(
+                    0.2 * (torch.rand(module.running_mean.shape, generator=generator) - 0.5)
+                )
+                module.running_var.copy_(0.5 + torch.rand(module.running_var.shape, generator=generator))
+
+
+# ---- the chain of one network ----------------------------------------------------------------------------------------
+
+
+def chain(name: str, make: Callable[[], Made], apart_seconds: float) -> Iterator[Row]:
+    """Run the stages, and give what is known after each, so that a time limit leaves the earlier ones."""
+    import torch
+
+    import sparsekit as sk
+    from sparsekit.evaluation import as_inputs, flat_tensors
+
+    torch.manual_seed(0)
+    model, example = make()
+    enliven_(model.eval())
+    row: Row = {"name": name, "params": sk.count_params(model), "unsound": []}
+    arguments = as_inputs(example)
+    with torch.no_grad():
+        started = time.perf_counter()
+        dense = flat_tensors(arguments.call(model))
+        row["pass_seconds"] = time.perf_counter() - started
+    started = time.perf_counter()
+    groups = sk.find_groups(model, example, round_to=1, min_channels=1)
+    row |= {
+        "seconds": time.perf_counter() - started,
+        "groups": len(groups),
+        "free": len(groups.free),
+        "frozen": Counter(group.frozen for group in groups if group.frozen).most_common(3),
+        "unread": len(groups.unread),
+    }
+    yield row
+    half = {g.name: torch.arange(g.n_channels) >= g.n_channels // 2 for g in groups.free}
+    cut = sk.apply_plan(model, sk.make_plan(groups, half))
+    row["share"] = 1 - sk.count_params(cut) / row["params"]
+    yield row
+    yield from peer(row, model, example, groups, dense)
+    draw = random.Random(name)
+    masks = {g.name: random_mask(g, draw) for g in groups.free}
+    plan = sk.make_plan(groups, masks)
+    try:
+        cut = sk.apply_plan(model, plan)
+        row["proof"] = sk.verify_cut(model, cut, plan).max_rel
+    except Exception as error:
+        row["proof"], row["unsound"] = said(error), ["random shares"]
+        yield row
+        return
+    yield row
+    row["train"] = stage(lambda: train(model, example, groups))
+    yield row
+    row["again"] = stage(lambda: cut_again(cut, example))
+    yield row
+    row["save"] = stage(lambda: save(cut, plan, make, example))
+    yield row
+    row["export"] = stage(lambda: export(cut, example))
+    yield row
+    row |= apart(model, groups, masks, apart_seconds, draw)
+    yield row
+
+
+def stage(run: Callable[[], Any]) -> Any:
+    """What it returns, or the message with which it fails."""
+    try:
+        return run()
+    except Exception as error:
+        return said(error)
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+
+
+def random_mask(group: Any, draw: random.Random) -> Any:
+    """Keep-mask without a random share of the units."""
+    import torch
+
+    n = group.n_channels
+    gone = min(round(n * draw.uniform(0, HIGHEST_SHARE)), n - group.least)
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[draw.sample(range(n), max(gone, 0))] = False
+    return mask
+
+
+def apart(model: Any, groups: Any, masks: Any, seconds: float, draw: random.Random) -> Row:
+    """Each group alone, and all but it, within the time: how many were tried, and which failed."""
+    import torch
+
+    import sparsekit as sk
+
+    whole = {g.name: torch.ones(g.n_channels, dtype=torch.bool) for g in groups.free}
+    some = {g.name: torch.arange(g.n_channels) % 3 != 0 for g in groups.free}
+    some = {
+        name: mask if int(mask.sum()) >= groups[name].least else whole[name] for name, mask in some.items()
+    }
+    tries = [(name, alone) for name in whole for alone in (True, False)]
+    draw.shuffle(tries)
+    started, failed, tried = time.perf_counter(), [], 0
+    for name, alone in tries:
+        if time.perf_counter() - started > seconds:
+            break
+        chosen = {**whole, name: some[name]} if alone else {**some, name: whole[name]}
+        plan = sk.make_plan(groups, chosen)
+        tried += 1
+        try:
+            sk.verify_cut(model, sk.apply_plan(model, plan), plan)
+        except Exception as error:
+            failed.append(f"{name} {'alone' if alone else 'whole'}: {said(error)}")
+    return {"tried": tried, "tries": len(tries), "unsound": failed}
+
+
+def train(model: Any, example: Any, groups: Any) -> Any:
+    """Steps with the penalty; how many channels are zero after them, if training mode gives something to sum up."""
+    import torch
+
+    import sparsekit as sk
+    from sparsekit.evaluation import flat_tensors
+
+    trained = copy.deepcopy(model).train()
+    arguments = groups.inputs.draw(3, trained, 2)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    sparsifier = sk.Sparsifier(
+        trained, groups, strength=sk.AutoStrength({"params": 0.7}, total_steps=STEPS, importance="magnitude")
+    )
+    for _ in range(STEPS):
+        outputs = [t for t in flat_tensors(arguments.call(trained)) if t.requires_grad]
+        loss = sum((t.float().square().mean() for t in outputs), torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        optimizer.step()
+        sparsifier.step(optimizer)
+    masks = sk.keep_masks(trained, groups, method="zeros")
+    plan = sk.make_plan(groups, masks)
+    sk.verify_cut(trained, sk.apply_plan(trained, plan), plan)
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def cut_again(cut: Any, example: Any) -> Any:
+    """The proof of a second cut."""
+    import torch
+
+    import sparsekit as sk
+
+    groups = sk.find_groups(cut, example, round_to=1, min_channels=1)
+    masks = {
+        g.name: torch.arange(g.n_channels) >= min(g.n_channels // 2, g.n_channels - g.least)
+        for g in groups.free
+    }
+    plan = sk.make_plan(groups, masks)
+    return sk.verify_cut(cut, sk.apply_plan(cut, plan), plan).max_rel
+
+
+def save(cut: Any, plan: Any, make: Callable[[], Made], example: Any) -> Any:
+    """Whether an artifact gives the same outputs."""
+    import torch
+
+    import sparsekit as sk
+    from sparsekit.evaluation import as_inputs, flat_tensors
+
+    with tempfile.TemporaryDirectory() as folder:
+        sk.save(cut, folder, factory=lambda: make()[0], plan=plan)
+        loaded = sk.load(folder, factory=lambda: make()[0])
+    arguments = as_inputs(example)
+    with torch.no_grad():
+        pairs = zip(
+            flat_tensors(arguments.call(cut.eval())), flat_tensors(arguments.call(loaded.eval())), strict=True
+        )
+        return all(torch.equal(one, other) for one, other in pairs) or "other outputs"
+
+
+def export(cut: Any, example: Any) -> Any:
+    """The largest difference of all outputs of the ONNX file, relative to the largest."""
+    import onnxruntime
+    import torch
+
+    import sparsekit as sk
+    from sparsekit.evaluation import as_inputs, flat_tensors
+
+    arguments = as_inputs(example)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = sk.export_onnx(cut, Path(folder) / "cut.onnx", example, output_names=())
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    given = {e.name: t.numpy() for e, t in zip(session.get_inputs(), arguments.tensors, strict=False)}
+    found = [torch.from_numpy(one) for one in session.run(None, given)]
+    with torch.no_grad():
+        expected = flat_tensors(arguments.call(cut.eval()))
+    if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in found]:
+        return "outputs of other shapes"
+    scale = max(float(t.abs().max()) for t in expected if t.numel())
+    return (
+        max(
+            float((a.double() - b.double()).abs().max())
+            for a, b in zip(expected, found, strict=True)
+            if a.numel()
+        )
+        / scale
+    )
+
+
+def peer(row: Row, model: Any, example: Any, groups: Any, dense: list[Any]) -> Iterator[Row]:
+    """What Torch-Pruning removes, and whether its result runs with outputs of the same shapes."""
+    import torch
+    import torch_pruning as tp
+
+    import sparsekit as sk
+    from sparsekit.evaluation import as_inputs, flat_tensors
+
+    try:
+        pruned, arguments = copy.deepcopy(model), as_inputs(example)
+        last = {m.module for g in groups if "model's output" in g.frozen for m in g.of_role("producer")}
+        inputs = dict(arguments.keyword) if arguments.keyword else arguments.positional
+        pruner = tp.pruner.MagnitudePruner(
+            pruned,
+            inputs,
+            importance=tp.importance.GroupMagnitudeImportance(),
+            pruning_ratio=0.5,
+            ignored_layers=[m for n, m in pruned.named_modules() if n in last],
+        )
+        pruner.step()
+        with torch.no_grad():
+            outputs = flat_tensors(arguments.call(pruned.eval()))
+        alike = [t.shape for t in outputs] == [t.shape for t in dense]
+        row["peer"] = 1 - sk.count_params(pruned) / row["params"] if alike else "outputs of other shapes"
+    except Exception as error:
+        row["peer"] = said(error)
+    yield row
+
+
+# ---- one process, and the parent -------------------------------------------------------------------------------------
+
+
+def run_one(name: str, file: Path, apart_seconds: float, threads: int) -> None:
+    """In the child: the row of a network, written after every stage."""
+    import logging
+
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+    row: Row = {"name": name}
+    try:
+        for row in chain(name, maker_of(name), apart_seconds):
+            write_text(file, json.dumps(row))
+    except Exception as error:
+        write_text(file, json.dumps({**row, "failed": said(error)}))
+
+
+def run_all(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Run what is missing, one process after the other."""
+    every, missing = all_names()
+    for library in missing:
+        say(f"{library} is not installed: its networks are left out")
+    known = {row["name"] for row in read_rows(arguments.results)}
+    names = [name for name in arguments.only or every if arguments.again or name not in known]
+    for number, name in enumerate(names, start=1):
+        row = run_child(name, arguments)
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.results.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        say(f"{number} of {len(names)} {name}: {summary(row)}")
+
+
+def run_child(name: str, arguments: argparse.Namespace) -> Row:
+    """The row of one network, by a process of its own; with what it had when the time was up."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--one", name, "--results", str(file)]
+        command += ["--apart-seconds", str(arguments.apart_seconds), "--threads", str(arguments.threads)]
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(arguments.timeout)
+            ended = "" if process.returncode == 0 else f"the process ended with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ended = f"not done within {arguments.timeout:g} s"
+        row: Row = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"name": name}
+    return {**row, "failed": ended} if ended and "failed" not in row else row
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The latest row of each network."""
+    rows: dict[str, Row] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        row = json.loads(line)
+        rows[row["name"]] = row
+    return list(rows.values())
+
+
+def summary(row: Row) -> str:
+    """A row in a line."""
+    if "free" not in row:
+        return str(row.get("failed", "nothing"))
+    parts = [f"{row['free']} of {row['groups']} free", f"{row['seconds']:.1f} s"]
+    parts += [f"{key} {shown(row[key])}" for key in SHOWN if key in row]
+    parts += [f"{row['tried']} of {row['tries']} apart"] if "tried" in row else []
+    parts += [f"UNSOUND: {row['unsound']}"] if row["unsound"] else []
+    return ", ".join([*parts, *([row["failed"]] if row.get("failed") else [])])
+
+
+def shown(value: Any) -> str:
+    """A value of a row as a person reads it."""
+    if isinstance(value, bool):
+        return "equal" if value else "differs"
+    if isinstance(value, float):
+        return f"{value:.2f}" if value >= 0.01 or value == 0 else f"{value:.0e}"
+    return str(value)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(rows: list[Row], missing: list[str]) -> str:
+    """The results as Markdown."""
+    done = [row for row in rows if "share" in row]
+    runs = [row for row in done if isinstance(row.get("peer"), float)]
+    deeper = [row for row in runs if row["share"] >= row["peer"] - 0.005]
+    tried = sum(row.get("tried", 0) for row in rows)
+    unsound = [row for row in rows if row.get("unsound")]
+    lines = [
+        "# Networks of all kinds",
+        "",
+        "Written by `python benchmarks/networks.py --page`, from what `python benchmarks/networks.py` measured. The "
+        "docstring of that file says what the stages are; the networks have random weights.",
+        "",
+        f"- {len(rows)} networks; {len(done)} analysed. Cuts tried of single groups and of all but one: {tried}; "
+        f"networks with a cut called free that failed: {len(unsound)}",
+        f"- Torch-Pruning's result runs with outputs of the dense shapes on {len(runs)}; ours removes at least as much "
+        f"on {len(deeper)} of these",
+        f"- analysis takes more than three passes and five seconds on "
+        f"{sum(row['seconds'] > 3 * row['pass_seconds'] + 5 for row in done)}",
+        *(f"- not installed, so left out: {library}" for library in missing),
+        f"- machine: {machine_text()}",
+        f"- versions: {versions_text('sparsekit', 'torch', 'torchvision', 'torch-pruning', 'onnxruntime')}",
+        "",
+        "| network | params | free groups | share cut | Torch-Pruning | proof | zeros trained | again | loaded | ONNX "
+        "| seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [shown(row[key]) if key in row else "" for key in SHOWN]
+        cells = [cell.split(": ")[0] if len(cell) > 30 else cell for cell in cells]
+        free = f"{row['free']} of {row['groups']}" if "free" in row else ""
+        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
+        lines.append(
+            f"| {row['name']} | {row.get('params', 0) / 1e6:.2f} M | {free} | {' | '.join(cells)} | {seconds} |"
+        )
+    lines += ["", "What stays whole, and what failed:", ""]
+    for row in rows:
+        said_of = [
+            f"{count} groups: {reason}" for reason, count in row.get("frozen", []) if "output" not in reason
+        ]
+        said_of += [f"{key}: {row[key]}" for key in SHOWN[1:] if isinstance(row.get(key), str)]
+        said_of += [f"unsound: {one}" for one in row.get("unsound", [])]
+        said_of += [str(row["failed"])] if row.get("failed") else []
+        lines += [f"- {row['name']}: {'; '.join(said_of)}"] if said_of else []
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Run what is missing, write the page, or, in a child, one network."""
+    parser = argparse.ArgumentParser(description="the whole chain on networks of all kinds")
+    parser.add_argument("--only", nargs="+", help="names of networks; by default all")
+    parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for a network")
+    parser.add_argument(
+        "--apart-seconds", type=float, default=30.0, help="for cuts of single groups and all but one"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "networks.jsonl")
+    parser.add_argument("--page", action="store_true", help="write the page from the results")
+    parser.add_argument(
+        "--docs", type=Path, default=HERE.parent / "docs" / "results" / "networks.md", help="the page"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    if arguments.one:
+        run_one(arguments.one, arguments.results, arguments.apart_seconds, arguments.threads)
+    elif arguments.page:
+        write_text(arguments.docs, page(read_rows(arguments.results), all_names()[1]))
+        say(str(arguments.docs))
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        run_all(arguments, say)
+
+
+if __name__ == "__main__":
+    main()
