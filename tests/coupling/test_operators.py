@@ -134,6 +134,7 @@ def _tokens(self: Any, x: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     best = self.score(tokens).squeeze(-1).topk(16, 1)[1].unsqueeze(-1)
     chosen = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])) + torch.take_along_dim(tokens, best, 1)
+    chosen = chosen + tokens.gather(1, best.repeat(1, 1, tokens.shape[-1]))
     tokens = tokens.clone()
     tokens[:, torch.arange(64) % 4 == 0] = self.mask_token
     tokens[:, 2] = tokens[:, 3] * 2
@@ -248,6 +249,7 @@ def test_the_bins_of_position_sensitive_pooling_go_together() -> None:
         ),
         (lambda self, x: nn.FractionalMaxPool2d(2, output_size=4)(x), "draws regions for each channel"),
         (lambda self, x: F.avg_pool3d(x[:, None], 3, 1, 1)[:, 0], "avg_pool3d mixes channels"),
+        (lambda self, x: x.gather(2, torch.zeros(1, 8, 8, 8, dtype=torch.int64)), "a trial cut failed"),
         (lambda self, x: x.index_fill(1, torch.tensor([0]), 0.0), "by a fixed number of places"),
     ],
 )

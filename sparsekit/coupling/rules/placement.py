@@ -57,7 +57,8 @@ def _elementwise(
 ) -> list[Operand]:
     """Operands that meet element by element, apart from the dimensions in which places are given.
 
-    What a tensor holds along a dimension of which only a part is read or written stays, too.
+    What a tensor holds along a dimension of which only a part is read or written stays, too. An index may have been
+    repeated to the size of what it reads: if that size is a number in the code, torch refuses it after any cut.
     """
     found = []
     for tensor in tensors:
@@ -65,7 +66,7 @@ def _elementwise(
         known = tracer.known(tensor)
         parts = {d for d in range(tensor.dim()) if tensor.shape[d] != shape[d]}
         labels = apart_from(tracer, known.labels, {*placed, *parts}, PICKED)
-        present = sized_dims(tensor) - set(placed)
+        present = frozenset() if tensor.dtype == torch.int64 else sized_dims(tensor) - set(placed)
         found.append(Operand(labels, present, known.weight))
     return found
 
