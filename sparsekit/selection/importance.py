@@ -14,7 +14,8 @@ def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
 
     norm_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps)
 
-    The factor is that of the BatchNorm that follows directly; without one it is 1. Float64, on the CPU.
+    The factor is that of the BatchNorm that follows directly; without one it is 1. A norm without running statistics
+    has no var_c: the mean of ||W||^2 over the channels that it sees together stands for it. Float64, on the CPU.
     """
     state = model.state_dict()
     modules = dict(model.named_modules())
@@ -39,7 +40,7 @@ def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
         for member in makers:
             squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
             if member.norm is not None:
-                squares = squares * _folded_scale(modules[member.norm]).square()
+                squares = _folded(squares, modules[member.norm])
             share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
             own = share[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
             total += macs[member.tensor] * own
@@ -86,17 +87,17 @@ def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[st
             continue
         squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
         if member.norm is not None:
-            squares = squares * _folded_scale(modules[member.norm]).square()
+            squares = _folded(squares, modules[member.norm])
         total += squares[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
     return total.sqrt()
 
 
-def _folded_scale(norm: nn.Module) -> Tensor:
-    """Return gamma / sqrt(var + eps) of a BatchNorm, as far as it has them; float64, on the CPU."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    scale = torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.affine:
-        scale = norm.weight.detach().double().cpu()
-    if norm.running_var is not None:
-        scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale
+def _folded(squares: Tensor, norm: nn.Module) -> Tensor:
+    """Return the squared norms (channels,) of filters with the norm behind them folded in; float64, on the CPU."""
+    scale, variance = getattr(norm, "weight", None), getattr(norm, "running_var", None)
+    gains = 1.0 if scale is None else scale.detach().double().cpu().square()
+    if variance is not None:
+        return squares * gains / (variance.double().cpu() + getattr(norm, "eps", 0.0))
+    seen = len(squares) // norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+    means = squares.reshape(-1, seen).mean(1).repeat_interleave(seen)
+    return squares * gains / means.clamp_min(torch.finfo(torch.float64).tiny)
