@@ -62,7 +62,7 @@ class SizeWatcher(TorchFunctionMode):
 
 
 # By their names, these attributes are the number of channels that a module takes or gives.
-_OF_INPUT = ("in_features", "in_channels", "in_chs", "in_dim", "input_dim")
+_OF_INPUT = ("in_features", "in_channels", "in_chs", "in_dim", "input_dim", "num_channels", "num_features")
 _OF_OUTPUT = ("out_features", "out_channels", "out_chs", "out_dim", "output_dim")
 
 
@@ -250,6 +250,20 @@ def _layer_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> 
         _note(tracer, args[1][0], args[0], args[0].dim() - 1)
 
 
+def _group_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
+    """The number of norm groups falls with them; it has to be an attribute, or a part of one that counts channels."""
+    number = args[1] if len(args) > 1 else kwargs["num_groups"]
+    if isinstance(number, PartInt):
+        _note(tracer, number.whole, result, 1)
+        return
+    for slices in _slices(tracer.known(result), 1) or () if number > 1 else ():
+        if isinstance(number, NamedInt):
+            tracer.seen.sizes.append(SizeUse(number.attribute, slices.reshape(int(number), -1)))
+        elif number < result.shape[1]:
+            reason = "group_norm is given a number of groups that is no attribute, which a cut could change"
+            tracer.seen.fix(torch.from_numpy(slices), reason)
+
+
 def _narrowed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Tensor) -> None:
     if len(args) == 4:
         _note(tracer, args[2], args[0].narrow(args[1], 0, int(args[2])), args[1])
@@ -300,6 +314,7 @@ _SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "narrow": _narrowed,
     "scaled_dot_product_attention": _attended,
     "layer_norm": _layer_normed,
+    "group_norm": _group_normed,
     "conv2d": _convolved,
     "__getitem__": _indexed,
 }

@@ -14,7 +14,8 @@ def filter_norms(model: nn.Module, groups: ChannelGroups) -> Scores:
 
     norm_c^2 = sum over producers of ||W_c||^2 x gamma_c^2 / (var_c + eps)
 
-    The factor is that of the BatchNorm that follows directly; without one it is 1. Float64, on the CPU.
+    The factor is that of the BatchNorm that follows directly; without one it is 1. A norm without running statistics
+    has no var_c: the mean of ||W||^2 over the channels that it sees together stands for it. Float64, on the CPU.
     """
     state = model.state_dict()
     modules = dict(model.named_modules())
@@ -37,12 +38,8 @@ def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
         makers = [m for m in (*group.of_role("producer"), *group.of_role("depthwise")) if m.tensor in macs]
         total = torch.full((group.n_channels,), 0.0 if makers else torch.inf, dtype=torch.float64)
         for member in makers:
-            squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
-            if member.norm is not None:
-                squares = squares * _folded_scale(modules[member.norm]).square()
-            share = squares / squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-            own = share[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
-            total += macs[member.tensor] * own
+            own, whole = _squares(group, member, state, modules)
+            total += macs[member.tensor] * own / max(whole, torch.finfo(torch.float64).tiny)
         shares[group.name] = torch.where(zeros[group.name], 0.0, total) if makers else total
     return shares
 
@@ -84,19 +81,39 @@ def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[st
         weighs = member.norm is not None or member.penalised
         if not member.tensor.endswith(".weight") or not weighs:
             continue
-        squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
-        if member.norm is not None:
-            squares = squares * _folded_scale(modules[member.norm]).square()
-        total += squares[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
+        total += _squares(group, member, state, modules)[0]
     return total.sqrt()
 
 
-def _folded_scale(norm: nn.Module) -> Tensor:
-    """Return gamma / sqrt(var + eps) of a BatchNorm, as far as it has them; float64, on the CPU."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-    scale = torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.affine:
-        scale = norm.weight.detach().double().cpu()
-    if norm.running_var is not None:
-        scale = scale / (norm.running_var.double().cpu() + norm.eps).sqrt()
-    return scale
+def _squares(
+    group: ChannelGroup, member: Member, state: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> tuple[Tensor, float]:
+    """Return the squared norms (n_channels,) of what a producer's filters make of each channel, and of all its filters.
+
+    The norm behind them is folded in. It may run over fewer channels than there are filters: a linear layer whose
+    outputs become maps has one for each position.
+    """
+    squares = state[member.tensor].double().movedim(member.dim, 0).flatten(1).square().sum(1).cpu()
+    of_norm = next((m for m in group.members if m.module == member.norm and m.role == "norm"), None)
+    if member.norm is None or of_norm is None or len(state[of_norm.tensor]) == len(squares):
+        folded = squares if member.norm is None else _folded(squares, modules[member.norm])
+        own = folded[list(member.positions)].reshape(group.n_channels, member.repeat).sum(1)
+        return own, float(folded.sum())
+    width = len(state[of_norm.tensor])
+    gains = _folded(torch.ones(width, dtype=torch.float64), modules[member.norm])
+    maps = squares[list(member.positions)].reshape(group.n_channels, -1, len(squares) // width).sum(2)
+    own = (maps * gains[list(of_norm.positions)].reshape(group.n_channels, -1)).sum(1)
+    return own, float(squares.sum() * gains.mean())
+
+
+def _folded(squares: Tensor, norm: nn.Module) -> Tensor:
+    """Return the squared norms (channels,) of filters with the norm behind them folded in; float64, on the CPU."""
+    scale, variance = getattr(norm, "weight", None), getattr(norm, "running_var", None)
+    gained: Tensor = squares if scale is None else squares * scale.detach().double().cpu().square()
+    if isinstance(variance, Tensor):
+        return gained / (variance.double().cpu() + getattr(norm, "eps", 0.0))
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return gained
+    seen = len(squares) // norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
+    means = squares.reshape(-1, seen).mean(1).repeat_interleave(seen)
+    return gained / means.clamp_min(torch.finfo(torch.float64).tiny)

@@ -15,7 +15,7 @@ from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
     """Batch normalisation: each channel by itself, with its scale, shift and statistics."""
     tensor, parameters = call.args[0], [t for t in call.args[1:5] if isinstance(t, Tensor)]
-    weight = next((tracer.name_of(t) for t in parameters), None)
+    weight = next((tracer.name_of(t) for t in parameters), None) or _repeated(tracer, call.args[1])
     tracer.read(tensor, weight or "")
     known = tracer.known(tensor)
     labels = list(known.labels)
@@ -31,6 +31,15 @@ def batch_norm(tracer: Tracer, call: OperatorCall) -> None:
             labels += own
     merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, feeds, known.squashed))
+
+
+def _repeated(tracer: Tracer, scale: Tensor | None) -> str | None:
+    """The name of the scale of an instance norm, which torch repeats for every image and hands to a batch norm."""
+    labels = () if scale is None else tracer.known(scale).labels
+    names = {
+        tracer.seen.axis_of(int(atom)).tensor for one in labels for atom in to_atoms(one).ravel()[[0, -1]]
+    }
+    return names.pop() if len(names) == 1 else None
 
 
 def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
@@ -51,9 +60,39 @@ def rms_norm(tracer: Tracer, call: OperatorCall) -> None:
 
 
 def group_norm(tracer: Tracer, call: OperatorCall) -> None:
-    """Group normalisation: its channels stay."""
-    tensor = call.args[0]
-    _mixing_norm(tracer, call, {*range(1, tensor.dim())}, [call.arg(1, "weight"), call.arg(2, "bias")], 0)
+    """Statistics over the channels of each norm group: they go together. What is zero as a whole comes out as shift."""
+    tensor, native = call.args[0], call.name.startswith("native")
+    scale = call.arg(1, "weight") if native else call.arg(2, "weight")
+    shift = call.arg(2, "bias") if native else call.arg(3, "bias")
+    norm_groups = int(call.args[6] if native else call.args[1])
+    if norm_groups == 1:
+        _mixing_norm(tracer, call, {*range(1, tensor.dim())}, [scale, shift], 0)
+        return
+    known = tracer.known(tensor)
+    labels = [_by_norm_group(tracer, one, norm_groups) for one in known.labels]
+    feeds = known.feeds if scale is None else None
+    for parameter in (scale, shift):
+        for one in () if parameter is None else tracer.known(parameter).labels:
+            tracer.seen.note("norm", one)
+            if not any(1 in span(other) for other in labels):
+                tracer.seen.fix(one, "it normalises channels whose number is fixed")
+            labels.append(along(one, 1, tensor.dim()))
+            feeds = joined([feeds, to_atoms(one).ravel()])
+    tracer.read(tensor, tracer.name_of(scale) or "")
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
+    tracer.learn(call.outputs[0], Known(merged, known.weight, feeds, known.squashed))
+
+
+def _by_norm_group(tracer: Tracer, labels: Tensor, norm_groups: int) -> Tensor:
+    """Couple the labels that one norm group sees; the labels that are left, which vary along batch and channels."""
+    dims = span(labels)
+    if dims and min(dims) > 1:
+        tracer.seen.fix(labels, MIXES.format("a group norm"))
+    labels = together(tracer, labels, [d for d in dims if d > 1])
+    if 1 in span(labels):
+        rows = labels.reshape(labels.shape[0], norm_groups, -1)
+        tracer.seen.couple(rows[..., :1], rows)
+    return labels
 
 
 def _mixing_norm(
