@@ -44,7 +44,7 @@ class Inspection:
         """Return plain data: the totals, and for each group its cost, its members and why it stays whole.
 
         `channels` counts what can go on its own. `rows_per_channel` counts the rows of each in the first layer that
-        makes it: more than 1 for an attention head. The shares are those of all that goes with the group; a layer
+        makes it: more than 1 for an attention head. `unread` names the parameters that no pass read. The shares are those of all that goes with the group; a layer
         between two groups counts in both. A member owns `per_channel` positions along `dim`.
         """
         costs = CostModel(self.groups, frozen=True)
@@ -55,6 +55,7 @@ class Inspection:
             "macs": self.macs,
             "params": self.params,
             "groups": [self._row(group, macs, params) for group in self.groups],
+            "unread": list(self.groups.unread),
         }
 
     def table(self) -> RenderableType:
@@ -76,7 +77,13 @@ class Inspection:
             "one channel unless its rows are given. MACs, params: the share of the model that the group owns. A layer "
             "between two groups counts in both, a product of activations in none."
         )
-        return Group(table, Text(totals), Text(legend))
+        lines = [totals, legend]
+        if self.groups.unread:
+            lines.append(
+                f"No pass of the model read {_compact(self.groups.unread)}: layers that it does not run keep their width, "
+                "and fail if they are used with fewer channels."
+            )
+        return Group(table, *map(Text, lines))
 
     def _row(
         self, group: ChannelGroup, macs: Mapping[str, float], params: Mapping[str, float]

@@ -175,3 +175,11 @@ def test_two_hundred_groups_are_shown_in_no_time() -> None:
     begin = time.process_time()
     _shown(Inspection("large", (3, 8, 8), 10**9, 10**6, groups), 80)
     assert time.process_time() - begin < 3
+
+
+def test_what_no_pass_reads_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model[0].spare = nn.Conv2d(8, 2, 1)
+    inspection = inspect_module("spare", model, torch.zeros(1, 3, 9, 9))
+    assert inspection.to_json()["unread"] == ["0.spare.weight", "0.spare.bias"]
+    assert "No pass of the model read 0.spare.weight, 0.spare.bias" in _words(_shown(inspection, 120))

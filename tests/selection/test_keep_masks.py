@@ -70,6 +70,25 @@ def test_the_filter_norm_of_a_gated_unit_folds_each_half_with_its_own_scale() ->
     torch.testing.assert_close(filter_norms(model, groups)["up"], expected)
 
 
+def test_a_norm_over_the_maps_of_a_linear_layer_is_folded_into_the_rows_of_each_map() -> None:
+    class Maps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 5 * 4), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.norm(self.first(x).view(-1, 5, 2, 2)).relu())
+
+    model = Maps().eval()
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 1.5)
+        model.norm.running_var.uniform_(0.5, 1.5)
+        scale = model.norm.weight.double() / (model.norm.running_var.double() + model.norm.eps).sqrt()
+        expected = model.first.weight.double().reshape(5, -1).norm(dim=1) * scale
+    groups = find_groups(model, torch.randn(2, 3))
+    torch.testing.assert_close(filter_norms(model, groups)["first"], expected)
+
+
 def test_a_batch_norm_without_scale_or_without_statistics_folds_what_it_has() -> None:
     for norm in (nn.BatchNorm2d(5, affine=False), nn.BatchNorm2d(5, track_running_stats=False)):
         model = nn.Sequential(nn.Conv2d(3, 5, 1, bias=False), norm, nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
