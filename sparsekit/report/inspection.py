@@ -44,8 +44,9 @@ class Inspection:
         """Return plain data: the totals, and for each group its cost, its members and why it stays whole.
 
         `channels` counts what can go on its own. `rows_per_channel` counts the rows of each in the first layer that
-        makes it: more than 1 for an attention head. `unread` names the parameters that no pass read. The shares are those of all that goes with the group; a layer
-        between two groups counts in both. A member owns `per_channel` positions along `dim`.
+        makes it: more than 1 for an attention head. The shares are those of all that goes with the group; a layer
+        between two groups counts in both. A member owns `per_channel` positions along `dim`. `unread` names the
+        parameters that no pass read.
         """
         costs = CostModel(self.groups, frozen=True)
         macs, params = costs.per_group("macs"), costs.per_group("params")
@@ -80,8 +81,8 @@ class Inspection:
         lines = [totals, legend]
         if self.groups.unread:
             lines.append(
-                f"No pass of the model read {_compact(self.groups.unread)}: layers that it does not run keep their width, "
-                "and fail if they are used with fewer channels."
+                f"No pass of the model read {_compact(self.groups.unread)}: layers that it does not run keep their "
+                "width, and fail if they are used with fewer channels."
             )
         return Group(table, *map(Text, lines))
 
