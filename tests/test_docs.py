@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsekit
 from sparsekit.coupling import trace
-from sparsekit.coupling.rules import movement, norms, table
+from sparsekit.coupling.rules import norms, reductions, table
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
 from sparsekit.sparsify import prox
@@ -138,17 +138,16 @@ def _shown(name: str, module: Any) -> Any:
     return namespace[name]
 
 
-class _Samples(nn.Module):
+class _Crosses(nn.Module):
+    """Multiplies vectors of three places, channel by channel."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        line = torch.linspace(-1, 1, 8)
-        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)[None]
-        grid = grid.expand(x.shape[0], -1, -1, -1).to(x.dtype)
-        maps = nn.functional.grid_sample(self.first(x), grid, align_corners=False)
-        out: Tensor = self.last(maps)
+        maps = self.first(x)
+        out: Tensor = self.last(torch.linalg.cross(maps, maps.relu(), dim=3))
         return out
 
 
@@ -162,10 +161,10 @@ class L2Norm(nn.Module):
 
 
 def test_the_operator_that_the_architecture_page_adds_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    example = torch.randn(1, 3, 8, 8)
-    assert "grid_sampler_2d" in sparsekit.find_groups(_Samples(), example)["first"].frozen
-    monkeypatch.setitem(table._RULES, "grid_sampler_2d", _shown("sampling", movement))
-    assert sparsekit.find_groups(_Samples(), example)["first"].frozen == ""
+    example = torch.randn(1, 3, 8, 3)
+    assert "linalg_cross" in sparsekit.find_groups(_Crosses(), example)["first"].frozen
+    monkeypatch.setitem(table._RULES, "linalg_cross", _shown("cross_product", reductions))
+    assert sparsekit.find_groups(_Crosses(), example)["first"].frozen == ""
 
 
 def test_the_norm_that_the_architecture_page_adds_can_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
