@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import sparsekit
 from sparsekit.coupling import trace
-from sparsekit.coupling.rules import norms, reductions, table
+from sparsekit.coupling.rules import meeting, norms, reductions, table
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
 from sparsekit.sparsify import prox
@@ -128,12 +128,12 @@ def test_results_pages_name_the_command_that_wrote_them() -> None:
 # ------------------------------------------------------------------- what the architecture page shows how to add
 
 
-def _shown(name: str, module: Any) -> Any:
-    """The function of this name that the architecture page shows, as if it stood in `module`."""
+def _shown(name: str, module: Any, **also: Any) -> Any:
+    """The function of this name that the architecture page shows, as if it stood in `module` and that imported `also`."""
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^    ```python\n(.*?)^    ```$", text, re.MULTILINE | re.DOTALL)
     (block,) = [textwrap.dedent(one) for one in blocks if f"def {name}(" in one]
-    namespace = dict(vars(module))
+    namespace = {**vars(module), **also}
     exec(compile(block, f"architecture.md, {name}", "exec"), namespace)
     return namespace[name]
 
@@ -163,7 +163,9 @@ class L2Norm(nn.Module):
 def test_the_operator_that_the_architecture_page_adds_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     example = torch.randn(1, 3, 8, 3)
     assert "linalg_cross" in sparsekit.find_groups(_Crosses(), example)["first"].frozen
-    monkeypatch.setitem(table._RULES, "linalg_cross", _shown("cross_product", reductions))
+    monkeypatch.setitem(
+        table._RULES, "linalg_cross", _shown("cross_product", reductions, combine=meeting.combine)
+    )
     assert sparsekit.find_groups(_Crosses(), example)["first"].frozen == ""
 
 
