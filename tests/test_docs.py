@@ -129,7 +129,7 @@ def test_results_pages_name_the_command_that_wrote_them() -> None:
 
 
 def _shown(name: str, module: Any, **also: Any) -> Any:
-    """The function of this name that the architecture page shows, as if it stood in `module` and that imported `also`."""
+    """The function of this name that the architecture page shows, as if it stood in `module`, with `also` imported."""
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^    ```python\n(.*?)^    ```$", text, re.MULTILINE | re.DOTALL)
     (block,) = [textwrap.dedent(one) for one in blocks if f"def {name}(" in one]
