@@ -59,6 +59,14 @@ def look_like_values(outputs: Sequence[Tensor]) -> bool:
     return False
 
 
+def confidence(outputs: Sequence[Tensor]) -> float:
+    """The largest probability that the first scores of classes name, on average; NaN without such scores."""
+    for output in outputs:
+        if is_logits(output):
+            return float(output.double().softmax(1).amax(1).mean())
+    return float("nan")
+
+
 def divergence(dense: Sequence[Tensor], outputs: Sequence[Tensor]) -> Divergence:
     """Compare all outputs of two models on the same images; see `Divergence`."""
     total, agreements = 0.0, []

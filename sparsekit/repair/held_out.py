@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparsekit.errors import ModelError
 from sparsekit.evaluation import copied, evaluating
 from sparsekit.options import Outputs
-from sparsekit.repair.divergence import Divergence, compared, divergence, look_like_values
+from sparsekit.repair.divergence import Divergence, compared, confidence, divergence, look_like_values
 from sparsekit.repair.replay import Recording, Stations, batches_of
 from sparsekit.structure.groups import ChannelGroups
 
@@ -90,6 +90,12 @@ class HeldOut:
     def look_like_values(self) -> bool:
         """Whether outputs that count as scores of classes are probably something else."""
         return look_like_values(self._dense[0])
+
+    @property
+    def confidence(self) -> float:
+        """How sure the dense model is of its answers: its largest probability, on average; NaN without classes."""
+        found = [confidence(outputs) * len(outputs[0]) for outputs in self._dense]
+        return sum(found) / self.n_images
 
     def forget(self) -> None:
         """Give back the memory of the recordings; changes cannot be asked for any more."""

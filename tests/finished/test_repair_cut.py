@@ -1,53 +1,37 @@
-"""Making up for a cut that was decided elsewhere: nearer to the model before it, which stays as it was."""
+"""What is said of images that the model hardly knows."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparsekit as sk
-from sparsekit.errors import DataError
-from sparsekit.finished.repair_cut import cut_and_repair
+from sparsekit.finished.repair_cut import _unsure
+from sparsekit.repair.held_out import HeldOut
+
+IMAGES = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-def network() -> tuple[nn.Module, sk.ChannelGroups, sk.PrunePlan]:
-    """Two convolutions with norms in training mode, and a plan that drops every third channel, whatever it is."""
+class Sure(nn.Module):
+    """Names one of twenty classes, more or less clearly."""
+
+    def __init__(self, clearly: float) -> None:
+        super().__init__()
+        self.clearly, self.conv, self.head = clearly, nn.Conv2d(3, 8, 3), nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(self.conv(x).relu().amax((2, 3)))
+        return self.clearly * scores / scores.std(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("clearly", "said"), [(1.3, True), (8.0, False)])
+def test_a_model_that_is_unsure_of_its_answers_is_told(clearly: float, said: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU()),
-        *(nn.Conv2d(12, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)),
-    )
-    model[1].eval()
-    groups = sk.find_groups(model, torch.zeros(1, 3, 12, 12), round_to=1, min_channels=1)
-    plan = sk.make_plan(groups, {group.name: torch.arange(12) % 3 > 0 for group in groups.free})
-    return model, groups, plan
-
-
-def test_it_comes_nearer_with_each_step_that_is_taken_and_the_model_stays_as_it_was() -> None:
-    model, groups, plan = network()
-    before = copy.deepcopy(model)
-    found = cut_and_repair(model, groups, plan, torch.randn(48, 3, 12, 12), seconds=0.2)
-    names = ["cut", "closed form", "refit layer by layer", "learning from the sparse model"]
-    assert [step.name for step in found.steps] == names
-    assert found.divergence.kl == min(step.kl for step in found.steps) < 0.5 * found.steps[0].kl
-    assert found.proof.max_rel < 1e-4
-    assert not found.interrupted
-    shapes = {name: values.shape for name, values in sk.apply_plan(model, plan).state_dict().items()}
-    assert {name: values.shape for name, values in found.model.state_dict().items()} == shapes
-    assert [m.training for m in found.model] == [m.training for m in model] == [m.training for m in before]
-    assert all(torch.equal(values, before.state_dict()[name]) for name, values in model.state_dict().items())
-
-
-def test_without_seconds_it_does_not_learn() -> None:
-    model, groups, plan = network()
-    found = cut_and_repair(model, groups, plan, torch.randn(48, 3, 12, 12), seconds=0)
-    assert [step.name for step in found.steps] == ["cut", "closed form", "refit layer by layer"]
-
-
-def test_few_images_are_refused() -> None:
-    with pytest.raises(DataError, match="at least 32"):
-        cut_and_repair(*network(), torch.randn(8, 3, 12, 12), seconds=0)
+    model = Sure(clearly).eval()
+    held_out = HeldOut(model, sk.find_groups(model, IMAGES[:1]), (IMAGES,))
+    with torch.no_grad():
+        assert held_out.confidence == pytest.approx(float(model(IMAGES).softmax(1).amax(1).mean()), rel=1e-5)
+    remarks = _unsure(held_out)
+    assert bool(remarks) is said
+    assert all("not sure of its answers on these images" in remark for remark in remarks)

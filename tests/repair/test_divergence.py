@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsekit.repair.divergence import compared, divergence, kl, look_like_values
+from sparsekit.repair.divergence import compared, confidence, divergence, kl, look_like_values
 
 
 def outputs(*shape: int, seed: int = 0) -> Tensor:
@@ -76,6 +76,12 @@ def test_scores_that_are_nearly_alike_look_like_values() -> None:
     assert look_like_values([F.normalize(x, dim=1)])
     assert not look_like_values([4 * x])
     assert not look_like_values(compared(F.normalize(x, dim=1), "values"))
+
+
+def test_confidence_is_the_mean_of_the_largest_probabilities() -> None:
+    scores = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]))
+    assert confidence([torch.randn(2, 3, 4), scores]) == pytest.approx(0.6)
+    assert math.isnan(confidence(compared(scores, "values")))
 
 
 def test_several_outputs_add_up_and_integers_have_no_part() -> None:
