@@ -116,8 +116,8 @@ def _unsure(held_out: HeldOut) -> list[str]:
         return []
     return [
         f"the model is not sure of its answers on these images: its largest probability is {held_out.confidence:.2f} "
-        "on average; if they are of another kind than those it will see, give some of those, or what it loses on them is "
-        "not seen"
+        "on average; if they are of another kind than those it will see, give some of those, or what it loses on them "
+        "is not seen"
     ]
 
 
