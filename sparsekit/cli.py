@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, ParamSpec, cast
 
@@ -118,7 +119,8 @@ def prune(
     from sparsekit.runs import pipeline
 
     try:
-        report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
+        with _placing(recipe, overrides):
+            report = pipeline.prune(loaded, output=directory, resume=resume, console=_console(stderr=True))
     except KeyboardInterrupt:
         _fail(_how_to_go_on(directory), 130, word="interrupted")
     if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
@@ -138,8 +140,9 @@ def validate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from sparsekit.runs.rehearsal import check_inputs
 
     problems = check_inputs(loaded)
-    if problems:
-        raise InputError("\n".join(problems))
+    with _placing(recipe, overrides):
+        if problems:
+            raise InputError("\n".join(problems))
     typer.echo(_summary(recipe, loaded))
 
 
@@ -167,10 +170,11 @@ def inspect(
         recipe = load_recipe(Path(model))
     from sparsekit.runs import commands
 
-    name = recipe.model.name if recipe else model
-    inspection = commands.inspect_model(
-        name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm, blocks=blocks
-    )
+    name = recipe.model.label if recipe else model
+    with _placing(Path(model) if recipe else None):
+        inspection = commands.inspect_model(
+            name, image_size=image_size, recipe=recipe, through_layer_norm=through_layer_norm, blocks=blocks
+        )
     if json:
         _print_json(inspection.to_json())
     else:
@@ -190,13 +194,14 @@ def plan(
     With cut.repair they are chosen as `prune` does, and several speeds are listed with what they would cost: minutes.
     Nothing is trained.
     """
-    from sparsekit.recipe.reading import load_recipe
+    from sparsekit.recipe.reading import load_recipe, load_run_recipe
 
     run = source if source.is_dir() else None
-    recipe = load_recipe(source / "recipe.yaml" if run else source, overrides or ())
+    recipe = load_run_recipe(run, overrides or ()) if run else load_recipe(source, overrides or ())
     from sparsekit.runs import commands
 
-    found = commands.dry_run(recipe, run=run, console=_console(stderr=True))
+    with _placing(run / "recipe.yaml" if run else source, overrides):
+        found = commands.dry_run(recipe, run=run, console=_console(stderr=True))
     if json:
         _print_json(found.to_json())
     else:
@@ -257,6 +262,12 @@ def export(
             help="Merge narrow groups of grouped convolutions, so that ONNX Runtime runs them fast on this processor."
         ),
     ] = True,
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="The function that builds the dense model, if that is your own."
+        ),
+    ] = None,
 ) -> None:
     """Export the pruned model as ONNX again."""
     from sparsekit.runs import commands
@@ -268,6 +279,7 @@ def export(
         batch_size=batch_size,
         dynamic_batch=dynamic_batch,
         merge_groups=merge_groups,
+        factory=factory,
     )
     typer.echo(str(written))
 
@@ -311,6 +323,21 @@ def _fail(message: str, code: int, word: str = "error") -> NoReturn:
     for line in message.splitlines():
         typer.echo(f"{word}: {line}", err=True)
     raise typer.Exit(code) from None
+
+
+@contextmanager
+def _placing(recipe: Path | None, overrides: list[str] | None = None) -> Iterator[None]:
+    """Say where keys were written also in problems that show after the recipe was read."""
+    if recipe is None:
+        yield
+        return
+    from sparsekit.recipe.reading import placer
+
+    placed = placer(recipe, overrides or ())
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(placed(str(error))) from error
 
 
 def _settle_stdout() -> None:
@@ -358,13 +385,14 @@ def _print_json(value: object) -> None:
 
 def _summary(path: Path, recipe: Recipe) -> str:
     model, data = recipe.model, recipe.data
-    weights = "pretrained" if model.pretrained else model.checkpoint or "from scratch"
+    from_nowhere = "from scratch" if model.factory is None else "as the function gives it"
+    weights = "pretrained" if model.pretrained else model.checkpoint or from_nowhere
     where = f" in {data.root}" if data.root else ""
     phases = (("dense", recipe.dense), ("sparsify", recipe.sparsify), ("finetune", recipe.finetune))
     return "\n".join(
         [
             f"{path}: ok",
-            f"  model   {model.name}, {weights}",
+            f"  model   {model.label}, {weights}",
             f"  data    {data.name}{where}",
             f"  epochs  {', '.join(f'{name} {phase.epochs}' for name, phase in phases)}",
         ]

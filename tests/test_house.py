@@ -13,7 +13,7 @@ import sparsekit
 HOUSE = """
 __main__
 cli
-runs: pipeline attempts prune_stages commands choosing stages run report_assembly rehearsal accuracy_search
+runs: pipeline attempts prune_stages commands choosing stages own_code run report_assembly rehearsal accuracy_search
     run_directory arguments results
 report: page terminal figures rows inspection dry_run numbers schema
 integrations: transformers lightning torch_pruning
@@ -30,7 +30,8 @@ coupling: find_groups residual_blocks proof trace rules.table rules.contractions
     size_uses form_groups solve tracer observations place_finder named_integers labels
 surgery: transplant optimizer_state verify cut mask unstable_outputs constants norms bypass attributes rewrite_code
 export: parity graph_summary precision onnx_file group_merging quiet session
-training: loop splits loader display evaluate optimizers seeding data_sources models checkpoint options
+training: loop splits loader display evaluate optimizers seeding data_sources models own_models
+    checkpoint options
 recipe: reading messages draft recipe consistency specs
 structure: compose plan counting groups inputs latency_curve places masks
 evaluation

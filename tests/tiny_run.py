@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,12 @@ benchmark: {rounds: 20, warmup: 2}
 """
 # Steps so wide that few models lie between the dense and the smallest one, and few are exported and timed for a speed.
 WIDE_STEPS = ("cut.round_to=16", "cut.min_channels=16")
+
+
+def documented_network() -> str:
+    """The module with a network of one's own that the guide shows."""
+    page = Path(__file__).parents[1] / "docs" / "your_images.md"
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)[0]
 
 
 def options(*overrides: str) -> list[str]:

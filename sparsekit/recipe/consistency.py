@@ -44,11 +44,46 @@ class Sections(Protocol):
 
 def contradictions(recipe: Sections) -> Iterator[Contradiction]:
     """All contradictions in a recipe."""
+    yield from _model_contradictions(recipe)
     yield from _data_contradictions(recipe.data)
     yield from _split_contradictions(recipe.data)
     yield from _training_contradictions(recipe)
     yield from _cut_contradictions(recipe)
     yield from _export_contradictions(recipe)
+
+
+def _model_contradictions(recipe: Sections) -> Iterator[Contradiction]:
+    model = recipe.model
+    if model.name is None and model.factory is None:
+        yield Contradiction(
+            ("model.name", "model.factory"),
+            "model.name is required: a timm model name, such as resnet18; or model.factory, for a network of your own",
+        )
+    if model.pretrained and model.checkpoint is not None:
+        yield Contradiction(
+            ("model.checkpoint", "model.pretrained"),
+            "model.pretrained and model.checkpoint exclude each other: the weights come from one place",
+        )
+    if model.factory is None:
+        return
+    if model.name is not None:
+        yield Contradiction(
+            ("model.factory", "model.name"),
+            f"model.factory and model.name exclude each other, got {model.factory} and {model.name}: the model is your "
+            "own or timm's; remove one",
+        )
+    if model.pretrained:
+        yield Contradiction(
+            ("model.pretrained", "model.factory"),
+            f"model.pretrained means timm's weights, got true for the function {model.factory}; set model.checkpoint, "
+            "or load the weights in the function",
+        )
+    if recipe.data.image_size is None:
+        yield Contradiction(
+            ("data.image_size", "model.factory"),
+            "data.image_size is required where model.factory is set, because nothing else says it: height and width of "
+            "an image in pixels",
+        )
 
 
 def _data_contradictions(data: DataSpec) -> Iterator[Contradiction]:
@@ -112,12 +147,9 @@ def _split_contradictions(data: DataSpec) -> Iterator[Contradiction]:
 
 def _training_contradictions(recipe: Sections) -> Iterator[Contradiction]:
     training, model = recipe.training, recipe.model
-    if model.pretrained and model.checkpoint is not None:
-        yield Contradiction(
-            ("model.checkpoint", "model.pretrained"),
-            "model.pretrained and model.checkpoint exclude each other: the weights come from one place",
-        )
-    if recipe.dense.epochs == 0 and not model.pretrained and model.checkpoint is None:
+    # A function may load weights itself: whether it does is seen when it is called.
+    timm_random = model.factory is None and not model.pretrained and model.checkpoint is None
+    if recipe.dense.epochs == 0 and timm_random:
         yield Contradiction(
             ("dense.epochs", "model.pretrained", "model.checkpoint"),
             "dense.epochs 0 needs trained weights: set model.pretrained or model.checkpoint, "

@@ -19,7 +19,7 @@ from sparsekit.recipe.specs import nested_spec
 
 # In place of required keys that are missing or wrong, so that the rest of the recipe can be checked.
 _STAND_IN: Mapping[str, Mapping[str, Any]] = {
-    "model": {"name": "resnet18"},
+    "model": {},
     "dense": {"epochs": 1},
     "sparsify": {"epochs": 1},
     "finetune": {"epochs": 1},
@@ -89,18 +89,19 @@ def _suggestion(path: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(key.lower().replace("-", "_"), siblings, n=1)
     if near:
         return f"did you mean {dotted_key((*section, near[0]))}?"
-    elsewhere = [dotted for dotted in _all_keys(Recipe) if dotted.rpartition(".")[2] == key]
+    elsewhere = [dotted for dotted in all_keys(Recipe) if dotted.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"the keys of {dotted_key(section) or 'a recipe'} are {', '.join(siblings)}"
 
 
-def _all_keys(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def all_keys(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all keys of a spec, sections and what is in them."""
     for key, info in spec.model_fields.items():
         yield prefix + key
         section = nested_spec(info)
         if section is not None:
-            yield from _all_keys(section, f"{prefix}{key}.")
+            yield from all_keys(section, f"{prefix}{key}.")
 
 
 def _spec_at(path: tuple[str, ...]) -> type[BaseModel]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
 from sparsekit.errors import RecipeError
-from sparsekit.recipe.draft import Dumper, apply_override_, normalise_sections_, read_draft
-from sparsekit.recipe.messages import validate_draft
+from sparsekit.recipe.draft import Dumper, RecipeDraft, apply_override_, normalise_sections_, read_draft
+from sparsekit.recipe.messages import all_keys, validate_draft
 from sparsekit.recipe.recipe import Recipe
+
+_FACTORY = ("model", "factory")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,15 +25,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError if the file cannot be read or holds mistakes. The message has a line for each mistake: what was
     expected, what was found, and where.
     """
-    draft = read_draft(path)
-    for override in overrides:
-        apply_override_(draft, override)
-    normalise_sections_(draft.values, Recipe)
-    recipe, found = validate_draft(draft)
-    mistakes = sorted({*draft.mistakes, *found}, key=lambda mistake: (mistake.place.order, mistake.text))
-    if mistakes or recipe is None:
-        raise RecipeError("\n".join(f"{mistake.text} ({mistake.place.label})" for mistake in mistakes))
+    return _checked(_draft(path, overrides))
+
+
+def load_run_recipe(run: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe of a run directory to build its model; such a directory may come from anywhere.
+
+    So a function that it names as `model.factory` is refused unless an override names it: only a person may say what
+    code runs. Raises RecipeError then, and as `load_recipe` does.
+    """
+    draft = _draft(run / "recipe.yaml", overrides)
+    recipe = _checked(draft)
+    factory, place = recipe.model.factory, draft.place(_FACTORY)
+    by_override = place.order[0] > 0
+    if factory is not None and not by_override:
+        raise RecipeError(
+            f"model.factory {factory} is code, and a run directory may come from anywhere, so its word is not enough; "
+            f"if you trust that function, add --set model.factory={factory} ({place.label})"
+        )
     return recipe
+
+
+def placer(path: Path, overrides: Sequence[str] = ()) -> Callable[[str], str]:
+    """A function that adds to each line of a message that begins with a key where that key was written.
+
+    It is for problems that show once the recipe has been read: a recipe does not know where its keys were written.
+    """
+    draft = _draft(path, overrides)
+    return lambda message: "\n".join(_with_place(line, draft) for line in message.splitlines())
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -42,3 +64,29 @@ def dump_recipe(recipe: Recipe) -> str:
 def default_output(path: Path) -> Path:
     """The run directory of a recipe that names none: runs/<file name without suffix>."""
     return Path("runs") / path.stem
+
+
+def _draft(path: Path, overrides: Sequence[str]) -> RecipeDraft:
+    draft = read_draft(path)
+    for override in overrides:
+        apply_override_(draft, override)
+    normalise_sections_(draft.values, Recipe)
+    return draft
+
+
+def _checked(draft: RecipeDraft) -> Recipe:
+    """The recipe of a draft. Raises RecipeError with all its mistakes."""
+    recipe, found = validate_draft(draft)
+    mistakes = sorted({*draft.mistakes, *found}, key=lambda mistake: (mistake.place.order, mistake.text))
+    if mistakes or recipe is None:
+        raise RecipeError("\n".join(f"{mistake.text} ({mistake.place.label})" for mistake in mistakes))
+    return recipe
+
+
+def _with_place(line: str, draft: RecipeDraft) -> str:
+    key = re.match(
+        r"[a-z_]+(\.[a-z_]+)+(?=[: ])", line
+    )  # dotted: a sentence may begin with "model" or "data"
+    if key is None or key.group() not in all_keys(Recipe):
+        return line
+    return f"{line} ({draft.place(tuple(key.group().split('.'))).label})"

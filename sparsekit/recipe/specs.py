@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -28,6 +29,13 @@ def _refuse_empty(value: object) -> object:
     return value
 
 
+def _refuse_nan(value: JsonValue) -> JsonValue:
+    json.dumps(
+        value, allow_nan=False
+    )  # raises ValueError; pydantic's own check does not reach into a JsonValue
+    return value
+
+
 Scalar = bool | int | float | str | None
 UserPath = Annotated[Path, AfterValidator(Path.expanduser), BeforeValidator(_refuse_empty)]
 Name = Annotated[str, Field(min_length=1)]
@@ -36,9 +44,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Kept = Annotated[float, Field(gt=0, le=1)]
 Pair = tuple[Positive, Positive]
 Arguments = dict[str, Scalar | tuple[Scalar, ...]]
+Values = Annotated[dict[str, JsonValue], AfterValidator(_refuse_nan)]
 _ARGUMENTS: dict[str, JsonValue] = {
     "expected": "a mapping of names to numbers, texts, true/false, null or lists of these"
 }
+_VALUES: dict[str, JsonValue] = {
+    "expected": "a mapping of names to numbers, texts, true/false, null, and lists and mappings of these"
+}
+_FUNCTION: dict[str, JsonValue] = {"expected": "package.module:function, such as nets:build, or null"}
 _DATASET: dict[str, JsonValue] = {
     "expected": "digits, folder, or a timm dataset name such as torch/cifar10 or hfds/owner/name"
 }
@@ -51,20 +64,33 @@ class StrictSpec(BaseModel):
 
 
 class ModelSpec(StrictSpec):
-    """The architecture and where its weights come from."""
+    """The architecture and where its weights come from. It is timm's (`name`) or your own (`factory`)."""
 
-    name: Name = Field(description="timm model name, such as resnet18")
+    name: Name | None = Field(default=None, description="timm model name, such as resnet18")
+    factory: str | None = Field(
+        default=None,
+        pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$",
+        description="in the place of name, the function that builds a network of your own, such as nets:build for "
+        "`def build` in nets.py; it is imported from the current folder, or from what is installed",
+        json_schema_extra=_FUNCTION,
+    )
     pretrained: bool = Field(
         default=False, description="start from timm's pretrained weights, which are downloaded"
     )
     checkpoint: UserPath | None = Field(
         default=None, description="start from the weights in this safetensors file; null for none"
     )
-    args: Arguments = Field(
+    args: Values = Field(
         default_factory=dict,
-        description="further arguments of timm.create_model, such as drop_path_rate",
-        json_schema_extra=_ARGUMENTS,
+        description="further arguments of timm.create_model, such as drop_path_rate, or the arguments of factory; "
+        "factory gets num_classes, in_chans and img_size too where it has parameters of these names",
+        json_schema_extra=_VALUES,
     )
+
+    @property
+    def label(self) -> str:
+        """What the model is called: its timm name, or the function that builds it."""
+        return self.factory or self.name or ""
 
 
 class AugmentSpec(StrictSpec):

@@ -87,8 +87,8 @@ def _fact(key: str, value: JsonValue) -> str:
 _TORCH_SNIPPET = """\
 import torch
 import sparsekit
-
-model = sparsekit.load("pruned/").eval()
+{imports}
+model = sparsekit.load("pruned/"{factory}).eval()
 images = torch.zeros(1, {channels}, {height}, {width})  # (pixels / 255 - mean) / std, see below
 with torch.inference_mode():
     probabilities = model(images).softmax(dim=1)
@@ -123,7 +123,15 @@ _RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 def _torch_snippet(report: RunReport) -> str:
     channels, height, width = report.input_shape
-    return _TORCH_SNIPPET.format(channels=channels, height=height, width=width)
+    imports = factory = ""
+    if report.model.own:
+        module, _, function = report.model.name.partition(":")
+        imports = f"from {module} import {function}\n"
+        called = ", ".join(f"{key}={value!r}" for key, value in report.model.args.items())
+        factory = f", factory=lambda: {function}({called})"
+    return _TORCH_SNIPPET.format(
+        channels=channels, height=height, width=width, imports=imports, factory=factory
+    )
 
 
 def _onnx_snippet(report: RunReport) -> str:

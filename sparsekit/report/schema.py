@@ -29,10 +29,15 @@ class _Record(BaseModel):
 
 
 class ModelInfo(_Record):
-    """The timm name of the model and the extra arguments it was created with."""
+    """The timm name of the model and the extra arguments it was created with.
+
+    Of a person's `own` network the name is the function that builds it, and the arguments are all that it was called
+    with.
+    """
 
     name: str
     args: dict[str, JsonValue] = {}
+    own: bool = False
 
 
 class DataInfo(_Record):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
+from sparsekit.errors import ModelError
 from sparsekit.finished.preparation import Options
 from sparsekit.options import LearnedImportance, Quantity
 from sparsekit.recipe.recipe import Recipe
@@ -21,8 +23,15 @@ from sparsekit.sparsify.sparsifier import Sparsifier
 from sparsekit.sparsify.strength import AutoStrength, ConstantStrength
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import Augment
-from sparsekit.training.models import InputConfig, create_model, input_config
+from sparsekit.training.models import (
+    InputConfig,
+    build_arguments,
+    create_model,
+    input_config,
+    load_weights_,
+)
 from sparsekit.training.options import TrainOptions
+from sparsekit.training.own_models import call_arguments, create_own_model, import_function
 from sparsekit.training.seeding import seed_everything
 
 
@@ -150,15 +159,67 @@ def make_sparsifier(
 def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module:
     """Build the recipe's model, with the weights it names or random ones drawn from its seed."""
     seed_everything(recipe.seed, "model", 0)
+    checkpoint = recipe.model.checkpoint if weights else None
+    if recipe.model.factory is not None:
+        model = build_own_model(recipe, num_classes)
+        if checkpoint is not None:
+            load_weights_(model, checkpoint, num_classes=num_classes)
+        return model
     return create_model(
-        recipe.model.name,
+        recipe.model.label,
         num_classes=num_classes,
         in_chans=recipe.data.in_chans,
         pretrained=recipe.model.pretrained and weights,
-        checkpoint=recipe.model.checkpoint if weights else None,
+        checkpoint=checkpoint,
         image_size=recipe.data.image_size,
         args=recipe.model.args,
     )
+
+
+def build_own_model(recipe: Recipe, num_classes: int | None) -> nn.Module:
+    """Build what `model.factory` returns. Where `num_classes` is None the function decides about it.
+
+    Raises ModelError, whose message begins with the key to mend.
+    """
+    keywords = _own_arguments(recipe, num_classes)
+    with naming(f"model.factory {recipe.model.factory}"):
+        return create_own_model(recipe.model.label, keywords)
+
+
+def model_arguments(recipe: Recipe, num_classes: int) -> dict[str, Any]:
+    """The keywords that the model is built with, by timm or by the function that the recipe names."""
+    if recipe.model.factory is not None:
+        return _own_arguments(recipe, num_classes)
+    return build_arguments(
+        recipe.model.label,
+        num_classes=num_classes,
+        in_chans=recipe.data.in_chans,
+        image_size=recipe.data.image_size,
+        args=recipe.model.args,
+    )
+
+
+def starts_trained(recipe: Recipe, num_classes: int) -> bool:
+    """Whether the recipe starts from weights that were trained, as far as that can be seen.
+
+    A function of one's own loads weights if those that it returns do not depend on the random state.
+    """
+    if recipe.model.pretrained or recipe.model.checkpoint is not None:
+        return True
+    if recipe.model.factory is None:
+        return False
+    other = recipe.model_copy(update={"seed": recipe.seed + 1})
+    first, second = (build_model(one, num_classes, weights=True).state_dict() for one in (recipe, other))
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Put a key of the recipe before the message of a ModelError: what is below knows no recipe."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{subject}: {error}") from error
 
 
 def image_config(recipe: Recipe, model: nn.Module) -> InputConfig:
@@ -190,6 +251,18 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=recipe.precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=alone)],
     )
+
+
+def _own_arguments(recipe: Recipe, num_classes: int | None) -> dict[str, Any]:
+    factory, data = recipe.model.label, recipe.data
+    with naming(f"model.factory {factory}"):
+        import_function(factory)
+    with naming("model.args"):
+        return call_arguments(
+            factory,
+            recipe.model.args,
+            {"num_classes": num_classes, "in_chans": data.in_chans, "img_size": data.image_size},
+        )
 
 
 def _finished(recipe: Recipe) -> Options | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import nn
 
 from sparsekit.artifact.format import read_structure
-from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
 from sparsekit.files import atomic_path, write_text
 from sparsekit.recipe.reading import dump_recipe
@@ -83,7 +82,7 @@ def take_finetuned(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, Prune
         run.files.add_metrics(row)
     folder = _taken(run).path / "pruned"
     plan = PrunePlan.from_json(read_structure(folder)["plan"])
-    return load_artifact(folder).to(run.accelerator.device), plan
+    return run.load_artifact(folder).to(run.accelerator.device), plan
 
 
 def _budget(target: Target) -> float:

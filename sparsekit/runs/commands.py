@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,7 +24,7 @@ from sparsekit.recipe.recipe import Recipe
 from sparsekit.report.dry_run import DryRun
 from sparsekit.report.inspection import Inspection, inspect_module
 from sparsekit.report.schema import RunReport
-from sparsekit.runs.arguments import Arguments, Target, build_model
+from sparsekit.runs.arguments import Arguments, Target, build_model, starts_trained
 from sparsekit.runs.choosing import cut_importance, search_masks
 from sparsekit.runs.rehearsal import Inputs, open_inputs, training_images
 from sparsekit.runs.report_assembly import write_report
@@ -30,6 +32,7 @@ from sparsekit.selection.importance import output_shares
 from sparsekit.selection.keep_masks import keep_masks
 from sparsekit.selection.knapsack import Knapsack, choose_channels
 from sparsekit.training.models import create_model, input_config, load_weights_
+from sparsekit.training.own_models import create_own_model, import_function
 
 
 def report_again(run: Path) -> RunReport:
@@ -77,7 +80,7 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
     target = _reachable_target(recipe)
     inputs = open_inputs(recipe)
     model = _weighted_model(recipe, len(inputs.data.class_names), run)
-    trained = run is not None or recipe.model.pretrained or recipe.model.checkpoint is not None
+    trained = run is not None or starts_trained(recipe, len(inputs.data.class_names))
     example = torch.zeros(1, *inputs.config.input_size)
     timed = torch.zeros(recipe.export.batch_size, *inputs.config.input_size)
     threads = recipe.benchmark.threads
@@ -112,7 +115,7 @@ def dry_run(recipe: Recipe, *, run: Path | None, console: Console) -> DryRun:
             found = time_masks(model, measured, masks, timed, threads=threads)
             trials = (found,)
     asked = target.besides_accuracy
-    return DryRun(recipe.model.name, asked, measured, masks, found, trials, "; ".join(remarks))
+    return DryRun(recipe.model.label, asked, measured, masks, found, trials, "; ".join(remarks))
 
 
 def _dry_run_with_repair(
@@ -155,7 +158,7 @@ def _dry_run_with_repair(
             trials, said = (trial,), ""
     remark = "; ".join(filter(None, [said, *remarks, found.remark]))
     asked = target.besides_accuracy
-    return DryRun(recipe.model.name, asked, found.groups, masks, trial, trials, remark, found.speeds)
+    return DryRun(recipe.model.label, asked, found.groups, masks, trial, trials, remark, found.speeds)
 
 
 def export_again(
@@ -166,8 +169,12 @@ def export_again(
     batch_size: int | None,
     dynamic_batch: bool,
     merge_groups: bool = True,
+    factory: str | None = None,
 ) -> Path:
     """Export an artifact as ONNX and return the file. `source` is the artifact or a run directory.
+
+    `factory`, as module:function, builds the dense model where that is not timm's. It is called with the arguments that
+    the run noted in the artifact. No function is imported because an artifact names it.
 
     Without `output` the file lies beside the artifact and is named after it and the options: pruned.b8.onnx. Raises
     FileError if that exists, because the files of a run are those that its report measured.
@@ -177,7 +184,13 @@ def export_again(
         raise FileError(
             f"{source} holds no artifact: neither structure.json nor pruned/structure.json is there"
         )
-    info = read_structure(folder)["info"]
+    structure = read_structure(folder)
+    info = structure["info"]
+    if factory is None and "factory" in structure["source"]:
+        raise FileError(
+            f"{folder} holds a {structure['source']['factory']:.80}, which is not a timm model, and no code is run "
+            "because an artifact names it; name the function that builds it with --factory module:function"
+        )
     size = info.get("input_size")
     if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int and n > 0 for n in size):
         raise FileError(
@@ -193,7 +206,7 @@ def export_again(
     if output is None and target.exists():
         raise FileError(f"{target} is already there; name another file with --output")
     example = torch.zeros(batch_size or 1, *size)
-    model = load_artifact(folder)
+    model = load_artifact(folder, factory=None if factory is None else _noted_call(factory, info))
     return export_onnx(
         model,
         target,
@@ -203,6 +216,15 @@ def export_again(
         merge_groups=merge_groups,
         metadata=metadata_texts(info),
     )
+
+
+def _noted_call(factory: str, info: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """The call of a person's function with the arguments that a run noted in its artifact; none without a note."""
+    noted = info.get("model_args", {})
+    if not isinstance(noted, dict):
+        raise FileError(f"the artifact's info.model_args must be a mapping, got {noted!r:.60}")
+    import_function(factory)  # a mistake in the name is told as such
+    return lambda: create_own_model(factory, noted)
 
 
 def _reachable_target(recipe: Recipe) -> Target:

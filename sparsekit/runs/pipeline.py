@@ -23,7 +23,6 @@ from rich.console import Console
 from torch import nn
 
 from sparsekit.artifact.load import check_round_trip
-from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import VerificationError
 from sparsekit.evaluation import comparing
 from sparsekit.export.graph_summary import summarise_graph
@@ -37,7 +36,7 @@ from sparsekit.options import Precision
 from sparsekit.recipe.reading import dump_recipe
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.report.schema import RunReport
-from sparsekit.runs import attempts, prune_stages
+from sparsekit.runs import attempts, own_code, prune_stages
 from sparsekit.runs.accuracy_search import full_target
 from sparsekit.runs.arguments import Arguments, build_model, make_accelerator
 from sparsekit.runs.choosing import check_speed
@@ -90,6 +89,7 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     story = _story(run.arguments)
     for stage in story:  # before anything is written, so that a refused resume changes nothing
         files.check_settings(stage.name, stage.settings(run))
+    own_code.check_code(run)
     if files.writes:
         write_text(output / "recipe.yaml", dump_recipe(recipe))
     if not files.is_done("cut"):
@@ -160,6 +160,7 @@ def _train_dense(run: Run, tick: Callable[[], None]) -> DenseResult:
         model_args=run.inputs.model_args,
         figures=None if run.arguments.trains_baseline else _dense_figures(run, model),
         commonest_answer=0.0 if run.recipe.data.labels else _commonest(run.images("test")),
+        answers=() if run.factory is None else own_code.dense_answers(run),
     )
 
 
@@ -190,7 +191,8 @@ def _finetune_and_test(
     run.save_artifact(model, run.files.path / "pruned", plan, run.describe(test_accuracy=accuracy))
     round_trip = 0.0
     if run.files.writes:
-        round_trip = check_round_trip(model, run.files.path / "pruned", run.validation_images())
+        images = run.validation_images()
+        round_trip = check_round_trip(model, run.files.path / "pruned", images, factory=run.factory)
     return FinetuneResult(accuracy, count_params(model), count_macs(model, run.example), round_trip)
 
 
@@ -200,7 +202,7 @@ def _export(run: Run, tick: Callable[[], None]) -> ExportResult | Nothing:
         return Nothing()
     return ExportResult(
         _export_one(run, "dense", run.final_dense()),
-        _export_one(run, "pruned", load_artifact(run.files.path / "pruned")),
+        _export_one(run, "pruned", run.load_artifact(run.files.path / "pruned")),
         _export_variants(run),
     )
 
@@ -212,7 +214,7 @@ def _export_variants(run: Run) -> tuple[ExportedVariant, ...]:
     with TemporaryDirectory() as folder:
         # Merged conv_groups are for the float32 kernels only.
         source = export_onnx(
-            load_artifact(run.files.path / "pruned"),
+            run.load_artifact(run.files.path / "pruned"),
             Path(folder) / "pruned.onnx",
             run.timed_example,
             opset=run.recipe.export.opset,
@@ -309,7 +311,7 @@ def _commonest(images: Images) -> float:
 def _compare_on_test(run: Run) -> CutEffect:
     """Compare the sparse and the cut model on the test images: accuracies and the largest change of a logit."""
     device = run.accelerator.device
-    sparse, pruned = run.weights("sparse"), load_artifact(run.files.checkpoints / "cut").to(device)
+    sparse, pruned = run.weights("sparse"), run.load_artifact(run.files.checkpoints / "cut").to(device)
     change, largest, hits, count = 0.0, 0.0, [0, 0], 0
     with comparing(sparse), comparing(pruned):
         for images, labels in run.loader(run.images("test"), False):

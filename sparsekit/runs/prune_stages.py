@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekit.artifact.format import read_structure
-from sparsekit.artifact.load import load as load_artifact
 from sparsekit.errors import InputError
 from sparsekit.evaluation import as_inputs
 from sparsekit.finished.preparation import Options
@@ -184,7 +183,7 @@ def _result(
 def finetune(run: Run, tick: Callable[[], None]) -> tuple[nn.Module, PrunePlan]:
     """Train the cut model without a penalty; returns it, on the device, and the plan it was cut by."""
     folder = run.files.checkpoints / "cut"
-    model = load_artifact(folder).to(run.accelerator.device)
+    model = run.load_artifact(folder).to(run.accelerator.device)
     run.recalibrate(model)
     teacher = _teacher(run, run.recipe.finetune)
     run.train(model, run.arguments.phases.finetune, "finetune", tick, teacher=teacher)

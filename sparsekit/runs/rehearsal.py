@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,44 @@ import torch
 from torch import Tensor, nn
 
 from sparsekit.coupling.find_groups import find_groups
-from sparsekit.errors import InputError, ModelError, first_line
+from sparsekit.errors import InputError, ModelError
 from sparsekit.export.session import check_provider
 from sparsekit.finished.images import FEWEST_IMAGES
 from sparsekit.machine import check_threads
 from sparsekit.recipe.recipe import Recipe
-from sparsekit.runs.arguments import Arguments, Target, build_model, image_config, make_sparsifier
+from sparsekit.runs.arguments import (
+    Arguments,
+    Target,
+    build_model,
+    build_own_model,
+    image_config,
+    make_sparsifier,
+    model_arguments,
+    starts_trained,
+)
 from sparsekit.selection.importance import all_alike
 from sparsekit.selection.knapsack import Knapsack
 from sparsekit.structure.groups import ChannelGroups
 from sparsekit.training.loader import make_loader
-from sparsekit.training.models import InputConfig, build_arguments, load_weights_, trained_classes
+from sparsekit.training.models import InputConfig, load_weights_, trained_classes
 from sparsekit.training.optimizers import make_optimizer
 from sparsekit.training.options import Loader
+from sparsekit.training.own_models import first_line_and_place, hashes_of_code
 from sparsekit.training.splits import ImageData, fingerprint, open_data
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A recipe's images, how they become inputs, and the arguments that timm builds the model with."""
+    """A recipe's images, how they become inputs, and the arguments that the model is built with.
+
+    `code` has the SHA-256 of each file that makes a network of one's own, by the name of its module.
+    """
 
     data: ImageData
     config: InputConfig
     model_args: dict[str, Any]
     fingerprint: str
+    code: Mapping[str, str] = field(default_factory=dict)
 
 
 def some_of_training(recipe: Recipe, inputs: Inputs, count: int) -> Loader:
@@ -81,8 +95,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     attempt(lambda: check_threads(recipe.benchmark.threads))
     attempt(lambda: check_provider(recipe.benchmark.provider))
     data = attempt(lambda: _open_images(recipe))
-    # Without data, any number of classes shows whether the model can be built.
-    probe = attempt(lambda: build_model(recipe, len(data.class_names) if data else 1000, weights=False))
+    probe = attempt(lambda: _probe(recipe, None if data is None else len(data.class_names)))
     config = attempt(lambda: image_config(recipe, probe)) if probe is not None else None
     if probe is not None:
         attempt(lambda: _check_patterns(recipe, probe))
@@ -96,14 +109,22 @@ def open_inputs(recipe: Recipe) -> Inputs:
         attempt(lambda: _rehearse(recipe, data, config, probe))
     if problems or data is None or config is None:
         raise InputError("\n".join(dict.fromkeys(problems)))
-    model_args = build_arguments(
-        recipe.model.name,
-        num_classes=len(data.class_names),
-        in_chans=recipe.data.in_chans,
-        image_size=recipe.data.image_size,
-        args=recipe.model.args,
+    own = recipe.model.factory
+    return Inputs(
+        data,
+        config,
+        model_arguments(recipe, len(data.class_names)),
+        fingerprint(data),
+        {} if own is None else hashes_of_code(own, probe),
     )
-    return Inputs(data, config, model_args, fingerprint(data))
+
+
+def _probe(recipe: Recipe, n_classes: int | None) -> nn.Module | None:
+    """Build the model. Without data any number of classes shows whether timm can; one's own is not called with it."""
+    if n_classes is None and recipe.model.factory is not None:
+        model_arguments(recipe, 1000)  # whether there is such a function, with such parameters
+        return None
+    return build_model(recipe, n_classes or 1000, weights=False)
 
 
 def _check_device(recipe: Recipe) -> None:
@@ -126,9 +147,15 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
         if trained is not None and trained != len(data.class_names):
             raise ModelError(
-                f"dense.epochs is 0, but the pretrained {recipe.model.name} knows {trained} classes and the data has "
+                f"dense.epochs is 0, but the pretrained {recipe.model.label} knows {trained} classes and the data has "
                 f"{len(data.class_names)}: its new classifier has to be trained; set dense.epochs"
             )
+    n_classes = len(data.class_names)
+    if recipe.dense.epochs == 0 and not starts_trained(recipe, n_classes):
+        raise ModelError(
+            f"dense.epochs 0 needs trained weights, and {recipe.model.factory} draws new ones at every call: load them "
+            "in the function, set model.checkpoint, or train for some epochs"
+        )
     arguments = Arguments.of(recipe)
     for options in (arguments.phases.dense, arguments.phases.sparsify, arguments.phases.finetune):
         make_optimizer(model, options)
@@ -137,7 +164,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
     few = data.train.subset(np.arange(min(count, len(data.train))))
     loader = make_loader(few, config, training=True, batch_size=count, augment=arguments.augment)
     images, _ = next(iter(loader))
-    _check_forward(recipe, model, images, len(data.class_names))
+    _check_forward(recipe, model, images, n_classes)
     groups = find_groups(model, images[:1], **arguments.grouping)
     if arguments.target.takes_knapsack:
         _check_limits(arguments.target, groups)
@@ -145,7 +172,7 @@ def _rehearse(recipe: Recipe, data: ImageData, config: InputConfig, model: nn.Mo
         make_sparsifier(recipe, model, groups, total_steps=1, costs=None)
     elif not groups.free:
         raise ModelError(
-            f"no channel group of {recipe.model.name} is free to be cut; see `sparsekit inspect`"
+            f"no channel group of {recipe.model.label} is free to be cut; see `sparsekit inspect`"
         )
 
 
@@ -170,32 +197,46 @@ def _check_limits(target: Target, groups: ChannelGroups) -> None:
 
 
 def _check_forward(recipe: Recipe, model: nn.Module, images: Tensor, n_classes: int) -> None:
-    size = "x".join(map(str, images.shape[1:]))
-    outputs = None
-    for training in (True, False):
-        try:
-            with torch.no_grad():
-                outputs = model.train(training)(images)
-        except Exception as error:
-            mode = "training" if training else "evaluation"
-            raise ModelError(
-                f"{recipe.model.name} does not run in {mode} on {len(images)} images of {size} "
-                f"({first_line(error)}); another data.image_size or data.batch_size "
-                "may help"
-            ) from error
-    if not isinstance(outputs, Tensor) or outputs.shape != (len(images), n_classes):
+    _run(recipe, model, images, training=True)
+    outputs = _run(recipe, model, images, training=False)
+    if isinstance(outputs, Tensor) and outputs.shape == (len(images), n_classes):
+        return
+    if recipe.model.factory is None:
         raise ModelError(f"{recipe.model.name} does not give one number for each class; check model.args")
+    raise ModelError(
+        f"model.factory {recipe.model.factory}: the model must give one number for each of {n_classes} classes, got "
+        f"{_shape_of(outputs)} for {len(images)} images; a parameter num_classes of the function gets their number"
+    )
+
+
+def _run(recipe: Recipe, model: nn.Module, images: Tensor, *, training: bool) -> object:
+    """The model's outputs. Raises ModelError if it does not run on these images."""
+    try:
+        with torch.no_grad():
+            return model.train(training)(images)
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        size = "x".join(map(str, images.shape[1:]))
+        who = f"model.factory {recipe.model.factory}: it" if recipe.model.factory else recipe.model.label
+        raise ModelError(
+            f"{who} does not run in {mode} on {len(images)} images of {size} ({first_line_and_place(error)}); another "
+            "data.image_size or data.batch_size may help"
+        ) from error
+
+
+def _shape_of(outputs: object) -> str:
+    return str(list(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
 def _check_patterns(recipe: Recipe, model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules()]
     for pattern in recipe.cut.ignore:
         if not fnmatch.filter(names, pattern):
-            raise ModelError(f"cut.ignore: the pattern {pattern!r} matches no module of {recipe.model.name}")
+            raise ModelError(f"cut.ignore: the pattern {pattern!r} matches no module of {recipe.model.label}")
 
 
 def _open_images(recipe: Recipe) -> ImageData:
-    spec, model = recipe.data, recipe.model
+    spec = recipe.data
     data = open_data(
         spec.name,
         root=spec.root,
@@ -210,7 +251,21 @@ def _open_images(recipe: Recipe) -> ImageData:
     )
     if spec.labels:
         return data
-    n_classes = trained_classes(
-        model.name, checkpoint=model.checkpoint, image_size=spec.image_size, args=model.args
-    )
-    return replace(data, class_names=tuple(map(str, range(n_classes))))
+    return replace(data, class_names=tuple(map(str, range(_known_classes(recipe)))))
+
+
+def _known_classes(recipe: Recipe) -> int:
+    """The number of classes that a finished model knows. Raises ModelError if it is no classifier."""
+    spec, size = recipe.model, recipe.data.image_size or 0
+    if spec.factory is None:
+        return trained_classes(
+            spec.label, checkpoint=spec.checkpoint, image_size=recipe.data.image_size, args=spec.args
+        )
+    model = build_own_model(recipe, None)
+    outputs = _run(recipe, model, torch.zeros(1, recipe.data.in_chans, size, size), training=False)
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        raise ModelError(
+            f"model.factory {spec.factory}: the model must give one number for each class, got {_shape_of(outputs)} "
+            "for 1 image"
+        )
+    return outputs.shape[1]

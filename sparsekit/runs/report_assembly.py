@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 from sparsekit.errors import FileError
@@ -46,7 +47,7 @@ from sparsekit.runs.results import (
     SparsifyResult,
     TestedCut,
 )
-from sparsekit.runs.run_directory import RunDirectory
+from sparsekit.runs.run_directory import RunDirectory, changed_keys
 
 # Answers that are nearly all alike are easy to agree with.
 _MOSTLY = 0.9
@@ -107,7 +108,7 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
     latency, config, attempts = bench.latency, dense.config, _attempts(files)
     return RunReport(
         recipe=directory.name if recipe.output is None else recipe.output.name,
-        model=ModelInfo.model_validate({"name": recipe.model.name, "args": recipe.model.args}),
+        model=_model(recipe, dense),
         data=DataInfo(**asdict(dense.data)),
         input_shape=config.input_size,
         mean=config.mean,
@@ -142,6 +143,12 @@ def _assemble(directory: Path, files: RunDirectory, recipe: Recipe) -> RunReport
         dense_graph=GraphFigures(**asdict(exported.dense.graph)),
         pruned_graph=GraphFigures(**asdict(exported.pruned.graph)),
     )
+
+
+def _model(recipe: Recipe, dense: DenseResult) -> ModelInfo:
+    own = recipe.model.factory is not None
+    args = dense.model_args if own else recipe.model.args
+    return ModelInfo(name=recipe.model.label, args=args, own=own)
 
 
 def _attempts(files: RunDirectory) -> AttemptsResult | None:
@@ -241,6 +248,12 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
                 "with it says little. Check that the weights are those of a trained model, data.mean and data.std, and "
                 "that the images are of the kind it was trained for."
             )
+    for before, after in pairwise(files.code):
+        names = " and ".join(changed_keys(before, after))
+        yield (
+            f"The code of {names} was changed during the run. Where its dense model had been trained by then, it still "
+            "answered as before."
+        )
     if (n := data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
 

@@ -55,6 +55,7 @@ class DenseResult:
     """The dense model and the data. `figures` is None where the baseline is measured instead.
 
     Without labels `commonest_answer` is the share of the test images that get the commonest of its answers; else 0.
+    `answers` are the outputs of a network of one's own for two fixed inputs, by which a resumed run knows it again.
     """
 
     data: DataFound
@@ -62,6 +63,7 @@ class DenseResult:
     model_args: dict[str, JsonValue]
     figures: DenseFigures | None
     commonest_answer: float = 0.0
+    answers: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,8 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor, nn
 
+from sparsekit.artifact.dense_model import Factory
+from sparsekit.artifact.load import load as load_artifact
 from sparsekit.artifact.save import save as save_artifact
 from sparsekit.coupling.find_groups import find_groups
 from sparsekit.errors import RunError, SparsekitError
@@ -34,6 +37,7 @@ from sparsekit.training.loader import make_loader
 from sparsekit.training.loop import fit
 from sparsekit.training.models import load_weights_, save_weights
 from sparsekit.training.options import Distillation, Loader, StepHook, TrainOptions
+from sparsekit.training.own_models import create_own_model
 
 # Parity is checked on this many validation images.
 _PARITY_IMAGES = 64
@@ -208,26 +212,34 @@ class Run:
             images = torch.cat([images, batch[0]])
         return images[:_PARITY_IMAGES].to(self.accelerator.device)
 
+    @property
+    def factory(self) -> Factory | None:
+        """What builds the dense model of this run's artifacts; None for timm's, which build themselves."""
+        own = self.recipe.model.factory
+        return None if own is None else partial(create_own_model, own, self.inputs.model_args)
+
+    def load_artifact(self, path: Path) -> nn.Module:
+        """Load a cut model of this run, on the CPU, in eval mode."""
+        return load_artifact(path, factory=self.factory)
+
     def save_artifact(self, model: nn.Module, path: Path, plan: PrunePlan, info: Mapping[str, Any]) -> None:
         """Write a cut model as an artifact. All processes wait for it."""
         if self.files.writes:
-            save_artifact(
-                model,
-                path,
-                model_name=self.recipe.model.name,
-                model_args=self.inputs.model_args,
-                plan=plan,
-                info=info,
-            )
+            timm = {"model_name": self.recipe.model.name, "model_args": self.inputs.model_args}
+            source = timm if self.factory is None else {"factory": self.factory}
+            save_artifact(model, path, plan=plan, info=info, **source)
         self.accelerator.wait_for_everyone()
 
     def describe(self, **accuracies: float) -> dict[str, Any]:
         """Return the metadata of artifact and ONNX file: how to feed the model, and where it comes from.
 
-        Without labels an accuracy is agreement with the dense model, and is called so.
+        Without labels an accuracy is agreement with the dense model, and is called so. `model_args` are those that the
+        function of a network of one's own was called with.
         """
+        own = {} if self.factory is None else {"model_args": self.inputs.model_args}
         return {
-            "model": self.recipe.model.name,
+            "model": self.recipe.model.label,
+            **own,
             "class_names": list(self.inputs.data.class_names),
             **asdict(self.inputs.config),
             **{name.replace("accuracy", self.measure): value for name, value in accuracies.items()},

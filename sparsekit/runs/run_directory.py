@@ -3,7 +3,7 @@
 recipe.yaml             the resolved recipe
 metrics.jsonl           one line for each epoch of a phase
 run.log                 what happened when
-checkpoints/            journal.json (stages, seconds, results), weights and training states
+checkpoints/            journal.json (stages, seconds, results, code), weights and training states
 attempts/               the run directories of attempts (cut.target.max_accuracy_drop)
 dense.onnx pruned.onnx pruned/ report.json report.html
 """
@@ -42,6 +42,9 @@ class RunDirectory:
         self.path = path
         self.writes = writes
         self.stages: dict[str, StageRecord] = {}
+        self.code: list[
+            dict[str, str]
+        ] = []  # hashes of a network of one's own: one entry, and one for each change
         self._metrics: list[dict[str, Any]] = []
 
     @property
@@ -92,7 +95,7 @@ class RunDirectory:
             return
         if found.status == "running" and not found.result and not self.training_states(name):
             return
-        changed = _changed_keys(found.settings, settings)
+        changed = changed_keys(found.settings, settings)
         if changed:
             raise FileError(
                 f"the stage {name} of the run in {self.path} was begun with other settings (changed: "
@@ -129,6 +132,12 @@ class RunDirectory:
         """Note what a running stage has found so far. From then on its settings may not change."""
         self.stages[name].result = as_json(found)
         self._write_journal()
+
+    def note_code(self, hashes: Mapping[str, str]) -> None:
+        """Note the code that the run goes on with, unless it is what it went on with before."""
+        if hashes and self.code[-1:] != [dict(hashes)]:
+            self.code.append(dict(hashes))
+            self._write_journal()
 
     def is_done(self, name: str) -> bool:
         """Whether a stage is done."""
@@ -172,8 +181,9 @@ class RunDirectory:
 
     def _read_journal(self) -> None:
         with _refusing_damage(self._journal):
-            rows = json.loads(self._journal.read_text(encoding="utf-8"))["stages"]
-            self.stages = {row["name"]: StageRecord(**row) for row in rows}
+            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            self.stages = {row["name"]: StageRecord(**row) for row in journal["stages"]}
+            self.code = [dict(hashes) for hashes in journal.get("code", [])]
         metrics = self.path / "metrics.jsonl"
         with _refusing_damage(metrics):
             lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
@@ -181,7 +191,8 @@ class RunDirectory:
 
     def _write_journal(self) -> None:
         if self.writes:
-            write_json(self._journal, {"stages": [vars(stage) for stage in self.stages.values()]})
+            stages = [vars(stage) for stage in self.stages.values()]
+            write_json(self._journal, {"stages": stages, "code": self.code})
 
 
 @contextmanager
@@ -195,13 +206,13 @@ def _refusing_damage(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List the dotted names of the values in which two nested mappings differ."""
     changed = []
     for key in [*before, *(key for key in after if key not in before)]:
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed += _changed_keys(old, new, f"{prefix}{key}.")
+            changed += changed_keys(old, new, f"{prefix}{key}.")
         elif old != new:
             changed.append(f"{prefix}{key}")
     return changed

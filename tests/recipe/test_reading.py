@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from sparsekit.errors import RecipeError
 from sparsekit.recipe import specs
-from sparsekit.recipe.reading import default_output, dump_recipe, load_recipe
+from sparsekit.recipe.reading import default_output, dump_recipe, load_recipe, load_run_recipe, placer
 from sparsekit.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -319,6 +319,10 @@ ONE_MISTAKE = [
 
 ONE_BAD_OVERRIDE = [
     (
+        "model={factory: nets.py}",
+        "model.factory must be package.module:function, such as nets:build, or null, got 'nets.py' ",
+    ),
+    (
         "data.batch_size=many",
         "data.batch_size must be an integer >= 1, got 'many' (--set data.batch_size=many)",
     ),
@@ -532,6 +536,19 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
             ["model.pretrained=true", "model.checkpoint=a.safetensors"],
             "model.pretrained and model.checkpoint ",
         ),
+        (
+            ["model.factory=nets:build", "data.image_size=32"],
+            "model.factory and model.name exclude each other, got nets:build and resnet18: the model is your own or ",
+        ),
+        (
+            ["model={factory: nets:build}"],
+            "data.image_size is required where model.factory is set, because nothing else says it: height and ",
+        ),
+        (
+            ["model={factory: nets:build, pretrained: true}", "data.image_size=32"],
+            "model.pretrained means timm's weights, got true for the function nets:build; set model.checkpoint, or ",
+        ),
+        (["model={}"], "model.name is required: a timm model name, such as resnet18; or model.factory, "),
         (["training.mixup=0.2", "data.batch_size=33"], "data.batch_size must be even for mixup and cutmix"),
         (
             ["data.validation_share=0.5", "data.test_share=0.5"],
@@ -563,6 +580,8 @@ def test_keys_that_exclude_each_other(load: Load, overrides: list[str], message:
         ["cut.method=threshold", "cut.threshold=2", "cut.relative=false"],
         ["data.name=torch/cifar10", "data.root=x", "data.test=test"],
         ["data.in_chans=1", "data.mean=[0.5]", "data.std=[0.5]"],
+        ["model={factory: nets:build}", "data.image_size=32", "dense.epochs=0"],
+        ["model={factory: my.nets:build, checkpoint: a.safetensors}", "data.image_size=32"],
     ],
 )
 def test_keys_that_fit_together_load(load: Load, overrides: list[str]) -> None:
@@ -583,7 +602,8 @@ finetune:
 """
     assert problems(load, "", "data.in_chans=0", base=base) == [
         "seed must be an integer >= 0 and <= 4294967295, got -1 (x.yaml, line 1)",
-        "model.name is required: timm model name, such as resnet18 (x.yaml, line 2)",
+        "model.name is required: a timm model name, such as resnet18; or model.factory, for a network of your own "
+        "(x.yaml, line 2)",
         "unknown key model.nam; did you mean model.name? (x.yaml, line 2)",
         "data.batch_size must be an integer >= 1, got 'many' (x.yaml, line 5)",
         "data.augment.ratio must be [low, high] with low <= high, got [2.0, 1.0] (x.yaml, line 6)",
@@ -594,6 +614,40 @@ finetune:
         "(x.yaml, line 8)",
         "finetune.epochs is required: epochs of this phase (x.yaml, line 9)",
         "data.in_chans must be one of 1, 3, got 0 (--set data.in_chans=0)",
+    ]
+
+
+def test_arguments_of_a_model_are_any_json(load: Load) -> None:
+    recipe = load("", "model.args={stages: [{width: 8, sizes: [3, 5.5]}, null], note: off}")
+    assert recipe.model.args == {"stages": [{"width": 8, "sizes": [3, 5.5]}, None], "note": "off"}
+    (line,) = problems(load, "", "model.args={width: .nan}")
+    assert line.startswith("model.args must be a mapping of names to numbers, ")
+
+
+def test_a_function_is_taken_from_the_recipe_of_a_run_only_if_a_person_names_it(tmp_path: Path) -> None:
+    text = MINIMAL.replace("name: resnet18", "factory: os:system, args: {command: ls}")
+    text = text.replace("name: digits", "name: digits, image_size: 32")
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"add --set model.factory=os:system \(.*recipe\.yaml, line 1\)"):
+        load_run_recipe(tmp_path, ["dense.epochs=3"])
+    for override in ("model.factory=nets:build", "model={factory: nets:build}"):
+        assert load_run_recipe(tmp_path, [override]).model.factory == "nets:build"
+    assert load_run_recipe(tmp_path, ["model={name: resnet18}"]).model.factory is None
+
+
+def test_problems_that_show_later_get_the_place_of_the_key_that_they_begin_with(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(MINIMAL)
+    place = placer(tmp_path / "x.yaml", ["model.args={a: 1}"])
+    message = (
+        "cut.target: no\nmodel.args: no\ndata.root is gone\nmodel.onnx is gone\ndata is gone\nno cut.target"
+    )
+    assert re.sub(r"/\S*/x", "x", place(message)).splitlines() == [
+        "cut.target: no (x.yaml, line 6)",
+        "model.args: no (--set model.args={a: 1})",
+        "data.root is gone (x.yaml, line 2)",
+        "model.onnx is gone",
+        "data is gone",
+        "no cut.target",
     ]
 
 
