@@ -356,6 +356,7 @@ def test_export_prints_the_file_it_wrote(call: Any) -> None:
         "batch_size": 4,
         "dynamic_batch": True,
         "merge_groups": True,
+        "factory": None,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparsekit.errors import FileError
-from sparsekit.runs.run_directory import RunDirectory
+from sparsekit.runs.run_directory import RunDirectory, changed_keys
 
 
 def _opened(path: Path, *, resume: bool = False) -> RunDirectory:
@@ -24,7 +24,7 @@ def _files(path: Path) -> dict[str, bytes]:
 def test_a_new_directory_holds_an_empty_journal(tmp_path: Path) -> None:
     _opened(tmp_path / "deep" / "run")
     journal = json.loads((tmp_path / "deep" / "run" / "checkpoints" / "journal.json").read_text())
-    assert journal == {"stages": []}
+    assert journal == {"stages": [], "code": []}
 
 
 def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
@@ -150,6 +150,15 @@ def test_a_damaged_run_cannot_be_resumed_and_is_left_as_it_was(
     with pytest.raises(FileError, match=rf"{name} is damaged, .*start it in another --output"):
         _opened(tmp_path, resume=True)
     assert _files(tmp_path) == before
+
+
+def test_each_change_of_the_code_is_noted_once_and_found_again(tmp_path: Path) -> None:
+    files = _opened(tmp_path / "run")
+    for hashes in ({}, {"nets": "1"}, {"nets": "1"}, {"nets": "2", "layers": "3"}):
+        files.note_code(hashes)
+    again = _opened(tmp_path / "run", resume=True)
+    assert again.code == [{"nets": "1"}, {"nets": "2", "layers": "3"}]
+    assert changed_keys(*again.code) == ["nets", "layers"]
 
 
 def test_an_epoch_that_is_repeated_replaces_its_row(tmp_path: Path) -> None:
