@@ -25,11 +25,12 @@ from sparsekit.artifact.format import (
     sha256_of,
     to_json_text,
 )
-from sparsekit.artifact.load import bypass_recorded_, fill_model_
+from sparsekit.artifact.load import bypass_recorded_, count_recorded_zeros_, fill_model_
 from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.bypass import bypassed
+from sparsekit.surgery.layer_norms import zeros_counted
 from sparsekit.surgery.norms import is_standardised, make_plain_
 from sparsekit.surgery.rewrite_code import original_class, rewritten_places
 
@@ -62,6 +63,8 @@ def save(
     bypass_recorded_(fresh, gone)
     plain = _made_plain(fresh, model)
     make_plain_(fresh, plain)
+    zeros = zeros_counted(model)
+    count_recorded_zeros_(fresh, zeros)
     _check_same_modules(fresh, model)
     tensors = _tensors_to_keep(fresh, model)
     structure = {
@@ -71,6 +74,7 @@ def save(
         "tensors": {name: [dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
         "bypassed": gone,
         "plain": plain,
+        "zeros": zeros,
         "rewrites": _rewrites(model),
         "sha256": "0" * 64,
         "plan": plan.to_json() if plan else None,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sparsekit.coupling.size_uses import SizeWatcher, watch_declared_sizes_
 from sparsekit.coupling.tracer import OperatorCall, Tracer
 from sparsekit.errors import ModelError
 from sparsekit.evaluation import flat_tensors
+from sparsekit.surgery.layer_norms import ZeroPaddedLayerNorm, layer_norm_form
 from sparsekit.surgery.norms import is_standardised
 
 # Modules with a rule of their own: what they do as a whole says more than what their operators do one by one.
@@ -27,19 +29,23 @@ _WHOLE_MODULES = {
     **dict.fromkeys(("RMSNorm", "RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32"), _ROOT_MEAN_SQUARE),
 }
 _STANDARDISED = "standardised_convolution"
+_LAYER_NORM = "zero_counting_layer_norm"
 
 
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     """Apply a rule to each call of some modules instead of to their operators; in place, the model is a copy."""
 
-    def wrap(module: nn.Module, name: str) -> Callable[[Tensor], Any]:
+    def wrap(module: nn.Module, name: str, *more: Any) -> Callable[..., Any]:
         forward = module.forward
 
-        def by_rule(tensor: Tensor) -> Any:
-            with _disable_current_modes():
+        def by_rule(tensor: Any, *args: Any, **keywords: Any) -> Any:
+            if args or keywords or not isinstance(tensor, Tensor):
+                return forward(tensor, *args, **keywords)
+            # What a layer norm does inside is of no interest, also where it is written by hand.
+            with _disable_current_modes(), torch._C.DisableTorchFunction() if more else nullcontext():
                 result = forward(tensor)
             call = OperatorCall(
-                name, torch.ops.aten.convolution.default, (tensor, module), {}, (tensor,), (result,)
+                name, torch.ops.aten.convolution.default, (tensor, module, *more), {}, (tensor,), (result,)
             )
             apply_rule(tracer, call)
             return result
@@ -50,7 +56,11 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
         name = _STANDARDISED if is_standardised(module) else _WHOLE_MODULES.get(type(module).__name__)
         if name == _ROOT_MEAN_SQUARE and not _can_make_up(module):
             name = None
-        if name is not None:
+        asked = tracer.through_layer_norm or isinstance(module, ZeroPaddedLayerNorm)
+        form = layer_norm_form(module) if name is None and asked else None
+        if form is not None:
+            vars(module)["forward"] = wrap(module, _LAYER_NORM, form)
+        elif name is not None:
             vars(module)["forward"] = wrap(module, name)
 
 

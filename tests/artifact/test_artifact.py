@@ -396,7 +396,7 @@ def test_a_structure_that_is_damaged_is_refused(artifact: Path, text: str) -> No
         load(artifact)
 
 
-KEYS = "format source attributes tensors bypassed plain rewrites sha256 plan info versions"
+KEYS = "format source attributes tensors bypassed plain zeros rewrites sha256 plan info versions"
 
 
 def test_the_keys_are_those_of_the_documented_format(artifact: Path) -> None:

@@ -32,6 +32,7 @@ from sparsekit.coupling.rules.norms import (
     response_norm,
     rms_norm,
     root_mean_square_norm,
+    zero_counting_layer_norm,
 )
 from sparsekit.coupling.rules.pointwise import pointwise
 from sparsekit.coupling.rules.reductions import along_dim, reducing, softmax_rule
@@ -86,6 +87,7 @@ _KINDS: dict[Rule, str] = {
     group_norm: "native_group_norm group_norm",
     response_norm: "global_response_norm",
     root_mean_square_norm: "root_mean_square_norm",
+    zero_counting_layer_norm: "zero_counting_layer_norm",
     matrix_product: "mm addmm bmm baddbmm",
     linear_layer: "linear",
     convolution: "convolution _convolution",
