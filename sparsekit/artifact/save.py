@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, describe_source
 from sparsekit.artifact.format import (
@@ -101,8 +102,8 @@ def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
 
 def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
     """Raise InputError if the rebuilt model has other kinds of modules: it would compute something else."""
-    built = {name: type(module) for name, module in fresh.named_modules()}
-    held = {name: original_class(module) for name, module in model.named_modules()}
+    built = {name: _kind(module) for name, module in fresh.named_modules()}
+    held = {name: _kind(module) for name, module in model.named_modules()}
     for name in [*held, *built]:
         if built.get(name) is not held.get(name):
             mine, theirs = (one[name].__name__ if name in one else "nothing" for one in (held, built))
@@ -110,6 +111,11 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
                 f"the model that would be rebuilt differs: {name or 'the model'} is {mine}, rebuilt {theirs}; pass "
                 "save(..., model_name=, model_args=) with the arguments it was created with, or factory="
             )
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class whose code the module runs. A parametrisation or a rewrite gives each module a class of its own."""
+    return type_before_parametrizations(module) if is_parametrized(module) else original_class(module)
 
 
 def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:

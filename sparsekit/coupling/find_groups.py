@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsekit.coupling.form_groups import form_groups
 from sparsekit.coupling.named_integers import name_integers_
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
+from sparsekit.coupling.rules.meeting import COMPUTED
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
@@ -124,10 +126,18 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {first_line(error)}; every cut is tried on copies, so keep what "
-            "cannot be copied out of the module"
-        ) from error
+        old = next((name for name, module in model.named_modules() if _has_old_weight_norm(module)), None)
+        mend = "every cut is tried on copies, so keep what cannot be copied out of the module"
+        if old is not None:
+            mend = (
+                f"{old} has the weight norm of torch.nn.utils.weight_norm; take it away with "
+                "torch.nn.utils.remove_weight_norm, or use torch.nn.utils.parametrizations.weight_norm instead"
+            )
+        raise ModelError(f"{type(model).__name__} cannot be copied: {first_line(error)}; {mend}") from error
+
+
+def _has_old_weight_norm(module: nn.Module) -> bool:
+    return any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
 
 
 def _run_once(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[LayerCost, ...]:
@@ -162,7 +172,7 @@ def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: 
     elif computed := sorted(
         m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
     ):
-        reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
+        reason = f"{computed[0]}.weight {COMPUTED}"
     elif not reason and not group.of_role("consumer"):
         reason = "no layer reads its channels one by one"
     elif not reason and group.n_channels < 2:

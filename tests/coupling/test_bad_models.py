@@ -311,6 +311,15 @@ def test_a_model_that_cannot_be_copied_is_refused(make: Callable[[], nn.Module])
         find_groups(model, IMAGE)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_the_old_weight_norm_is_refused_with_the_way_out() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 6, 1)), nn.Conv2d(6, 2, 1))
+    with pytest.raises(
+        ModelError, match=r"^Sequential cannot be copied: .*; 0 has .*parametrizations\.weight_norm"
+    ):
+        find_groups(model, IMAGE)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_a_scripted_model_is_refused() -> None:
     model = torch.jit.trace(TwoLayers(_plain).eval(), IMAGE)
