@@ -38,9 +38,10 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     def wrap(module: nn.Module, name: str, *more: Any) -> Callable[..., Any]:
         forward = module.forward
 
-        def by_rule(tensor: Any, *args: Any, **keywords: Any) -> Any:
-            if args or keywords or not isinstance(tensor, Tensor):
-                return forward(tensor, *args, **keywords)
+        def by_rule(*args: Any, **keywords: Any) -> Any:
+            if keywords or len(args) != 1 or not isinstance(args[0], Tensor):
+                return forward(*args, **keywords)
+            tensor = args[0]
             # What a layer norm does inside is of no interest, also where it is written by hand.
             with _disable_current_modes(), torch._C.DisableTorchFunction() if more else nullcontext():
                 result = forward(tensor)

@@ -95,9 +95,11 @@ def _group_norms(group: ChannelGroup, state: dict[str, Tensor], modules: dict[st
 def _folded(squares: Tensor, norm: nn.Module) -> Tensor:
     """Return the squared norms (channels,) of filters with the norm behind them folded in; float64, on the CPU."""
     scale, variance = getattr(norm, "weight", None), getattr(norm, "running_var", None)
-    gains = 1.0 if scale is None else scale.detach().double().cpu().square()
-    if variance is not None:
-        return squares * gains / (variance.double().cpu() + getattr(norm, "eps", 0.0))
+    gained = squares
+    if isinstance(scale, Tensor):
+        gained = squares * scale.detach().double().cpu().square()
+    if isinstance(variance, Tensor):
+        return gained / (variance.double().cpu() + float(getattr(norm, "eps", 0.0)))
     seen = len(squares) // norm.num_groups if isinstance(norm, nn.GroupNorm) else 1
     means = squares.reshape(-1, seen).mean(1).repeat_interleave(seen)
-    return squares * gains / means.clamp_min(torch.finfo(torch.float64).tiny)
+    return gained / means.clamp_min(torch.finfo(torch.float64).tiny)

@@ -56,7 +56,7 @@ def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None)
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, ZeroPaddedLayerNorm):
         if "normalized_shape" in vars(module):
-            module.normalized_shape = (getattr(module, module.norm_scale).numel(),)
+            vars(module)["normalized_shape"] = (getattr(module, module.norm_scale).numel(),)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:

@@ -15,7 +15,14 @@ from sparsekit.errors import InputError
 # Names under which a norm keeps what is added to the variance.
 _EPSILONS = ("eps", "epsilon", "variance_epsilon")
 # Tokens, maps, sequences and volumes of n channels, as (shape before the channels, shape behind them).
-_SHAPES = (((2, 3), ()), ((2,), (3, 2)), ((2,), (5,)), ((2,), (3, 2, 2)), ((2, 3, 4), ()), ((3,), ()))
+_SHAPES: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((2, 3), ()),
+    ((2,), (3, 2)),
+    ((2,), (5,)),
+    ((2,), (3, 2, 2)),
+    ((2, 3, 4), ()),
+    ((3,), ()),
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ class ZeroPaddedLayerNorm(nn.Module):
         kept = len(scale)
         zeros = (0, self.dense_width - kept)
         rows = F.pad(x.movedim(self.norm_dim, -1), zeros)
-        padded = [None if one is None else F.pad(one, zeros) for one in (scale, shift)]
-        normed = F.layer_norm(rows, (self.dense_width,), *padded, self.norm_eps)
+        shift = None if shift is None else F.pad(shift, zeros)
+        normed = F.layer_norm(rows, (self.dense_width,), F.pad(scale, zeros), shift, self.norm_eps)
         return normed[..., :kept].movedim(-1, self.norm_dim).contiguous()
 
 
@@ -83,9 +90,9 @@ def _seen_form(module: nn.Module, names: list[str], n: int, eps: float) -> Layer
             parameter.copy_(torch.rand(parameter.shape, generator=generator, dtype=torch.float64) + 0.5)
     orders = [names, names[::-1]] if len(names) == 2 else [[*names, None]]
     forms: set[LayerNormForm | None] = set()
-    for before, behind in _SHAPES:
+    for sizes in _SHAPES:
         # No other size may be n: a norm over this dimension would pass for one over the channels.
-        before, behind = (tuple(size + n * (size == n) for size in sizes) for sizes in (before, behind))
+        before, behind = ([size + n * (size == n) for size in some] for some in sizes)
         x = torch.randn(*before, n, *behind, generator=generator, dtype=torch.float64)
         if len(before) + len(behind) == 1 and forms:
             continue  # a matrix does not tell norms of tokens from norms of maps
