@@ -15,6 +15,7 @@ from sparsekit.coupling.form_groups import form_groups
 from sparsekit.coupling.named_integers import name_integers_
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
+from sparsekit.coupling.rules.meeting import COMPUTED
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
@@ -44,9 +45,11 @@ def find_groups(
     half, a third or a quarter of every free group of a copy with randomised norms, in float64 (float32 above 8 GMACs),
     and compares it with the masked copy.
 
-    Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them: with one of them gone the
-    norm's mean and variance are others, so such a cut is not lossless even where the channel is zero
-    (`ChannelGroup.lossless`), and has to be fine-tuned.
+    Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them. The norms of the cut model
+    count those that are gone as zeros, so zero channels go exactly. A channel is zero once the rows that make it are,
+    and scale and shift of every layer norm over it: the width of a transformer is one group of many layers, which
+    makes every other choice of channels another one. So it has to be asked for. The norm has to be a module of its own,
+    whatever its code, that has a scale.
 
     With `blocks` whole residual blocks are groups as well, of one channel each (`ChannelGroup.bypass`): those whose
     layer scales are all that stands between them and the identity. Their penalised weights are those scales. "all" adds
@@ -159,7 +162,7 @@ def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: 
     elif computed := sorted(
         m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
     ):
-        reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
+        reason = f"{computed[0]}.weight {COMPUTED}"
     elif not reason and not group.of_role("consumer"):
         reason = "no layer reads its channels one by one"
     elif not reason and group.n_channels < 2:

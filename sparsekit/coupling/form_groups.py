@@ -132,9 +132,7 @@ def _member(
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
     is_factor = role == "parameter" and bool(noted.factor[atoms[0][0]])
-    penalised = (
-        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not is_factor
-    )
+    penalised = role not in ("consumer", "response") and norm is None and not part[1] and not is_factor
     return Member(
         axis.tensor,
         axis.dim,

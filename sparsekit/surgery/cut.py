@@ -12,8 +12,9 @@ from sparsekit.structure.places import Attribute
 from sparsekit.structure.plan import PrunePlan, TensorCut
 from sparsekit.surgery.attributes import refit_attributes_, write_size_
 from sparsekit.surgery.bypass import bypass_
+from sparsekit.surgery.layer_norms import count_zeros_
 from sparsekit.surgery.mask import mask_model
-from sparsekit.surgery.norms import make_up_for_the_mean_, normalise_all_
+from sparsekit.surgery.norms import make_up_for_the_mean_
 from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
 
 
@@ -39,9 +40,9 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
             continue
         if _is_gone(masked, cut):
             continue
-        _slice_(masked, cut, holders)
         if cut.role == "layer_norm":
-            normalise_all_(masked.get_submodule(cut.tensor.rpartition(".")[0]))
+            count_zeros_(masked.get_submodule(cut.tensor.rpartition(".")[0]), len(cut.keep) + len(cut.drop))
+        _slice_(masked, cut, holders)
         if cut.role == "response":
             make_up_for_the_mean_(masked, cut)
         bias = f"{cut.tensor.removesuffix('weight')}bias"

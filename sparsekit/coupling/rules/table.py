@@ -49,6 +49,7 @@ from sparsekit.coupling.rules.norms import (
     response_norm,
     rms_norm,
     root_mean_square_norm,
+    zero_counting_layer_norm,
 )
 from sparsekit.coupling.rules.placement import (
     gathering,
@@ -141,6 +142,7 @@ KINDS: dict[Rule, str] = {
     local_response_norm: "local_response_norm",
     response_norm: "global_response_norm",
     root_mean_square_norm: "root_mean_square_norm",
+    zero_counting_layer_norm: "zero_counting_layer_norm",
     matrix_product: "mm addmm bmm baddbmm",
     linear_layer: "linear",
     convolution: "convolution _convolution",
