@@ -28,7 +28,7 @@ selection: keep_masks bisection knapsack loss_curves carriers costs importance r
 coupling: find_groups residual_blocks proof trace rules.table rules.contractions rules.norms rules.movement
     rules.reductions rules.pointwise rules.meeting size_uses form_groups solve tracer observations place_finder
     named_integers labels
-surgery: transplant optimizer_state verify cut mask constants norms bypass rewrite_code attributes
+surgery: transplant optimizer_state verify cut mask constants norms bypass rewrite_code attributes attention
 export: parity graph_summary precision onnx_file group_merging quiet session
 training: loop splits loader display evaluate optimizers seeding data_sources models checkpoint options
 recipe: reading messages draft recipe consistency specs

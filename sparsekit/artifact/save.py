@@ -29,6 +29,7 @@ from sparsekit.artifact.load import bypass_recorded_, fill_model_
 from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.attention import closed_class, is_open
 from sparsekit.surgery.bypass import bypassed
 from sparsekit.surgery.norms import is_standardised, make_plain_
 from sparsekit.surgery.rewrite_code import original_class, rewritten_places
@@ -98,7 +99,10 @@ def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
 def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
     """Raise InputError if the rebuilt model has other kinds of modules: it would compute something else."""
     built = {name: type(module) for name, module in fresh.named_modules()}
-    held = {name: original_class(module) for name, module in model.named_modules()}
+    held = {
+        name: closed_class(module) if is_open(module) else original_class(module)
+        for name, module in model.named_modules()
+    }
     for name in [*held, *built]:
         if built.get(name) is not held.get(name):
             mine, theirs = (one[name].__name__ if name in one else "nothing" for one in (held, built))

@@ -23,6 +23,7 @@ from sparsekit.evaluation import evaluating
 from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, LayerCost, check_rounding
+from sparsekit.surgery.attention import functional_attention_in_the_open, open_attention_
 from sparsekit.surgery.attributes import read_sizes
 
 
@@ -144,7 +145,8 @@ def _trace(
     """The groups that one forward pass of a copy shows."""
     traced = copy.deepcopy(model)
     parameters = {name for name, _ in traced.named_parameters()}
-    with evaluating(traced), attention_in_the_open():
+    open_attention_(traced)
+    with evaluating(traced), attention_in_the_open(), functional_attention_in_the_open():
         name_integers_(traced)
         seen = trace(traced, inputs, through_layer_norm=through_layer_norm).seen
     return form_groups(seen, solve(seen), parameters)

@@ -78,6 +78,7 @@ def trace(model: nn.Module, inputs: Sequence[Tensor], *, through_layer_norm: boo
         )
     for tensor in results:
         tracer.read(tensor)
+        tracer.settle(tensor)
         for labels in tracer.known(tensor).labels:
             tracer.seen.fix(labels, "it reaches the model's output")
     return tracer

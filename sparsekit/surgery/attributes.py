@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.places import Attribute
+from sparsekit.surgery.attention import refit_attention_
 
 
 def read_sizes(model: nn.Module, path: str) -> tuple[int, ...]:
@@ -37,7 +38,7 @@ def write_size_(model: nn.Module, attribute: Attribute, size: int) -> None:
 
 
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
-    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
+    """Make the size attributes of a convolution, linear layer, BatchNorm or attention agree with its tensors.
 
     `rows` are those of the weight that were kept: a grouped convolution keeps the groups that they lie in.
     """
@@ -53,6 +54,8 @@ def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None)
     elif isinstance(module, nn.Linear):
         assert isinstance(weight, Tensor)
         module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.MultiheadAttention):
+        refit_attention_(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:

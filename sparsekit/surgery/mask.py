@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsekit.errors import ModelError
 from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.attention import open_attention_
 from sparsekit.surgery.attributes import read_sizes
 from sparsekit.surgery.constants import blank_columns_, fold_constants_
 from sparsekit.surgery.norms import make_readers_plain_, normalise_what_stays_
@@ -104,6 +105,8 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
 
 def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
     """Let layer norms that lose channels look only at those that stay, as the cut ones will; in place."""
+    if any(cut.role == "layer_norm" for cut in plan.cuts):
+        open_attention_(model)  # torch's fused kernel would not ask the norms
     for cut in plan.cuts:
         if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
             normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)

@@ -17,7 +17,7 @@ def reducing(tracer: Tracer, call: OperatorCall) -> None:
     for one in known.labels:
         inside = [d for d in span(one) if d in dims]
         if inside and set(inside) == set(span(one)):
-            tracer.seen.fix(one, MIXES.format(call.name))
+            tracer.fix_if_read(out, one, MIXES.format(call.name))
             continue
         first = together(tracer, one, inside)
         if out.dim() < tensor.dim():

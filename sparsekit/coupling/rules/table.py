@@ -46,6 +46,8 @@ def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
         rule = pointwise
     if rule is None and call.operator.is_view:
         rule = moving
+    for tensor in call.tensors:
+        tracer.settle(tensor)
     if not call.outputs:  # a look at a value: `item`, or an assertion
         return
     try:
