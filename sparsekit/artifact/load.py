@@ -19,6 +19,7 @@ from sparsekit.artifact.format import (
 )
 from sparsekit.errors import FileError, InputError, ModelError, VerificationError, first_line, first_names
 from sparsekit.evaluation import comparing, flat_tensors
+from sparsekit.surgery.attention import open_where_cut_
 from sparsekit.surgery.bypass import bypass_
 from sparsekit.surgery.layer_norms import count_zeros_
 from sparsekit.surgery.norms import is_standardised, make_plain_
@@ -104,6 +105,7 @@ def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Te
     holders = {name: _holder(modules, name) for name in tensors}
     for name, tensor in tensors.items():
         _make_room_(holders[name], name.rpartition(".")[2], tensor)
+    open_where_cut_(model)
     places = structure.rewrites
     for place in places:
         if place.call < 0 or place.argument < 0 or place.size == 0 or place.size < -1:

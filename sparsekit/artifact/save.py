@@ -30,6 +30,7 @@ from sparsekit.artifact.load import bypass_recorded_, count_recorded_zeros_, fil
 from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.attention import closed_class, is_open
 from sparsekit.surgery.bypass import bypassed
 from sparsekit.surgery.layer_norms import zeros_counted
 from sparsekit.surgery.norms import is_standardised, make_plain_
@@ -114,7 +115,9 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """The class whose code the module runs. A parametrisation or a rewrite gives each module a class of its own."""
+    """The class whose code the module runs; a parametrisation, a rewrite and open attention give it one of its own."""
+    if is_open(module):
+        return closed_class(module)
     return type_before_parametrizations(module) if is_parametrized(module) else original_class(module)
 
 

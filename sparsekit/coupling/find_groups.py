@@ -24,6 +24,7 @@ from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, check_rounding
 from sparsekit.structure.inputs import InputSpec
+from sparsekit.surgery.attention import functional_attention_in_the_open, open_attention_
 from sparsekit.surgery.attributes import read_sizes
 
 
@@ -145,7 +146,8 @@ def _trace(
     """The groups that passes of a copy show, and the trained tensors that none of them read."""
     traced = copied(model)
     parameters = {name for name, _ in traced.named_parameters()}
-    with evaluating(traced), attention_in_the_open():
+    open_attention_(traced)
+    with evaluating(traced), attention_in_the_open(), functional_attention_in_the_open():
         name_integers_(traced)
         tracer = trace(traced, *inputs, through_layer_norm=through_layer_norm)
     unread = tuple(name for name in tracer.unread() if name in parameters)

@@ -115,6 +115,7 @@ def _pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:
         )
     for tensor in results:
         tracer.read(tensor)
+        tracer.settle(tensor)
         for labels in tracer.known(tensor).labels:
             tracer.seen.fix(labels, "it reaches the model's output")
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,13 +47,8 @@ def count_macs(model: nn.Module, example_input: ExampleInput) -> int:
 @contextmanager
 def attention_in_the_open() -> Iterator[None]:
     """Compute attention as plain matrix products, because the counter does not know the fused kernels of a CPU."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def layer_costs(

@@ -76,6 +76,8 @@ def rule_for(name: str, operator: OpOverload) -> Rule:
 def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
     """Note in `tracer` what is seen in one call, and what is known of its outputs."""
     rule = rule_for(call.name, call.operator)
+    for tensor in call.tensors:
+        tracer.settle(tensor)
     if not call.outputs:  # a look at a value: `item`, or an assertion
         return
     try:
