@@ -166,6 +166,7 @@ OURS = frozenset(
         "local_response_norm",
         "global_response_norm",
         "root_mean_square_norm",
+        "zero_counting_layer_norm",
         "standardised_convolution",
         "recurrent_layer",
     )
