@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import sparsekit as sk
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Labelled = tuple["Tensor", "Tensor"]
 
@@ -91,6 +92,22 @@ def digits(side: int = 8) -> tuple[Labelled, Labelled]:
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def wake_constants_(model: nn.Module, generator: torch.Generator) -> None:
+    """Give parameters that are constant (norms, layer scales, zeros) random values, in place.
+
+    Behind a branch that starts at zero any cut would look right.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.flatten()
+            if flat.numel() and bool((flat == flat[0]).all()):
+                noise = torch.rand(parameter.shape, generator=generator)
+                table = parameter.dim() > 1 and float(flat[0]) == 0
+                parameter.copy_(0.2 * (noise - 0.5) if table or name.endswith("bias") else 0.5 + noise)
 
 
 def flat_tensors(outputs: Any) -> list[Tensor]:

@@ -51,7 +51,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import flat_tensors, machine_text, versions_text, write_json, write_text
+from common import flat_tensors, machine_text, versions_text, wake_constants_, write_json, write_text
 from rich.console import Console
 from rich.progress import Progress, track
 
@@ -172,21 +172,11 @@ def build(chain: Chain) -> None:
 
 
 def enliven_(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Bring a fresh model nearer to a trained one: behind a branch that starts at zero any cut would look right.
-
-    Parameters that are constant (norms, layer scales, zeros) get random values, BatchNorms the statistics of a
-    batch, so that activations keep their size.
-    """
+    """Bring a fresh model nearer to a trained one: no parameter stays constant, BatchNorms get a batch's statistics."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            flat = parameter.flatten()
-            if flat.numel() and bool((flat == flat[0]).all()):
-                noise = torch.rand(parameter.shape, generator=generator)
-                table = parameter.dim() > 1 and float(flat[0]) == 0
-                parameter.copy_(0.2 * (noise - 0.5) if table or name.endswith("bias") else 0.5 + noise)
+    wake_constants_(model, generator)
     settle_norms_(model, [torch.randn(4, *input_size, generator=generator)])
 
 

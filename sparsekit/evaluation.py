@@ -1,4 +1,4 @@
-"""Run a model without changing it: eval mode, true float32, its arguments, and its outputs as flat tensors."""
+"""Run a model without changing it: copies, eval mode, true float32, its arguments, its outputs as flat tensors."""
 
 from __future__ import annotations
 

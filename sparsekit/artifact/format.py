@@ -54,7 +54,7 @@ from sparsekit.errors import FileError, InputError, first_names
 from sparsekit.files import is_pickle
 from sparsekit.machine import library_versions
 from sparsekit.structure.places import Place
-from sparsekit.structure.plan import BlockCut, GroupCut, PrunePlan, TensorCut
+from sparsekit.structure.plan import PrunePlan
 
 FORMAT = "sparsekit/1"
 # The dtypes an artifact can hold, and what safetensors calls them.
@@ -91,20 +91,9 @@ class OwnSource(_Closed):
     factory: str
 
 
-class _Plan(_Closed):
-    """A plan in JSON; its inputs have a form of their own, which `PrunePlan.from_json` checks."""
-
-    cuts: list[TensorCut]
-    groups: list[GroupCut]
-    inputs: dict[str, JsonValue]
-    rewrites: list[Place]
-    blocks: list[BlockCut]
-
-
 def _read_plan(value: Any) -> PrunePlan | None:
     if value is None:
         return None
-    _Plan.model_validate_json(json.dumps(value), strict=True)
     try:
         return PrunePlan.from_json(value)
     except FileError as error:

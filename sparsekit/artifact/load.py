@@ -112,8 +112,11 @@ def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Te
             raise InputError(f"a rewrite of {place.module}.{place.method} has an impossible number")
     leave_sizes_to_torch_(model, places)
     _set_attributes_(model, structure.attributes)
-    left_out = tensors.keys() - model.state_dict().keys()
-    model.load_state_dict({name: tensors[name] for name in tensors if name not in left_out}, strict=True)
+    known = model.state_dict()
+    left_out = tensors.keys() - known.keys()
+    # In place in the state dict, which holds the versions of the modules' formats: some refuse one without.
+    known.update({name: tensor for name, tensor in tensors.items() if name not in left_out})
+    model.load_state_dict(known, strict=True)
     for name in left_out:
         holders[name][name.rpartition(".")[2]] = tensors[name].clone()
 

@@ -158,8 +158,13 @@ class Trial:
                 bisect([names[:middle]])
                 bisect([names[middle:]])
 
-        bisect(list(alike.values()))
-        passed = [name for one in alike.values() for name in one if name not in failures]
+        every = [name for one in alike.values() for name in one]
+        if not attempt(every):
+            return {}
+        classes, middle = list(alike.values()), len(alike) // 2
+        for some in (classes[:middle], classes[middle:]) if middle else (classes,):
+            bisect(some)
+        passed = [name for name in every if name not in failures]
         if passed and attempt(passed):  # some fail only with others
             failures |= _failing_together(attempt, passed)
         return failures

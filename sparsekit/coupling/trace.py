@@ -77,31 +77,27 @@ def _can_make_up(module: Any) -> bool:
 
 
 def trace(
-    model: nn.Module, inputs: Arguments, *others: Arguments, through_layer_norm: bool = False
+    model: nn.Module,
+    *inputs: Arguments,
+    in_training: Arguments | None = None,
+    through_layer_norm: bool = False,
 ) -> Tracer:
     """Run `model` on all inputs and return the tracer with all that it has seen. The model gets hooks: give a copy.
 
-    Where parameters are left that no pass has read, as those of an auxiliary head, it runs in training mode, too, if it
-    can. Channels that reach an output are fixed. Raises ModelError if the model returns no tensor.
+    Where parameters are left that no pass has read, as those of an auxiliary head, it also runs in training mode on
+    `in_training`, as far as it can. Channels that reach an output are fixed. Raises ModelError if the model returns no
+    tensor.
     """
     tracer = Tracer(model, through_layer_norm=through_layer_norm)
     watch_declared_sizes_(model, tracer)
     _watch_whole_modules_(model, tracer)
-    for one in (inputs, *others):
+    for one in inputs:
         _pass(model, one, tracer)
-    if tracer.unread():
-        _training_pass(model, inputs, tracer)
+    if in_training is not None and tracer.unread():
+        model.train()
+        with suppress(Exception):  # it may need targets: what ran until then was seen
+            _pass(model, in_training, tracer)
     return tracer
-
-
-def _training_pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:
-    """A pass in training mode, for what it alone runs; it ends early where the model fails, as if it needs targets."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.train()
-    with suppress(Exception):
-        _pass(model, inputs, tracer)
-    for module, training in flags:
-        module.training = training
 
 
 def _pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:

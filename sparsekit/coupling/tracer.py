@@ -70,7 +70,8 @@ class Tracer:
         self._known: MutableMapping[Tensor, Known] = WeakTensorKeyDictionary()
         self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
         self._if_read: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDictionary()
-        self._tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        self._parameters = dict(model.named_parameters())
+        self._tensors: dict[str, Tensor] = {**self._parameters, **dict(model.named_buffers())}
         for name, tensor in self._tensors.items():
             self._names[tensor] = name
 
@@ -92,8 +93,8 @@ class Tracer:
         return known
 
     def unread(self) -> tuple[str, ...]:
-        """The names of all tensors of the model that no operator has read so far."""
-        return tuple(name for tensor, name in self._names.items() if tensor not in self._known)
+        """The names of all parameters that no operator has read so far."""
+        return tuple(name for name, tensor in self._parameters.items() if tensor not in self._known)
 
     def name_of(self, tensor: Tensor | None) -> str | None:
         """The tensor's name, if it is a parameter or buffer."""

@@ -46,7 +46,7 @@ class Place:
         """The place that such an attribute stands for, by its full name; None for a real attribute."""
         module, _, name = path.rpartition(".")
         parts = name.split(":")
-        if len(parts) != 4:
+        if len(parts) != 4 or not (parts[1].isdecimal() and parts[2].isdecimal()):
             return None
         method, call, argument, source = parts
         return Place(module, method, int(call), int(argument), source)

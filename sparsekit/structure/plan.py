@@ -78,13 +78,15 @@ class PrunePlan:
         try:
             plan = PrunePlan(
                 cuts=tuple(
-                    TensorCut(c["tensor"], c["dim"], c["role"], tuple(c["keep"]), tuple(c["drop"]))
-                    for c in data["cuts"]
+                    TensorCut(c["tensor"], c["dim"], c["role"], _listed(c["keep"]), _listed(c["drop"]))
+                    for c in _listed(data["cuts"])
                 ),
-                groups=tuple(GroupCut(g["name"], g["n_channels"], tuple(g["kept"])) for g in data["groups"]),
+                groups=tuple(
+                    GroupCut(g["name"], g["n_channels"], _listed(g["kept"])) for g in _listed(data["groups"])
+                ),
                 inputs=InputSpec.from_json(data["inputs"]),
-                rewrites=tuple(Place(**place) for place in data["rewrites"]),
-                blocks=tuple(BlockCut(b["module"], tuple(b["scales"])) for b in data["blocks"]),
+                rewrites=tuple(Place(**place) for place in _listed(data["rewrites"])),
+                blocks=tuple(BlockCut(b["module"], _listed(b["scales"])) for b in _listed(data["blocks"])),
             )
             _check_types(plan)
             _check_positions(plan)
@@ -170,6 +172,12 @@ def _described(mask: object) -> str:
     if not isinstance(mask, Tensor):
         return f"{type(mask).__name__}; give a tensor"
     return f"{str(mask.dtype).removeprefix('torch.')} of shape {tuple(mask.shape)}"
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"expected a list where {value!r:.40} stands")
+    return tuple(value)
 
 
 def _check_types(plan: PrunePlan) -> None:

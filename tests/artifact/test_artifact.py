@@ -920,3 +920,26 @@ def test_a_model_built_with_other_modules_than_its_name_says_is_refused(tmp_path
     save(model, tmp_path / "a", model_name="test_resnet", model_args={"num_classes": 10, "act_layer": "silu"})
     image = torch.randn(1, 3, 32, 32)
     assert torch.equal(load(tmp_path / "a")(image), model.eval()(image))
+
+
+class Versioned(nn.Sequential):
+    """Refuses a state dict that does not say which version it has, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_model_that_asks_for_the_version_of_its_state_dict_is_loaded(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return Versioned(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+
+    model, images = make(), torch.randn(1, 3, 8, 8)
+    groups = find_groups(model, images)
+    pruned = apply_plan(model, make_plan(groups, {"0": torch.arange(8) > 3}))
+    save(pruned, tmp_path, factory=make)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, factory=make)(images), pruned(images))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsekit.coupling.find_groups import find_groups
+from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError
+from sparsekit.evaluation import Arguments
 from sparsekit.structure.groups import Member
 
 
@@ -410,6 +413,34 @@ def test_a_model_that_insists_on_float32_is_proved_in_float32() -> None:
 def test_a_branch_that_only_training_reaches_reads_its_group() -> None:
     (group,) = find_groups(_TrainingHead(), torch.randn(1, 3, 16, 16)).free
     assert {member.tensor for member in group.of_role("consumer")} == {"head.weight", "aux.weight"}
+
+
+def test_a_branch_that_only_training_reaches_and_that_cannot_shrink_freezes_its_group() -> None:
+    class Halves(_TrainingHead):
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.conv(x).mean((2, 3))
+            if self.training:  # the number in the lambda cannot be written anew
+                features = (lambda f: f.view(len(f), 2, 4).flatten(1))(features)
+            return self.head(features) + self.aux(features)
+
+    groups = find_groups(Halves(), torch.randn(1, 3, 16, 16))
+    assert not groups.free
+    assert "trial cut failed" in groups["conv"].frozen
+
+
+def test_a_model_that_training_runs_no_further_is_traced_once() -> None:
+    passes: list[bool] = []
+
+    class Counts(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(self.training)
+            out: Tensor = super().forward(x)
+            return out
+
+    model = Counts(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+    images = Arguments((torch.zeros(2, 3, 8, 8),))
+    assert trace(copy.deepcopy(model).eval(), images, in_training=images).unread() == ()
+    assert passes == [False]
 
 
 @pytest.mark.xfail(
