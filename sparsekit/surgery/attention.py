@@ -127,11 +127,19 @@ def attention_forward(
 
 
 @contextmanager
-def functional_attention_in_the_open() -> Iterator[None]:
-    """Let `F.multi_head_attention_forward` be `attention_forward`, for code that calls it with weights of its own."""
+def functional_attention_in_the_open(note: Callable[[Any], None]) -> Iterator[None]:
+    """Let `F.multi_head_attention_forward` be `attention_forward`, for code that calls it with weights of its own.
+
+    `note` is told of the number of heads of each call, while it runs.
+    """
+
+    def noted(*args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        note(args[4] if len(args) > 4 else keywords["num_heads"])
+        return attention_forward(*args, **keywords)
+
     functional: Any = F
     before = functional.multi_head_attention_forward
-    functional.multi_head_attention_forward = attention_forward
+    functional.multi_head_attention_forward = noted
     try:
         yield
     finally:

@@ -64,7 +64,7 @@ _KINDS: dict[Rule, str] = {
     pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "
     "clone _to_copy contiguous where masked_fill leaky_relu elu gelu silu mish clamp maximum minimum bernoulli "
-    "hardtanh nan_to_num log_sigmoid_forward rsub addcmul addcdiv lerp pow",
+    "hardtanh nan_to_num log_sigmoid_forward rsub zero addcmul addcdiv lerp pow",
     moving: "view _unsafe_view reshape _reshape_alias roll flip repeat index index_select repeat_interleave "
     "pixel_shuffle pixel_unshuffle channel_shuffle rot90 tril triu slice select permute transpose t expand split "
     "split_with_sizes unbind unsqueeze squeeze unfold narrow diagonal movedim unsafe_split unsafe_split_with_sizes "
