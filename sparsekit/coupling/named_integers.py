@@ -128,7 +128,7 @@ def uncached_reshapes() -> Iterator[None]:
     equal, but know another attribute or none.
     """
     einops: Any = sys.modules.get("einops.einops")
-    cached = getattr(einops, "_reconstruct_from_shape", None)
+    cached: Any = getattr(einops, "_reconstruct_from_shape", None)
     if not hasattr(cached, "__wrapped__"):
         yield
         return

@@ -104,8 +104,8 @@ def attention_forward(
     projected = _projected((query, key, value), weights, packed, in_proj_bias)
     q, k, v = _in_heads(projected, (bias_k, bias_v), num_heads)
     batch = query.shape[1]
-    k = k if static_k is None else static_k.unflatten(0, (batch, num_heads))
-    v = v if static_v is None else static_v.unflatten(0, (batch, num_heads))
+    k = k if static_k is None else _unflattened(static_k, 0, (batch, num_heads))
+    v = v if static_v is None else _unflattened(static_v, 0, (batch, num_heads))
     if add_zero_attn:
         k, v = (torch.cat([one, torch.zeros_like(one[:, :, :1])], 2) for one in (k, v))
     only_causal = is_causal and key_padding_mask is None and not need_weights
@@ -258,7 +258,12 @@ def _in_heads(
     bias_k, bias_v = biases
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([one, own.repeat(1, one.shape[1], 1)]) for one, own in ((k, bias_k), (v, bias_v)))
-    return tuple(one.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for one in (q, k, v))
+    return tuple(_unflattened(one, -1, (num_heads, -1)).permute(1, 2, 0, 3) for one in (q, k, v))
+
+
+def _unflattened(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    split: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return split
 
 
 def _attention(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -276,7 +281,7 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, 
     both = []
     if attn_mask is not None:
         added = _added(attn_mask, q, k)
-        both.append(added if added.dim() == 2 else added.unflatten(0, (q.shape[0], q.shape[1])))
+        both.append(added if added.dim() == 2 else _unflattened(added, 0, (q.shape[0], q.shape[1])))
     if key_padding_mask is not None:
         both.append(_added(key_padding_mask, q, k)[:, None, None])
     return both[0] if len(both) == 1 else both[0] + both[1] if both else None

@@ -108,7 +108,8 @@ def _parsed_at(cls: type[nn.Module], method: str) -> tuple[str, list[Site]] | No
     None if one of them cannot be rewritten.
     """
     first, *names = method.split("/")
-    function, parsed = getattr(cls, first, None), None
+    function: Any = getattr(cls, first, None)
+    parsed = None
     for name in (*names, ""):
         parsed = parsed_method(function) if inspect.isfunction(function) else None
         if parsed is None:
