@@ -62,9 +62,9 @@ def layer_costs(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) ->
 
     def record(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(module, nn.MultiheadAttention):
-            for key, weight, count in _projections(module, args):
-                positions[f"{name}.{key}".lstrip(".")] = count // batch
-                shapes[f"{name}.{key}".lstrip(".")] = tuple(weight.shape)
+            for own, projection, count in _projections(module, args):
+                key = f"{name}.{own}".lstrip(".")
+                positions[key], shapes[key] = positions.get(key, 0) + count // batch, tuple(projection.shape)
             return
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -86,8 +86,9 @@ def _projections(
 ) -> Iterator[tuple[str, Tensor, int]]:
     """The names of the weights that project query, key and value, the weights, and how often each is applied."""
     counts = [tensor.numel() // tensor.shape[-1] for tensor in tensors]
-    if module.in_proj_weight is not None:
-        yield "in_proj_weight", module.in_proj_weight, sum(counts) // 3
+    packed: Tensor | None = module.in_proj_weight
+    if packed is not None:
+        yield "in_proj_weight", packed, sum(counts) // 3
         return
     for key, count in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), counts, strict=True):
         yield key, getattr(module, key), count
