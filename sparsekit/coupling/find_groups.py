@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsekit.coupling.form_groups import form_groups
-from sparsekit.coupling.named_integers import name_integers_
+from sparsekit.coupling.named_integers import name_integers_, uncached_reshapes
+from sparsekit.coupling.place_finder import PlaceFinder
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
 from sparsekit.coupling.rules.meeting import COMPUTED
@@ -150,9 +151,12 @@ def _trace(
     traced = copied(model)
     parameters = {name for name, _ in traced.named_parameters()}
     open_attention_(traced)
-    with evaluating(traced), attention_in_the_open(), functional_attention_in_the_open():
-        name_integers_(traced)
+    places = PlaceFinder(traced)
+    in_the_open = functional_attention_in_the_open(places.note_attention)
+    with evaluating(traced), attention_in_the_open(), in_the_open, uncached_reshapes():
+        name_integers_(traced, places.note_quotient)
         tracer = trace(traced, *inputs, in_training=in_training, through_layer_norm=through_layer_norm)
+        tracer.seen.quotients = places.quotients
     return form_groups(tracer.seen, solve(tracer.seen), parameters), tracer.unread()
 
 

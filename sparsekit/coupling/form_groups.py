@@ -42,6 +42,8 @@ def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> t
     for place, atoms in seen.places:
         for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
             component_places[number].append(place)
+    for number, attributes in sized.items():
+        component_places[number] += [place for place, by in seen.quotients.items() if by in attributes]
     formed = [
         _form(seen, sized, noted, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()

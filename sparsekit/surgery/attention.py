@@ -104,8 +104,8 @@ def attention_forward(
     projected = _projected((query, key, value), weights, packed, in_proj_bias)
     q, k, v = _in_heads(projected, (bias_k, bias_v), num_heads)
     batch = query.shape[1]
-    k = k if static_k is None else static_k.unflatten(0, (batch, num_heads))  # type: ignore[no-untyped-call]
-    v = v if static_v is None else static_v.unflatten(0, (batch, num_heads))  # type: ignore[no-untyped-call]
+    k = k if static_k is None else _unflattened(static_k, 0, (batch, num_heads))
+    v = v if static_v is None else _unflattened(static_v, 0, (batch, num_heads))
     if add_zero_attn:
         k, v = (torch.cat([one, torch.zeros_like(one[:, :, :1])], 2) for one in (k, v))
     only_causal = is_causal and key_padding_mask is None and not need_weights
@@ -127,11 +127,19 @@ def attention_forward(
 
 
 @contextmanager
-def functional_attention_in_the_open() -> Iterator[None]:
-    """Let `F.multi_head_attention_forward` be `attention_forward`, for code that calls it with weights of its own."""
+def functional_attention_in_the_open(note: Callable[[Any], None]) -> Iterator[None]:
+    """Let `F.multi_head_attention_forward` be `attention_forward`, for code that calls it with weights of its own.
+
+    `note` is told of the number of heads of each call, while it runs.
+    """
+
+    def noted(*args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        note(args[4] if len(args) > 4 else keywords["num_heads"])
+        return attention_forward(*args, **keywords)
+
     functional: Any = F
     before = functional.multi_head_attention_forward
-    functional.multi_head_attention_forward = attention_forward
+    functional.multi_head_attention_forward = noted
     try:
         yield
     finally:
@@ -250,7 +258,12 @@ def _in_heads(
     bias_k, bias_v = biases
     if bias_k is not None and bias_v is not None:
         k, v = (torch.cat([one, own.repeat(1, one.shape[1], 1)]) for one, own in ((k, bias_k), (v, bias_v)))
-    return tuple(one.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for one in (q, k, v))  # type: ignore[no-untyped-call]
+    return tuple(_unflattened(one, -1, (num_heads, -1)).permute(1, 2, 0, 3) for one in (q, k, v))
+
+
+def _unflattened(tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    split: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return split
 
 
 def _attention(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -268,7 +281,7 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, 
     both = []
     if attn_mask is not None:
         added = _added(attn_mask, q, k)
-        both.append(added if added.dim() == 2 else added.unflatten(0, (q.shape[0], q.shape[1])))  # type: ignore[no-untyped-call]
+        both.append(added if added.dim() == 2 else _unflattened(added, 0, (q.shape[0], q.shape[1])))
     if key_padding_mask is not None:
         both.append(_added(key_padding_mask, q, k)[:, None, None])
     return both[0] if len(both) == 1 else both[0] + both[1] if both else None

@@ -192,3 +192,16 @@ def test_heads_stay_only_where_the_mean_of_their_weights_is_read():
     read = {g.name: g for g in sk.find_groups(Block(True), x, round_to=1, min_channels=1)}
     assert "mean mixes channels" in read["attention"].frozen
     assert not read["embed"].frozen
+
+
+def test_the_projections_of_attention_have_costs():
+    x = torch.randn(2, 5, 6)
+    costs = {layer.weight: layer for layer in sk.find_groups(Block(False), x).layers}
+    assert list(costs) == [
+        "embed.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "head.weight",
+    ]
+    assert costs["attention.in_proj_weight"].macs == 5 * 16 * 48
+    assert costs["attention.out_proj.weight"].macs == 5 * 16 * 16

@@ -95,7 +95,7 @@ KINDS: dict[Rule, str] = {
     pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "
     "clone _to_copy contiguous where masked_fill leaky_relu elu gelu silu mish clamp maximum minimum bernoulli "
-    "hardtanh nan_to_num log_sigmoid_forward rsub addcmul addcdiv lerp pow complex polar _conj _conj_physical "
+    "hardtanh nan_to_num log_sigmoid_forward rsub zero addcmul addcdiv lerp pow complex polar _conj _conj_physical "
     "conj_physical resolve_conj resolve_neg rrelu_with_noise heaviside celu selu hypot logit",
     moving: "view _unsafe_view reshape _reshape_alias flip repeat repeat_interleave "
     "pixel_shuffle pixel_unshuffle rot90 tril triu slice select permute transpose t expand split "
