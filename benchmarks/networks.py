@@ -43,7 +43,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import machine_text, versions_text, wake_constants_, write_text
+from common import machine_text, random_mask, versions_text, wake_constants_, write_text
 from network_makers import Made, all_names, maker_of
 from rich.console import Console
 
@@ -52,7 +52,6 @@ Row = dict[str, Any]
 STEPS = 10
 # What a row shows of its stages.
 SHOWN = ("share", "through", "peer", "proof", "train", "again", "save", "export")
-HIGHEST_SHARE = 0.75
 
 
 # ---- the chain of one network ----------------------------------------------------------------------------------------
@@ -139,17 +138,6 @@ def stage(run: Callable[[], Any]) -> Any:
 def said(error: Exception) -> str:
     """An error in a line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-
-
-def random_mask(group: Any, draw: random.Random) -> Any:
-    """Keep-mask without a random share of the units."""
-    import torch
-
-    n = group.n_channels
-    gone = min(round(n * draw.uniform(0, HIGHEST_SHARE)), n - group.least)
-    mask = torch.ones(n, dtype=torch.bool)
-    mask[draw.sample(range(n), max(gone, 0))] = False
-    return mask
 
 
 def apart(model: Any, groups: Any, masks: Any, seconds: float, draw: random.Random) -> Row:
