@@ -309,13 +309,11 @@ def n_kept(group: sk.ChannelGroup, *, rounded: bool) -> int:
 
 
 def prove(chain: Chain) -> None:
-    """The larger figure of both cuts is noted before it is judged: sizes that agree by chance differ in one of them."""
+    """The larger figure of both cuts: sizes that agree by chance differ in one of them."""
     shares = random_shares(chain.groups)
     cuts = ((chain.plan, chain.pruned), (shares, sk.apply_plan(chain.model, shares)))
-    found = [sk.verify_cut(chain.model, cut, plan, tolerance=math.inf).max_rel for plan, cut in cuts]
+    found = [sk.verify_cut(chain.model, cut, plan, tolerance=CUT_TOLERANCE).max_rel for plan, cut in cuts]
     chain.figures["max_rel"] = max(found)
-    if not max(found) <= CUT_TOLERANCE:
-        raise ValueError(f"masked and cut model differ by {max(found):.3g} of the largest output")
 
 
 def random_shares(groups: sk.ChannelGroups) -> sk.PrunePlan:
