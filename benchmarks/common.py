@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Labelled = tuple["Tensor", "Tensor"]
+HIGHEST_SHARE = 0.75
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -108,6 +110,17 @@ def wake_constants_(model: nn.Module, generator: torch.Generator) -> None:
                 noise = torch.rand(parameter.shape, generator=generator)
                 table = parameter.dim() > 1 and float(flat[0]) == 0
                 parameter.copy_(0.2 * (noise - 0.5) if table or name.endswith("bias") else 0.5 + noise)
+
+
+def random_mask(group: sk.ChannelGroup, draw: random.Random) -> Tensor:
+    """Which units stay where a group loses a random share of them: from none to three quarters."""
+    import torch
+
+    n = group.n_channels
+    gone = min(round(n * draw.uniform(0, HIGHEST_SHARE)), n - group.least)
+    mask = torch.ones(n, dtype=torch.bool)
+    mask[draw.sample(range(n), max(gone, 0))] = False
+    return mask
 
 
 def flat_tensors(outputs: Any) -> list[Tensor]:

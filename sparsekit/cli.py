@@ -152,7 +152,7 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="A timm model name, or a recipe.")],
     image_size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     through_layer_norm: Annotated[
-        bool, typer.Option("--through-layer-norm", help="Cut channels under a LayerNorm too; not lossless.")
+        bool, typer.Option("--through-layer-norm", help="Cut channels under a LayerNorm too.")
     ] = False,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Show which residual blocks can go as a whole.")

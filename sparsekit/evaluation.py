@@ -49,9 +49,17 @@ def _functions(*methods: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """As `eval_mode`, without gradients."""
-    with eval_mode(model), torch.no_grad():
-        yield model
+    """As `eval_mode`, without gradients, and without the fused kernel for torch's transformer layers.
+
+    That kernel calls no layer, so hooks would not see any; and inputs packed for it suit no other forward.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eval_mode(model), torch.no_grad():
+            yield model
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextmanager

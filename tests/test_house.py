@@ -29,6 +29,7 @@ coupling: find_groups residual_blocks proof trace rules.table rules.contractions
     rules.placement rules.movement rules.maps rules.quantization rules.reductions rules.pointwise rules.meeting
     size_uses form_groups solve tracer observations place_finder named_integers labels
 surgery: transplant optimizer_state verify cut mask unstable_outputs constants norms bypass attributes rewrite_code
+    layer_norms attention
 export: parity graph_summary precision onnx_file group_merging quiet session
 training: loop splits loader display evaluate optimizers seeding data_sources models own_models
     checkpoint options

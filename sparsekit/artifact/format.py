@@ -9,6 +9,7 @@ build the module that the tensors fit, under these keys and no others:
     attributes   per module, the plain attributes that differ from a freshly built dense model (sizes, groups)
     tensors      name -> [dtype, shape]
     bypassed     names of residual blocks that are gone: they pass their input on
+    zeros        by name, the width of layer norms that count channels that the cut took as zeros
     plain        names of weight-standardised convolutions that the cut turned into plain ones
     rewrites     places in the code of modules that get another size: module, method, call, argument, hash of the
                  source, and the size, -1 for one that is left to torch
@@ -17,10 +18,10 @@ build the module that the tensors fit, under these keys and no others:
     info         whatever the caller adds: class names, input size, mean, std, accuracy, recipe
     versions     of sparsekit, torch and timm
 
-Loading builds the dense model again, bypasses blocks, makes convolutions plain, gives every tensor its shape, puts
-sizes into the code, sets attributes and fills in the numbers. It does not need the plan, so a model that was cut twice
-loads like any other. Before anything is built, the header of model.safetensors must agree with `tensors`, name by name:
-nothing is allocated that the file does not hold.
+Loading builds the dense model again, bypasses blocks, makes convolutions plain, lets layer norms count zeros, gives
+every tensor its shape, puts sizes into the code, sets attributes and fills in the numbers. It does not need the plan,
+so a model that was cut twice loads like any other. Before anything is built, the header of model.safetensors must agree
+with `tensors`, name by name: nothing is allocated that the file does not hold.
 
 An artifact is data. It names a model of the installed timm, or what the caller's factory builds, never a file, an
 address or an import. It can set plain attributes that are there already, and sizes in reshapes of installed code whose
@@ -112,6 +113,7 @@ class Structure(_Closed):
     tensors: dict[str, tuple[str, list[Annotated[int, Field(ge=0, lt=2**63)]]]]
     bypassed: list[str]
     plain: list[str]
+    zeros: dict[str, Annotated[int, Field(ge=1, lt=2**31)]]
     rewrites: list[Place]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     plan: Annotated[PrunePlan | None, PlainValidator(_read_plan), PlainSerializer(_write_plan)]

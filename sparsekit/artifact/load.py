@@ -19,7 +19,9 @@ from sparsekit.artifact.format import (
 )
 from sparsekit.errors import FileError, InputError, ModelError, VerificationError, first_line, first_names
 from sparsekit.evaluation import comparing, flat_tensors
+from sparsekit.surgery.attention import open_where_cut_
 from sparsekit.surgery.bypass import bypass_
+from sparsekit.surgery.layer_norms import count_zeros_
 from sparsekit.surgery.norms import is_standardised, make_plain_
 from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
 
@@ -42,6 +44,7 @@ def load(path: str | Path, *, factory: Factory | None = None) -> nn.Module:
     try:
         bypass_recorded_(model, structure.bypassed)
         _make_plain_(model, structure.plain)
+        count_recorded_zeros_(model, structure.zeros)
         fill_model_(model, structure, tensors)
     except Exception as error:  # a wrong artifact may fail in any way
         raise FileError(
@@ -81,6 +84,15 @@ def bypass_recorded_(model: nn.Module, names: list[str]) -> None:
         raise InputError(str(error)) from None
 
 
+def count_recorded_zeros_(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Let the named layer norms count zeros up to their dense width, in place. Raises InputError for other modules."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, width in widths.items():
+        if name not in modules:
+            raise InputError(f"the dense model has no module {name!r:.80}")
+        count_zeros_(modules[name], width)
+
+
 def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
     """Give a fresh dense model the recorded shapes, sizes, attributes and numbers, in place.
 
@@ -93,6 +105,7 @@ def fill_model_(model: nn.Module, structure: Structure, tensors: Mapping[str, Te
     holders = {name: _holder(modules, name) for name in tensors}
     for name, tensor in tensors.items():
         _make_room_(holders[name], name.rpartition(".")[2], tensor)
+    open_where_cut_(model)
     places = structure.rewrites
     for place in places:
         if place.call < 0 or place.argument < 0 or place.size == 0 or place.size < -1:

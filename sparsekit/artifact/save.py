@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from sparsekit.artifact.dense_model import Factory, build_by_factory, build_timm, describe_source
 from sparsekit.artifact.format import (
@@ -25,11 +26,13 @@ from sparsekit.artifact.format import (
     sha256_of,
     to_json_text,
 )
-from sparsekit.artifact.load import bypass_recorded_, fill_model_
+from sparsekit.artifact.load import bypass_recorded_, count_recorded_zeros_, fill_model_
 from sparsekit.errors import FileError, InputError, first_line
 from sparsekit.files import atomic_path, write_json
 from sparsekit.structure.plan import PrunePlan
+from sparsekit.surgery.attention import closed_class, is_open
 from sparsekit.surgery.bypass import bypassed
+from sparsekit.surgery.layer_norms import zeros_counted
 from sparsekit.surgery.norms import is_standardised, make_plain_
 from sparsekit.surgery.rewrite_code import original_class, rewritten_places
 
@@ -62,6 +65,8 @@ def save(
     bypass_recorded_(fresh, gone)
     plain = _made_plain(fresh, model)
     make_plain_(fresh, plain)
+    zeros = zeros_counted(model)
+    count_recorded_zeros_(fresh, zeros)
     _check_same_modules(fresh, model)
     tensors = _tensors_to_keep(fresh, model)
     structure = {
@@ -71,6 +76,7 @@ def save(
         "tensors": {name: [dtype_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
         "bypassed": gone,
         "plain": plain,
+        "zeros": zeros,
         "rewrites": _rewrites(model),
         "sha256": "0" * 64,
         "plan": plan.to_json() if plan else None,
@@ -97,8 +103,8 @@ def _made_plain(fresh: nn.Module, model: nn.Module) -> list[str]:
 
 def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
     """Raise InputError if the rebuilt model has other kinds of modules: it would compute something else."""
-    built = {name: type(module) for name, module in fresh.named_modules()}
-    held = {name: original_class(module) for name, module in model.named_modules()}
+    built = {name: _kind(module) for name, module in fresh.named_modules()}
+    held = {name: _kind(module) for name, module in model.named_modules()}
     for name in [*held, *built]:
         if built.get(name) is not held.get(name):
             mine, theirs = (one[name].__name__ if name in one else "nothing" for one in (held, built))
@@ -106,6 +112,13 @@ def _check_same_modules(fresh: nn.Module, model: nn.Module) -> None:
                 f"the model that would be rebuilt differs: {name or 'the model'} is {mine}, rebuilt {theirs}; pass "
                 "save(..., model_name=, model_args=) with the arguments it was created with, or factory="
             )
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """The class whose code the module runs; a parametrisation, a rewrite and open attention give it one of its own."""
+    if is_open(module):
+        return closed_class(module)
+    return type_before_parametrizations(module) if is_parametrized(module) else original_class(module)
 
 
 def _tensors_to_keep(fresh: nn.Module, model: nn.Module) -> dict[str, Tensor]:

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sparsekit.coupling.form_groups import form_groups
-from sparsekit.coupling.named_integers import name_integers_
+from sparsekit.coupling.named_integers import name_integers_, uncached_reshapes
+from sparsekit.coupling.place_finder import PlaceFinder
 from sparsekit.coupling.proof import prove
 from sparsekit.coupling.residual_blocks import find_blocks
+from sparsekit.coupling.rules.meeting import COMPUTED
 from sparsekit.coupling.solve import solve
 from sparsekit.coupling.trace import trace
 from sparsekit.errors import InputError, ModelError, first_line
@@ -23,6 +25,7 @@ from sparsekit.options import Blocks, RoundTo
 from sparsekit.structure.counting import attention_in_the_open, layer_costs
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups, check_rounding
 from sparsekit.structure.inputs import InputSpec
+from sparsekit.surgery.attention import functional_attention_in_the_open, open_attention_
 from sparsekit.surgery.attributes import read_sizes
 
 
@@ -44,9 +47,11 @@ def find_groups(
     quarter to a half of every free group of a copy with randomised norms, and all but one unit, in float64 (float32
     above 8 GMACs), and compares it with the masked copy. Any two groups lose different shares in one of its trials.
 
-    Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them: with one of them gone the
-    norm's mean and variance are others, so such a cut is not lossless even where the channel is zero
-    (`ChannelGroup.lossless`), and has to be fine-tuned.
+    Channels that a layer norm runs over stay, unless `through_layer_norm` asks for them. The norms of the cut model
+    count those that are gone as zeros, so zero channels go exactly. A channel is zero once the rows that make it are,
+    and scale and shift of every layer norm over it: the width of a transformer is one group of many layers, which
+    makes every other choice of channels another one. So it has to be asked for. The norm has to be a module of its own,
+    whatever its code, that has a scale.
 
     With `blocks` whole residual blocks are groups as well, of one channel each (`ChannelGroup.bypass`): those whose
     layer scales are all that stands between them and the identity. Their penalised weights are those scales. "all" adds
@@ -145,9 +150,13 @@ def _trace(
     """The groups that passes of a copy show, and the trained tensors that none of them read."""
     traced = copied(model)
     parameters = {name for name, _ in traced.named_parameters()}
-    with evaluating(traced), attention_in_the_open():
-        name_integers_(traced)
+    open_attention_(traced)
+    places = PlaceFinder(traced)
+    in_the_open = functional_attention_in_the_open(places.note_attention)
+    with evaluating(traced), attention_in_the_open(), in_the_open, uncached_reshapes():
+        name_integers_(traced, places.note_quotient)
         tracer = trace(traced, *inputs, in_training=in_training, through_layer_norm=through_layer_norm)
+        tracer.seen.quotients = places.quotients
     return form_groups(tracer.seen, solve(tracer.seen), parameters), tracer.unread()
 
 
@@ -161,7 +170,7 @@ def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: 
     elif computed := sorted(
         m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
     ):
-        reason = f"{computed[0]}.weight is computed from other tensors (a parametrisation)"
+        reason = f"{computed[0]}.weight {COMPUTED}"
     elif not reason and not group.of_role("consumer"):
         reason = "no layer reads its channels one by one"
     elif not reason and group.n_channels < 2:

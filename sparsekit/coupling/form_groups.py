@@ -42,6 +42,8 @@ def form_groups(seen: Observations, coupled: Coupled, parameters: set[str]) -> t
     for place, atoms in seen.places:
         for number in np.unique(coupled.component[atoms[atoms != FIXED]]).tolist():
             component_places[number].append(place)
+    for number, attributes in sized.items():
+        component_places[number] += [place for place, by in seen.quotients.items() if by in attributes]
     formed = [
         _form(seen, sized, noted, components, str(reason), parameters, component_places)
         for (_, reason), components in alike.items()
@@ -132,9 +134,7 @@ def _member(
     if role in ("producer", "depthwise") and len(readers) == 1 and "" not in readers:
         norm = next(iter(readers)).rpartition(".")[0]
     is_factor = role == "parameter" and bool(noted.factor[atoms[0][0]])
-    penalised = (
-        role not in ("consumer", "response", "layer_norm") and norm is None and not part[1] and not is_factor
-    )
+    penalised = role not in ("consumer", "response") and norm is None and not part[1] and not is_factor
     return Member(
         axis.tensor,
         axis.dim,

@@ -85,9 +85,10 @@ class Observations:
 
     edges: each (n, 2), pairs of atoms that go together. grids: by shape and content, each once. covers: (coarse,
     fine), where atom b of `coarse` covers row b of `fine`. fixed: atoms that must stay, and why. places: where code
-    computes the size of a dimension, and the atoms of this dimension. norms: for the weight of a layer, what reads the
-    layer's output: the weight of a normalisation, or "" for anything else. notes: the atoms of each role and trait.
-    n_atoms: one more than the largest atom.
+    computes the size of a dimension, and the atoms of this dimension. quotients: where code needs another text once an
+    attribute changes, because it divides by it. norms: for the weight of a layer, what reads the layer's output: the
+    weight of a normalisation, or "" for anything else. notes: the atoms of each role and trait. n_atoms: one more than
+    the largest atom.
     """
 
     axes: list[Axis] = field(default_factory=list)
@@ -97,6 +98,7 @@ class Observations:
     fixed: list[tuple[Atoms, str]] = field(default_factory=list)
     sizes: list[SizeUse] = field(default_factory=list)
     places: list[tuple[Place, Atoms]] = field(default_factory=list)
+    quotients: dict[Place, Attribute] = field(default_factory=dict)
     norms: dict[str, set[str]] = field(default_factory=dict)
     notes: dict[Role | Trait, list[Atoms]] = field(default_factory=dict)
     n_atoms: int = 1  # 0 is FIXED

@@ -245,11 +245,6 @@ def _attended(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None
                 tracer.seen.couple(labels.narrow(width, 0, 1), labels)
 
 
-def _layer_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
-    if tracer.through_layer_norm and len(args) > 1 and len(args[1]) == 1:
-        _note(tracer, args[1][0], args[0], args[0].dim() - 1)
-
-
 def _group_normed(tracer: Tracer, args: _Args, kwargs: _Kwargs, result: Any) -> None:
     """The number of norm groups falls with them; it has to be an attribute, or a part of one that counts channels."""
     number = args[1] if len(args) > 1 else kwargs["num_groups"]
@@ -313,7 +308,6 @@ _SIZE_RULES: dict[str, Callable[[Tracer, _Args, _Kwargs, Any], None]] = {
     "chunk": _chunked,
     "narrow": _narrowed,
     "scaled_dot_product_attention": _attended,
-    "layer_norm": _layer_normed,
     "group_norm": _group_normed,
     "conv2d": _convolved,
     "__getitem__": _indexed,

@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from sparsekit.coupling.rules.table import apply_rule
@@ -19,6 +19,7 @@ from sparsekit.coupling.size_uses import SizeWatcher, watch_declared_sizes_
 from sparsekit.coupling.tracer import OperatorCall, Tracer
 from sparsekit.errors import ModelError
 from sparsekit.evaluation import Arguments, flat_tensors
+from sparsekit.surgery.layer_norms import ZeroPaddedLayerNorm, layer_norm_form
 from sparsekit.surgery.norms import is_standardised
 
 # Modules with a rule of their own: what they do as a whole says more than what their operators do one by one.
@@ -30,18 +31,23 @@ _WHOLE_MODULES = {
 _STANDARDISED, _RECURRENT = "standardised_convolution", "recurrent_layer"
 # A subclass with a forward pass of its own may do anything with the parameters.
 _RECURRENT_PASSES = {kind.forward for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
+_LAYER_NORM = "zero_counting_layer_norm"
 
 
 def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
     """Apply a rule to each call of some modules instead of to their operators; in place, the model is a copy."""
 
-    def wrap(module: nn.Module, name: str) -> Callable[..., Any]:
+    def wrap(module: nn.Module, name: str, *more: Any) -> Callable[..., Any]:
         forward = module.forward
 
         def by_rule(*args: Any, **kwargs: Any) -> Any:
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
+            if name != _RECURRENT and (kwargs or len(args) != 1 or not isinstance(args[0], Tensor)):
+                return forward(*args, **kwargs)
+            # What recurrent layers and layer norms do inside is of no interest, also where it is written by hand.
+            whole = name == _RECURRENT or bool(more)
+            with _disable_current_modes(), torch._C.DisableTorchFunction() if whole else nullcontext():
                 result = forward(*args, **kwargs)
-            given = (module, *args) if name == _RECURRENT else (*args, module)
+            given = (module, *args) if name == _RECURRENT else (*args, module, *more)
             tensors = tuple(flat_tensors((args, kwargs)))
             outputs = tuple(flat_tensors(result))
             call = OperatorCall(name, torch.ops.aten.convolution.default, given, kwargs, tensors, outputs)
@@ -56,7 +62,11 @@ def _watch_whole_modules_(model: nn.Module, tracer: Tracer) -> None:
             name = _RECURRENT
         if name == _ROOT_MEAN_SQUARE and not _can_make_up(module):
             name = None
-        if name is not None:
+        asked = tracer.through_layer_norm or isinstance(module, ZeroPaddedLayerNorm)
+        form = layer_norm_form(module) if name is None and asked else None
+        if form is not None:
+            vars(module)["forward"] = wrap(module, _LAYER_NORM, form)
+        elif name is not None:
             vars(module)["forward"] = wrap(module, name)
 
 
@@ -101,6 +111,7 @@ def _pass(model: nn.Module, inputs: Arguments, tracer: Tracer) -> None:
         )
     for tensor in results:
         tracer.read(tensor)
+        tracer.settle(tensor)
         for labels in tracer.known(tensor).labels:
             tracer.seen.fix(labels, "it reaches the model's output")
 

@@ -69,6 +69,7 @@ class Tracer:
         self.places = PlaceFinder(model)
         self._known: MutableMapping[Tensor, Known] = WeakTensorKeyDictionary()
         self._names: MutableMapping[Tensor, str] = WeakIdKeyDictionary()
+        self._if_read: MutableMapping[Tensor, tuple[Tensor, str]] = WeakTensorKeyDictionary()
         self._parameters = dict(model.named_parameters())
         self._tensors: dict[str, Tensor] = {**self._parameters, **dict(model.named_buffers())}
         for name, tensor in self._tensors.items():
@@ -112,6 +113,15 @@ class Tracer:
                 self.seen.fix(labels, "it is spread over too many places to follow")
                 known = replace(known, labels=tuple(one for one in known.labels if one is not labels))
         self._known[tensor] = known
+
+    def fix_if_read(self, result: Tensor, labels: Tensor, reason: str) -> None:
+        """Note that these atoms must stay if anything reads `result`: attention weights are often thrown away."""
+        self._if_read[result] = (labels, reason)
+
+    def settle(self, tensor: Tensor) -> None:
+        """Note that something reads the tensor: an operator, or whoever called the model."""
+        if tensor in self._if_read:
+            self.seen.fix(*self._if_read.pop(tensor))
 
     def read(self, tensor: Tensor, norm: str = "") -> None:
         """Note what reads a layer's output: a normalisation, by the name of its weight, or anything else ("")."""

@@ -44,8 +44,8 @@ def measure_layers(
     Inputs have the shapes of `example_input`. The kernel of each convolution and linear layer is timed at four shares
     of each dimension that can shrink, rounded to whole steps; the size of a step is measured too. What `table` knows is
     not measured again. The exported model is timed as well, and the time that its layers do not explain is spread over
-    them by the size of their outputs. A layer that runs twice counts twice. A transposed convolution is not timed; its
-    latency is estimated from its MACs.
+    them by the size of their outputs. A layer that runs twice counts twice. Transposed convolutions and the
+    first projections of torch's attention are not timed; their latency is estimated from their MACs.
 
     The result is what `target={"latency": 0.5}`, a `latency` limit of `choose_channels` and `channel_latencies` need.
     `LayerCost.ms` is the latency in the dense model. Raises InputError if `groups` are of another model, or `table` is
@@ -101,7 +101,7 @@ class _Sweep:
         layer: LayerCost, groups: ChannelGroups, runs: Sequence[_LayerRun], steps: dict[str, int]
     ) -> _Sweep:
         module = runs[0].layer
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        if isinstance(module, (nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention)):
             return _Sweep(((layer.shape[0],), (layer.shape[1],)), (1, 1), ())
         widths = [group for group in groups.free if not group.bypass]
         shrinking = {m.dim for g in widths for m in g.members if m.tensor == layer.weight}

@@ -421,8 +421,8 @@ class CutSpec(StrictSpec):
     )
     through_layer_norm: bool = Field(
         default=False,
-        description="cut channels that a LayerNorm normalises over too; that changes its mean and variance, so the cut "
-        "is not lossless and needs fine-tuning",
+        description="cut channels that a LayerNorm normalises over too, such as the width of a vision transformer; "
+        "the norm then counts those that are gone as zeros",
     )
     blocks: bool = Field(
         default=False,

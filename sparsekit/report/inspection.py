@@ -97,7 +97,6 @@ class Inspection:
             "macs_share": macs[group.name] / self.macs if self.macs else 0.0,
             "params_share": params[group.name] / self.params if self.params else 0.0,
             "members": _members(group),
-            "lossless": group.lossless,
             "block": bool(group.bypass),
             "frozen": group.frozen,
         }
@@ -147,10 +146,6 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
     """Yield the lines under the name of a group: why it stays whole, and its members."""
     if row["frozen"]:
         yield Text(f"stays whole: {row['frozen']}", style="italic")
-    elif not row["lossless"]:
-        yield Text(
-            "not lossless: every channel removed changes the statistics of a layer norm", style="italic"
-        )
     if row["block"]:
         scales = [m["tensor"] for m in row["members"] if m["role"] in ("parameter", "silenced")]
         yield Text(f"the whole block, once {_compact(scales)} is zero", style="dim")

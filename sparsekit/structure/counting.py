@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,13 +49,8 @@ def count_macs(model: nn.Module, example_input: ExampleInput) -> int:
 @contextmanager
 def attention_in_the_open() -> Iterator[None]:
     """Compute attention as plain matrix products, because the counter does not know the fused kernels of a CPU."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def layer_costs(
@@ -62,13 +58,19 @@ def layer_costs(
 ) -> tuple[LayerCost, ...]:
     """Return the cost of every convolution and linear layer, observed in one forward pass on `batch` examples.
 
-    Without `batch` it is found out (`batch_size`).
+    Without `batch` it is found out (`batch_size`). The projections of torch's attention have costs too: the packed one
+    reads query, key and value in three parts.
     """
     batch = batch_size(model, example_input) if batch is None else batch
     positions: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            for own, projection, count in _projections(module, args):
+                key = f"{name}.{own}".lstrip(".")
+                positions[key], shapes[key] = positions.get(key, 0) + count // batch, tuple(projection.shape)
+            return
         weight = module.weight
         assert isinstance(weight, Tensor)
         if isinstance(module, nn.Linear):
@@ -84,12 +86,46 @@ def layer_costs(
     return tuple(LayerCost(name, shapes[name], positions[name]) for name in positions)
 
 
+def _projections(
+    module: nn.MultiheadAttention, tensors: tuple[Tensor, ...]
+) -> Iterator[tuple[str, Tensor, int]]:
+    """The names of the weights that project query, key and value, the weights, and how often each is applied."""
+    counts = [tensor.numel() // tensor.shape[-1] for tensor in tensors]
+    packed: Tensor | None = module.in_proj_weight
+    if packed is not None:
+        yield "in_proj_weight", packed, sum(counts) // 3
+        return
+    for key, count in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), counts, strict=True):
+        yield key, getattr(module, key), count
+
+
 def watch_layers(
     model: nn.Module,
     example_input: ExampleInput,
     record: Callable[[str, nn.Module, tuple[Tensor, ...], Tensor], None],
 ) -> None:
-    """Run the model once in eval mode, and call `record(name, layer, inputs, output)` for each run of a layer."""
+    """Run the model once in eval mode, and call `record(name, layer, inputs, output)` for each run of a layer.
+
+    Torch's attention uses the weight of its last layer without calling it. It is recorded as a whole, with query, key
+    and value, and then as if it had called that layer.
+    """
+
+    def record_attention(
+        name: str, module: nn.MultiheadAttention, args: Any, keywords: Any, out: Any
+    ) -> None:
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | keywords
+        record(name, module, (given["query"], given["key"], given["value"]), out[0])
+        read = out[0].new_empty(*out[0].shape[:-1], module.out_proj.weight.shape[1])
+        record(f"{name}.out_proj".lstrip("."), module.out_proj, (read,), out[0])
+
+    attention = [
+        module.register_forward_hook(
+            lambda m, args, keywords, out, name=name: record_attention(name, m, args, keywords, out),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and _takes_three(module)
+    ]
     hooks = [
         module.register_forward_hook(
             lambda m, args, kwargs, out, name=name: record(name, m, (*args, *kwargs.values()), out),
@@ -102,5 +138,10 @@ def watch_layers(
         with evaluating(model):
             as_inputs(example_input).call(model)
     finally:
-        for hook in hooks:
+        for hook in (*hooks, *attention):
             hook.remove()
+
+
+def _takes_three(module: nn.MultiheadAttention) -> bool:
+    """Whether it is called with query, key and value: a subclass may take other arguments."""
+    return list(inspect.signature(module.forward).parameters)[:3] == ["query", "key", "value"]

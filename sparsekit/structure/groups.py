@@ -56,7 +56,7 @@ class Member:
     - "parameter": a bare parameter (position embedding, layer scale, table of relative positions)
     - "response": the scale of a norm that divides by the mean over all channels (RMS, global response); a cut rescales
       it
-    - "layer_norm": scale and shift of a layer norm, whose statistics change with a cut: it is not lossless
+    - "layer_norm": scale and shift of a layer norm, which counts the channels that a cut takes as zeros
     - "size": `tensor` is an integer attribute that gives the number of positions, or entry `dim` of a tuple of them
     - "inside": all of a tensor of a residual block that goes as a whole
     - "silenced": as "inside", of the last layers of the block's branches: the block passes its input on once they are
@@ -125,11 +125,6 @@ class ChannelGroup:
     def lies_in(self, module: str) -> bool:
         """Whether all tensors of the group are inside that module."""
         return all(member.tensor.startswith(f"{module}.") for member in self.members)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether removing zero channels changes nothing. It does where a layer norm runs over them."""
-        return not self.of_role("layer_norm")
 
     @property
     def penalised(self) -> tuple[Member, ...]:

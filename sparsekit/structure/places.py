@@ -25,8 +25,10 @@ class Attribute:
 class Place:
     """A size in a reshape: an argument of a call (numbered in the order of the source) in a method of a module.
 
-    `source` is the hash of the method's text that the numbers belong to. `size` is what is written there instead: -1,
-    or a number (such as the width of a head) where the call already leaves another size to torch.
+    Quotients, such as the width of a head, are numbered behind the reshapes, calls of torch's attention behind these.
+    `method` may go on with the global functions that lead to the place, as in "forward/attend". `source` is the hash of
+    the text of the method, or of the last function, that the numbers belong to. `size` is what is written there
+    instead: -1, or a number (such as the width of a head) where the call already leaves another size to torch.
     """
 
     module: str

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from sparsekit.structure.counting import CONVOLUTIONS, TRANSPOSED
 from sparsekit.structure.places import Attribute, Place
+from sparsekit.surgery.attention import refit_attention_
+from sparsekit.surgery.layer_norms import ZeroPaddedLayerNorm
 from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_, written_number
 
 
@@ -67,7 +69,7 @@ def refit_recurrent_(module: nn.RNNBase | nn.RNNCellBase) -> None:
 
 
 def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None) -> None:
-    """Make the size attributes of a convolution, linear layer or BatchNorm agree with its tensors.
+    """Make the size attributes of a convolution, linear layer, norm or attention agree with its tensors.
 
     `rows` are those of the weight that were kept: a grouped convolution keeps the groups that they lie in.
     """
@@ -85,6 +87,11 @@ def refit_attributes_(module: nn.Module, *, rows: tuple[int, ...] | None = None)
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         refit_recurrent_(module)
+    elif isinstance(module, ZeroPaddedLayerNorm):
+        if "normalized_shape" in vars(module):
+            vars(module)["normalized_shape"] = (getattr(module, module.norm_scale).numel(),)
+    elif isinstance(module, nn.MultiheadAttention):
+        refit_attention_(module)
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = weight if weight is not None else module.running_mean
         if sized is not None:

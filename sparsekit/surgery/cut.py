@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from sparsekit.structure.places import Attribute
 from sparsekit.structure.plan import PrunePlan, TensorCut
+from sparsekit.surgery.attention import open_attention_
 from sparsekit.surgery.attributes import refit_attributes_, write_size_
 from sparsekit.surgery.bypass import bypass_
+from sparsekit.surgery.layer_norms import count_zeros_
 from sparsekit.surgery.mask import mask_model
-from sparsekit.surgery.norms import make_up_for_the_mean_, normalise_all_
+from sparsekit.surgery.norms import make_up_for_the_mean_
 from sparsekit.surgery.rewrite_code import leave_sizes_to_torch_
 
 
@@ -32,6 +35,7 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
     bypass_(masked, (block.module for block in plan.blocks))
     leave_sizes_to_torch_(masked, plan.rewrites)
     planned = {cut.tensor for cut in plan.cuts}
+    open_attention_(masked, _holders_of(planned))
     holders = _holders(masked)
     for cut in plan.cuts:
         if cut.role == "size":
@@ -39,9 +43,9 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
             continue
         if _is_gone(masked, cut):
             continue
-        _slice_(masked, cut, holders)
         if cut.role == "layer_norm":
-            normalise_all_(masked.get_submodule(cut.tensor.rpartition(".")[0]))
+            count_zeros_(masked.get_submodule(cut.tensor.rpartition(".")[0]), len(cut.keep) + len(cut.drop))
+        _slice_(masked, cut, holders)
         if cut.role == "response":
             make_up_for_the_mean_(masked, cut)
         bias = f"{cut.tensor.removesuffix('weight')}bias"
@@ -53,6 +57,12 @@ def cut_masked_(masked: nn.Module, plan: PrunePlan) -> nn.Module:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # on a GPU torch wants them in one piece of memory
     return masked
+
+
+def _holders_of(tensors: Iterable[str]) -> set[str]:
+    """The modules that hold the tensors, and those around them: attention holds its last layer."""
+    names = {tensor.rpartition(".")[0] for tensor in tensors}
+    return names | {name.rpartition(".")[0] for name in names}
 
 
 Holders = dict[int, list[tuple[nn.Module, str]]]

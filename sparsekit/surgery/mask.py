@@ -12,7 +12,7 @@ from sparsekit.evaluation import copied
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.attributes import read_sizes
 from sparsekit.surgery.constants import blank_columns_, fold_constants_
-from sparsekit.surgery.norms import make_readers_plain_, normalise_what_stays_
+from sparsekit.surgery.norms import make_readers_plain_
 
 
 def mask_model(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -76,7 +76,6 @@ def _masked(
     _silence_blocks_(masked, plan)
     detach_(masked, plan)
     _silence_(masked, plan)
-    _confine_layer_norms_(masked, plan)
     return masked
 
 
@@ -91,8 +90,8 @@ def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def _silence_(model: nn.Module, plan: PrunePlan) -> None:
-    """Set dropped channels to zero if the plan cuts a response norm, which looks at all channels; in place."""
-    if not any(cut.role == "response" for cut in plan.cuts):
+    """Set dropped channels to zero if the plan cuts norms that look at all channels; in place."""
+    if not any(cut.role in ("response", "layer_norm") for cut in plan.cuts):
         return
     tensors = dict(model.named_parameters())
     with torch.no_grad():
@@ -100,10 +99,3 @@ def _silence_(model: nn.Module, plan: PrunePlan) -> None:
             if cut.role not in ("consumer", "response") and cut.tensor in tensors:
                 tensor = tensors[cut.tensor]
                 tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
-
-
-def _confine_layer_norms_(model: nn.Module, plan: PrunePlan) -> None:
-    """Let layer norms that lose channels look only at those that stay, as the cut ones will; in place."""
-    for cut in plan.cuts:
-        if cut.role == "layer_norm" and cut.tensor.endswith("weight"):
-            normalise_what_stays_(model.get_submodule(cut.tensor.rpartition(".")[0]), cut.keep)

@@ -20,10 +20,13 @@ from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
 from torch.utils.data import Dataset
+from torchvision.datasets import DatasetFolder
 
 from sparsekit.errors import DataError, first_line
 
 Picture = Image.Image
+# Pillow knows many more, and opens a file as what it holds, whatever its name: for EPS it starts Ghostscript.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 Labels = NDArray[np.int64]
 _SYNONYMS = {
     "train": ("train", "training"),
@@ -142,6 +145,8 @@ def open_timm(name: str, root: Path, split: str) -> tuple[Images, tuple[str, ...
             f"data {name!r}, split {split!r}, cannot be opened in {root} ({error}). "
             "Download it there first, or check the name."
         ) from error
+    if isinstance(source, DatasetFolder):
+        source.loader = _decode
     reader = getattr(source, "reader", None)
     labels = np.array(_source_labels(source, reader), dtype=np.int64)
     names = _source_classes(source, reader) or tuple(str(c) for c in range(int(labels.max(initial=-1)) + 1))
@@ -203,7 +208,7 @@ def _read_stored(places: Sequence[_Stored], index: int) -> Picture:
 
 
 def _decode(file: Any) -> Picture:
-    image: Picture = Image.open(file)
+    image: Picture = Image.open(file, formats=IMAGE_FORMATS)
     image.load()
     return image
 

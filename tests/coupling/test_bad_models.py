@@ -318,6 +318,12 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
         find_groups(model, IMAGE)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_layer_with_the_old_weight_norm_stays_and_says_why() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 6, 1)), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    assert "is computed from other tensors" in find_groups(model, IMAGE)["0"].frozen
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_a_scripted_model_is_refused() -> None:
     model = torch.jit.trace(TwoLayers(_plain).eval(), IMAGE)

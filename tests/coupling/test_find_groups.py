@@ -357,6 +357,7 @@ def test_a_layer_whose_weight_is_computed_is_kept_and_says_so(wrap: object, plac
     groups = find_groups(model, torch.randn(1, 3, 8, 8))
     (touched,) = [g for g in groups if g.name == str(place)]
     assert f"{place}.weight is computed from other tensors" in touched.frozen
+    assert "remove_parametrizations" in touched.frozen
     assert [g.name for g in groups.free] == (["2"] if place == 0 else [])
 
 

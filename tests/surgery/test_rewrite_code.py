@@ -268,42 +268,11 @@ class WithDecorator(Heads):
         return x.reshape(len(x), 5, self.num_heads, c // self.num_heads)
 
 
-def split_heads(x: Tensor, c: int, num_heads: int) -> Tensor:
-    return x.reshape(len(x), 5, num_heads, c // num_heads)
-
-
-class WithFunction(Heads):
-    def split(self, x: Tensor, c: int) -> Tensor:
-        return split_heads(x, c, self.num_heads)
-
-
 class WithLambda(Heads):
     split = lambda self, x, c: x.reshape(len(x), 5, self.num_heads, c // self.num_heads)  # noqa: E731
 
 
-class WithTwoOnALine(Heads):
-    def split(self, x: Tensor, c: int) -> Tensor:
-        return x.reshape(len(x), 5, self.num_heads, c // self.num_heads).reshape(
-            len(x), 5, self.num_heads, c // 4
-        )
-
-
-class WithStar(Heads):
-    def split(self, x: Tensor, c: int) -> Tensor:
-        sizes = (self.num_heads, c // self.num_heads)
-        return x.reshape(len(x), 5, *sizes)
-
-
-LEFT_ALONE = [WithSuper, WithWrapper, WithDecorator, WithFunction, WithLambda, WithStar]
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not say in which column a call is")
-def test_two_reshapes_on_a_line_are_told_apart() -> None:
-    model = WithTwoOnALine()
-    groups = find_groups(model, TOKENS)
-    assert not groups["up"].frozen
-    plan = make_plan(groups, random_masks(groups, 0.5))
-    assert verify_cut(model, apply_plan(model, plan), plan).max_rel < 1e-5
+LEFT_ALONE = [WithSuper, WithWrapper, WithDecorator, WithLambda]
 
 
 @pytest.mark.parametrize("make", LEFT_ALONE)
@@ -361,13 +330,52 @@ class WithDefault(Heads):
         return x.reshape(len(x), n, self.num_heads, c // self.num_heads)
 
 
-@pytest.mark.parametrize("make", [Inherited, WithView, OverLines, WithName, WithRestLeftToTorch, WithDefault])
+# Python 3.10 does not say in which column a call is.
+KNOWS_COLUMNS = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell columns")
+
+
+def split_heads(x: Tensor, c: int, num_heads: int) -> Tensor:
+    return x.reshape(len(x), 5, num_heads, c // num_heads)
+
+
+class WithFunction(Heads):
+    def split(self, x: Tensor, c: int) -> Tensor:
+        return split_heads(x, c, self.num_heads)
+
+
+class WithTwoOnALine(Heads):
+    def split(self, x: Tensor, c: int) -> Tensor:
+        return x.reshape(len(x), 5, self.num_heads, c // self.num_heads).reshape(
+            len(x), 5, self.num_heads, c // 4
+        )
+
+
+class WithStar(Heads):
+    def split(self, x: Tensor, c: int) -> Tensor:
+        sizes = (self.num_heads, c // self.num_heads)
+        return x.reshape(len(x), 5, *sizes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Inherited,
+        WithView,
+        OverLines,
+        WithName,
+        WithRestLeftToTorch,
+        WithDefault,
+        WithFunction,
+        pytest.param(WithTwoOnALine, marks=KNOWS_COLUMNS),
+        WithStar,
+    ],
+)
 def test_other_ways_to_write_it_are_understood(make: Callable[[], nn.Module]) -> None:
     model = make().eval()
     groups = find_groups(model, TOKENS)
     assert groups["up"].n_channels == 4
     plan = make_plan(groups, random_masks(groups, 0.5))
-    assert {place.method for place in plan.rewrites} == {"split", "join"}
+    assert {place.method.partition("/")[0] for place in plan.rewrites} == {"split", "join"}
     assert verify_cut(model, apply_plan(model, plan), plan).max_rel < 1e-5
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import subprocess
 import tarfile
 import traceback
 from collections import Counter
@@ -209,6 +210,21 @@ def test_a_corrupt_image_is_named(tmp_path: Path, workers: int, kind: str, broke
     assert place in message
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["folder", "torch/image_folder"])
+def test_an_image_is_never_handed_to_another_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_folder(tmp_path / "train", class_files() | {"b/2.png": EPS})
+    data = open_data(name, root=tmp_path, validation_share=0.2, test_share=0.2)
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    everything = Images(data.train.read, data.train.where, np.arange(10), np.repeat([0, 1], 5))
+    with pytest.raises(DataError, match="cannot identify image file"):
+        list(everything)
 
 
 def test_a_tar_read_before_and_in_workers_gives_the_same_images(tmp_path: Path) -> None:

@@ -194,9 +194,9 @@ def _convolve(
     computed = filters.weight and not filters.labels and min(weight.shape[:2]) > 1
     for one in filters.labels:
         if len(span(one)) > 1:
-            tracer.seen.fix(one, COMPUTED)
+            tracer.seen.fix(one, f"the weight of a layer it runs through {COMPUTED}")
     for one in (*read, *produced) if computed else ():
-        tracer.seen.fix(one, COMPUTED)
+        tracer.seen.fix(one, f"the weight of a layer it runs through {COMPUTED}")
     channels = [one.flatten() for one in read]
     if conv_groups == 1:
         _meet_columns(tracer, channels, columns)

@@ -12,7 +12,10 @@ from sparsekit.coupling.labels import aligned, merged_by_span, span
 from sparsekit.coupling.observations import Atoms, joined
 from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
-COMPUTED = "the weight of a layer it runs through is computed from other tensors (a parametrisation)"
+COMPUTED = (
+    "is computed from other tensors (a parametrisation); torch.nn.utils.parametrize.remove_parametrizations makes it "
+    "a plain weight, which can be cut"
+)
 PLACES = "it says where to read or write"
 MIXES = "{} mixes channels, so removing one changes all others"
 

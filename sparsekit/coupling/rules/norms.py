@@ -46,10 +46,31 @@ def layer_norm(tracer: Tracer, call: OperatorCall) -> None:
     """Layer normalisation: channels that it runs over stay, unless `through_layer_norm` lets them go."""
     tensor, shape = call.args[0], call.args[1]
     dims = set(range(tensor.dim() - len(shape), tensor.dim()))
-    weight = call.arg(2, "weight")
-    # Where the scale is computed, or missing, a cut has nothing to change.
-    lets_through = tracer.through_layer_norm and len(shape) == 1 and tracer.name_of(weight) is not None
-    _mixing_norm(tracer, call, dims, [weight, call.arg(3, "bias")], len(shape), lets_through=lets_through)
+    _mixing_norm(tracer, call, dims, [call.arg(2, "weight"), call.arg(3, "bias")], len(shape))
+
+
+def zero_counting_layer_norm(tracer: Tracer, call: OperatorCall) -> None:
+    """A layer norm as a module: `surgery` lets it count channels that are gone as zeros.
+
+    A zero channel comes out as shift - mean x scale / deviation. So it is zero for its readers if scale and shift are.
+    """
+    tensor, module, form = call.args
+    known, dim = tracer.known(tensor), form.dim % tensor.dim()
+    for one in () if tracer.through_layer_norm else known.labels:
+        if dim in span(one):  # the module is what a cut made of a layer norm
+            tracer.seen.fix(one, MIXES.format("a layer norm"))
+    labels = [together(tracer, one, [dim]) if span(one) != (dim,) else one for one in known.labels]
+    feeds = None
+    for name in (form.scale, form.shift):
+        for one in () if name is None else tracer.known(getattr(module, name)).labels:
+            tracer.seen.note("layer_norm", one)
+            if not any(dim in span(other) for other in known.labels):
+                tracer.seen.fix(one, "it normalises channels whose number is fixed")
+            labels.append(along(one.flatten(), dim, tensor.dim()))
+            feeds = joined([feeds, to_atoms(one).ravel()])
+    tracer.read(tensor)
+    merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
+    tracer.learn(call.outputs[0], Known(merged, known.weight, feeds, known.squashed))
 
 
 def rms_norm(tracer: Tracer, call: OperatorCall) -> None:
@@ -101,32 +122,28 @@ def _mixing_norm(
     dims: set[int],
     affine: Sequence[Tensor | None],
     tail: int,
-    *,
-    lets_through: bool = False,
 ) -> None:
     """Statistics over several channels: these stay, or go together where one norm serves many units.
 
     dims: those of the statistics. affine: scale and shift. tail: how many trailing dimensions scale and shift lie
-    along, 0 for dimension 1. lets_through: channels may go all the same; then the statistics are those of the rest.
+    along, 0 for dimension 1.
     """
     tensor = call.args[0]
     known = tracer.known(tensor)
     parameters = [t for t in affine if isinstance(t, Tensor)]
     label = next((tracer.name_of(t) for t in parameters if tracer.name_of(t)), None)
     reason = MIXES.format((label or "").removesuffix(".weight") or "a normalisation")
-    labels, through = list(known.labels), False
+    labels = list(known.labels)
     for one in known.labels:
         inside = [d for d in span(one) if d in dims]
         if inside and set(inside) == set(span(one)):
-            through = lets_through or through
-            if not lets_through:
-                tracer.seen.fix(one, reason)
+            tracer.seen.fix(one, reason)
         elif inside:
             together(tracer, one, inside)
     for t in parameters:
         for one in tracer.known(t).labels:
             labels.append(aligned(one, tensor.dim()) if tail else along(one, 1, tensor.dim()))
-            tracer.seen.note("layer_norm" if through else "norm", one)
+            tracer.seen.note("norm", one)
     tracer.read(tensor)
     merged = finest(tracer, merged_by_span(labels, tracer.seen.couple))
     tracer.learn(call.outputs[0], Known(merged, known.weight, None, known.squashed))

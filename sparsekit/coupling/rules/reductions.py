@@ -14,7 +14,11 @@ def reducing(tracer: Tracer, call: OperatorCall) -> None:
     tensor, out = call.tensors[0], call.outputs[0]
     known = tracer.known(tensor)
     dims = _reduced_dims(call, tensor)
-    labels = within(tracer, known.labels, dims, MIXES.format(call.name))
+    for one in known.labels:
+        if span(one) and set(span(one)) <= dims:
+            tracer.fix_if_read(out, one, MIXES.format(call.name))
+    rest = [one for one in known.labels if not span(one) or not set(span(one)) <= dims]
+    labels = within(tracer, rest, dims, MIXES.format(call.name))
     for d in sorted(dims, reverse=True) if out.dim() < tensor.dim() else ():
         labels = [one.squeeze(d) for one in labels]
     tracer.read(tensor)

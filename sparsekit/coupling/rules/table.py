@@ -49,6 +49,7 @@ from sparsekit.coupling.rules.norms import (
     response_norm,
     rms_norm,
     root_mean_square_norm,
+    zero_counting_layer_norm,
 )
 from sparsekit.coupling.rules.placement import (
     gathering,
@@ -75,6 +76,8 @@ def rule_for(name: str, operator: OpOverload) -> Rule:
 def apply_rule(tracer: Tracer, call: OperatorCall) -> None:
     """Note in `tracer` what is seen in one call, and what is known of its outputs."""
     rule = rule_for(call.name, call.operator)
+    for tensor in call.tensors:
+        tracer.settle(tensor)
     if not call.outputs:  # a look at a value: `item`, or an assertion
         return
     try:
@@ -92,7 +95,7 @@ KINDS: dict[Rule, str] = {
     pointwise: "hardswish hardsigmoid dropout native_dropout detach alias lift_fresh zeros_like ones_like empty_like "
     "full_like rand_like randn_like new_empty_strided feature_dropout prelu _prelu_kernel softplus fill copy "
     "clone _to_copy contiguous where masked_fill leaky_relu elu gelu silu mish clamp maximum minimum bernoulli "
-    "hardtanh nan_to_num log_sigmoid_forward rsub addcmul addcdiv lerp pow complex polar _conj _conj_physical "
+    "hardtanh nan_to_num log_sigmoid_forward rsub zero addcmul addcdiv lerp pow complex polar _conj _conj_physical "
     "conj_physical resolve_conj resolve_neg rrelu_with_noise heaviside celu selu hypot logit",
     moving: "view _unsafe_view reshape _reshape_alias flip repeat repeat_interleave "
     "pixel_shuffle pixel_unshuffle rot90 tril triu slice select permute transpose t expand split "
@@ -141,6 +144,7 @@ KINDS: dict[Rule, str] = {
     local_response_norm: "local_response_norm",
     response_norm: "global_response_norm",
     root_mean_square_norm: "root_mean_square_norm",
+    zero_counting_layer_norm: "zero_counting_layer_norm",
     matrix_product: "mm addmm bmm baddbmm",
     linear_layer: "linear",
     convolution: "convolution _convolution",
@@ -162,6 +166,7 @@ OURS = frozenset(
         "local_response_norm",
         "global_response_norm",
         "root_mean_square_norm",
+        "zero_counting_layer_norm",
         "standardised_convolution",
         "recurrent_layer",
     )
