@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from sparsekit.artifact.format import OwnSource, Structure, TimmSource, to_json_text
-from sparsekit.errors import FileError, InputError, ModelError, first_line, first_names
+from sparsekit.errors import FileError, InputError, ModelError, first_line
 from sparsekit.evaluation import copied
 
 Factory = Callable[[], nn.Module]
-# Arguments of `timm.create_model` that name weights, files or addresses; an artifact has weights of its own.
-_NOT_ARCHITECTURE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def describe_source(
@@ -66,12 +64,11 @@ def build_timm(name: str, args: Mapping[str, Any]) -> nn.Module:
     """A timm model with new weights, on the CPU. Raises ModelError for what would need a download or a file."""
     import timm
 
+    from sparsekit.training.models import check_arguments
+
     if ":" in name or not timm.is_model(name):
         raise ModelError(f"timm has no model {name!r:.60}; timm.list_models() lists the names")
-    if foreign := sorted(args.keys() & set(_NOT_ARCHITECTURE)):
-        raise ModelError(
-            f"model_args must not hold {first_names(foreign)}: an artifact has weights of its own; leave it out"
-        )
+    check_arguments(name, args)
     shown = ", ".join(f"{key}={value!r:.40}" for key, value in args.items())
     return _built(lambda: timm.create_model(name, pretrained=False, **args), f"timm's {name!r} ({shown})")
 

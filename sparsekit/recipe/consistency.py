@@ -42,6 +42,10 @@ class Sections(Protocol):
     benchmark: BenchmarkSpec
 
 
+# Arguments of timm's models that a recipe says elsewhere.
+_SAID_BY_DATA = {"num_classes": "the images", "in_chans": "data.in_chans", "img_size": "data.image_size"}
+
+
 def contradictions(recipe: Sections) -> Iterator[Contradiction]:
     """All contradictions in a recipe."""
     yield from _model_contradictions(recipe)
@@ -65,6 +69,11 @@ def _model_contradictions(recipe: Sections) -> Iterator[Contradiction]:
             "model.pretrained and model.checkpoint exclude each other: the weights come from one place",
         )
     if model.factory is None:
+        for key in (key for key in _SAID_BY_DATA if key in model.args):
+            yield Contradiction(
+                (f"model.args.{key}", "model.args"),
+                f"model.args must not hold {key}, because it comes from {_SAID_BY_DATA[key]}; leave it out",
+            )
         return
     if model.name is not None:
         yield Contradiction(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,14 @@ from torch import nn
 
 from sparsekit.errors import FileError, ModelError, first_line, first_names
 from sparsekit.files import atomic_path, is_pickle
+
+# What timm takes for many architectures, whether their constructors name it or not.
+_COMMON_ARGUMENTS = (
+    *("num_classes", "in_chans", "img_size", "drop_rate", "drop_path_rate", "global_pool"),
+    *("bn_eps", "bn_momentum", "bn_tf"),
+)
+
+_NOT_OF_AN_ARCHITECTURE = {"self", "args", "kwargs", "device", "dtype"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ def create_model(
     Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError (checkpoint).
     """
     _check_name(name)
+    check_arguments(name, args or ())
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
     # Weights from a file replace all others: there is nothing to download.
     download = pretrained and checkpoint is None
@@ -69,6 +80,7 @@ def trained_classes(
     The random state does not move. Raises ModelError and FileError as `create_model` does.
     """
     _check_name(name)
+    check_arguments(name, args or ())
     with torch.random.fork_rng():
         model: Any = _build(name, False, image_size, args or {})
     if not _classifier_names(model) or model.num_classes < 1:
@@ -105,6 +117,39 @@ def build_arguments(
         except TypeError:
             return keywords
     return {**keywords, "img_size": image_size}
+
+
+def check_arguments(name: str, args: Iterable[str]) -> None:
+    """Raise ModelError unless all of these arguments of `timm.create_model` shape the architecture.
+
+    Those are what the constructors in the architecture's file of timm take. Others name files, addresses and weights,
+    and some versions of timm unpickle what these name, which can run any code.
+    """
+    allowed = _shaping_arguments(name)
+    refused = [key for key in args if key not in allowed]
+    if refused:
+        near = difflib.get_close_matches(refused[0], allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {first_names(sorted(allowed))}"
+        raise ModelError(f"{name} has no argument {first_names(refused)} that shapes it; {hint}")
+
+
+def _shaping_arguments(name: str) -> set[str]:
+    base = name.split(".")[0]
+    if not timm.is_model(base):  # of a hub or a folder, where its architecture is written
+        return set(_COMMON_ARGUMENTS)
+    module = sys.modules[timm.model_entrypoint(base).__module__]
+    of_timm = [
+        one for one in vars(module).values() if getattr(one, "__module__", "").startswith("timm.models.")
+    ]
+    classes = [one for one in of_timm if inspect.isclass(one) and issubclass(one, nn.Module)]
+    taken = set(_COMMON_ARGUMENTS)
+    for one in classes:
+        makers = (
+            vars(base)["__init__"] for base in one.__mro__ if "__init__" in vars(base) and base is not object
+        )
+        named = {key for maker in makers for key in inspect.signature(maker).parameters}
+        taken |= named if "num_classes" in named else set()
+    return taken - _NOT_OF_AN_ARCHITECTURE - set(inspect.signature(timm.create_model).parameters)
 
 
 def input_config(

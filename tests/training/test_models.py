@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from sparsekit.errors import FileError, ModelError
-from sparsekit.training.models import create_model, input_config, trained_classes
+from sparsekit.training.models import check_arguments, create_model, input_config, trained_classes
 
 
 def test_the_callers_seed_decides_the_weights() -> None:
@@ -41,8 +43,39 @@ def test_unknown_name_offers_the_nearest(name: str) -> None:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    with pytest.raises(ModelError, match=r"'resnet10t' cannot be built .*no_such_argument"):
+    with pytest.raises(
+        ModelError, match=r"resnet10t has no argument no_such_argument that shapes it; it has "
+    ):
         create_model("resnet10t", num_classes=2, args={"no_such_argument": 1})
+    with pytest.raises(ModelError, match=r"no argument stem_widht .*did you mean stem_width\?"):
+        create_model("resnet10t", num_classes=2, args={"stem_widht": 8})
+    with pytest.raises(ModelError, match=r"'resnet10t' cannot be built with stem_type='deep', layers=1"):
+        create_model("resnet10t", num_classes=2, args={"stem_type": "deep", "layers": 1})
+
+
+OF_CREATION = sorted({*inspect.signature(timm.create_model).parameters} - {"kwargs"})
+
+
+@pytest.mark.parametrize("key", [*OF_CREATION, "pretrained_cfg", "features_only", "url", "device"])
+@pytest.mark.parametrize("name", ["resnet10t", "hf-hub:someone/something"])
+def test_only_what_shapes_an_architecture_reaches_timm(
+    name: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was called"))
+    with pytest.raises(ModelError, match=f"has no argument {key} that shapes it"):
+        create_model(name, num_classes=2, args={key: "evil.pth"})
+
+
+def test_what_people_set_of_an_architecture_is_allowed() -> None:
+    for name, keys in {
+        "resnet18": "drop_path_rate drop_rate global_pool stem_width act_layer output_stride",
+        "vit_tiny_patch16_224": "depth embed_dim patch_size init_values class_token no_embed_class",
+        "efficientnet_b0": "drop_path_rate bn_eps bn_momentum act_layer pad_type",
+        "swin_tiny_patch4_window7_224": "window_size depths embed_dim",
+        "convnext_atto": "depths dims ls_init_value conv_mlp",
+        "swinv2_cr_tiny_224": "window_size window_ratio",
+    }.items():
+        check_arguments(name, keys.split())
 
 
 def test_pretrained_weights_that_do_not_exist() -> None:
