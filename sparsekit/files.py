@@ -1,13 +1,14 @@
-"""Write files atomically, and recognise a pickle."""
+"""Write files atomically and for good, tell whether one has changed, and recognise a pickle."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any exception it is removed.
 
-    A reader sees the old file or the new one, never half of one. Raises RunError if the disk is full.
+    A reader sees the old file or the new one, never half of one, also after a power cut: what was written is on the
+    disk before its name is. Raises RunError if the disk is full.
     """
     temporary: Path | None = None
     try:
@@ -33,7 +35,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except Exception as error:
         if _is_full(error):
             raise RunError(
@@ -44,6 +48,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    with suppress(PermissionError):  # Windows opens no folder
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `atomic_path` left when its process was killed, by its name."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _is_full(error: Exception) -> bool:

@@ -592,7 +592,7 @@ def test_all_problems_with_the_world_are_told_at_once_and_nothing_is_written(
         ("cut.ignore=[layer9]", "layer9"),
         ("model.name=inception_v3", "image_size"),
         ("data.batch_size=1", "batch_size"),
-        ("model.args={features_only: true}", "model"),
+        ("model.args={features_only: true}", "model.args: test_resnet has no argument features_only"),
         ("data.augment={auto_augment: nonsense}", "nonsense"),
         ("export.opset=3", "opset"),
     ],

@@ -31,7 +31,6 @@ it too. A SHA-256 of structure.json, kept elsewhere, covers the whole artifact.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +50,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from sparsekit.errors import FileError, InputError, first_names
-from sparsekit.files import is_pickle
+from sparsekit.files import is_pickle, sha256_of
 from sparsekit.machine import library_versions
 from sparsekit.structure.places import Place
 from sparsekit.structure.plan import PrunePlan
@@ -192,15 +191,6 @@ def portable_attributes(module: nn.Module) -> dict[str, Any]:
 def dtype_name(tensor: Tensor) -> str:
     """The dtype as an artifact records it, such as float32."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def to_json_text(structure: Mapping[str, Any]) -> str:

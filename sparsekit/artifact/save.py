@@ -23,12 +23,11 @@ from sparsekit.artifact.format import (
     dtype_name,
     installed_versions,
     portable_attributes,
-    sha256_of,
     to_json_text,
 )
 from sparsekit.artifact.load import bypass_recorded_, count_recorded_zeros_, fill_model_
 from sparsekit.errors import FileError, InputError, first_line
-from sparsekit.files import atomic_path, write_json
+from sparsekit.files import atomic_path, sha256_of
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.attention import closed_class, is_open
 from sparsekit.surgery.bypass import bypassed
@@ -47,7 +46,7 @@ def save(
     plan: PrunePlan | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `model` to the folder `path`, created or replaced, each file atomically; returns the folder.
+    """Write `model` to the folder `path`, created, or replaced as a whole; returns the folder.
 
     A timm model needs nothing more if its name and class count say how to build it. With other arguments (image size,
     custom depths) give `model_name` and `model_args` as for `timm.create_model`. Any other module needs `factory`, a
@@ -84,10 +83,14 @@ def save(
         "versions": installed_versions(),
     }
     _rehearse_loading(fresh, to_json_text(structure), tensors)  # before anything is written over
-    with atomic_path(path / "model.safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-        structure["sha256"] = sha256_of(temporary)
-    write_json(path / "structure.json", structure, indent=None)  # a plan has thousands of indices
+    # Both are written before the first takes its name, so that an interruption leaves the artifact that was there.
+    with (
+        atomic_path(path / "structure.json") as described,
+        atomic_path(path / "model.safetensors") as stored,
+    ):
+        safetensors.torch.save_file(tensors, stored, metadata={"format": "pt"})
+        structure["sha256"] = sha256_of(stored)
+        described.write_text(to_json_text(structure) + "\n", encoding="utf-8")
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+from filelock import FileLock
 from platformdirs import user_cache_path
 
 from sparsekit.errors import RunError
@@ -21,6 +22,7 @@ from sparsekit.machine import describe_machine
 __all__ = ["LatencyTable", "step_width"]
 
 _FORMAT = 1
+_LOCK_SECONDS = 10
 # Channels between two multiples of a step gain nothing. Without steps they gain in proportion, some over half.
 _FLAT = 0.35
 _STEPS = (32, 16, 8, 4)
@@ -89,13 +91,15 @@ class LatencyTable:
             return {}
 
     def _write(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._ms = self._read() | self._ms  # another process may have measured as well
-        content: dict[str, Any] = {"format": _FORMAT, "machine": self.machine, "ms": self._ms}
         try:
-            write_json(self.path, content)
-        except (OSError, RunError) as error:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self._ms = self._read() | self._ms  # another process may have measured as well
+                content: dict[str, Any] = {"format": _FORMAT, "machine": self.machine, "ms": self._ms}
+                write_json(self.path, content)
+        except (OSError, RunError, NotImplementedError) as error:  # a Timeout is an OSError
             warnings.warn(
                 f"the latency table cannot be kept in {self.path.parent} ({error}): the next run measures again; "
                 "set SPARSEKIT_CACHE to a folder that can be written",

@@ -26,6 +26,8 @@ from sparsekit.training.loader import Augment
 from sparsekit.training.models import (
     InputConfig,
     build_arguments,
+    check_arguments,
+    check_name,
     create_model,
     input_config,
     load_weights_,
@@ -165,6 +167,7 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module
         if checkpoint is not None:
             load_weights_(model, checkpoint, num_classes=num_classes)
         return model
+    check_timm_arguments(recipe)
     return create_model(
         recipe.model.label,
         num_classes=num_classes,
@@ -174,6 +177,13 @@ def build_model(recipe: Recipe, num_classes: int, *, weights: bool) -> nn.Module
         image_size=recipe.data.image_size,
         args=recipe.model.args,
     )
+
+
+def check_timm_arguments(recipe: Recipe) -> None:
+    """Raise ModelError if `model.args` holds what does not shape timm's model."""
+    check_name(recipe.model.label)
+    with naming("model.args"):
+        check_arguments(recipe.model.label, recipe.model.args)
 
 
 def build_own_model(recipe: Recipe, num_classes: int | None) -> nn.Module:

@@ -26,7 +26,7 @@ from sparsekit.runs.choosing import check_speed
 from sparsekit.runs.results import Attempt, AttemptFinetuned, AttemptsResult, CutResult, SparsifyResult
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
-from sparsekit.runs.stages import Stage, run_stage
+from sparsekit.runs.stages import Stage, artifact, run_stage
 from sparsekit.structure.counting import count_macs
 from sparsekit.structure.plan import PrunePlan
 
@@ -168,8 +168,8 @@ _STAGES = (
         ("training", "sparsify", "cut"),
         ("checkpoints/sparse.safetensors",),
     ),
-    Stage("cut", prune_stages.cut, ("cut",), ("checkpoints/cut/model.safetensors",)),
-    Stage("finetune", _finetune, ("training", "finetune"), ("pruned/model.safetensors",)),
+    Stage("cut", prune_stages.cut, ("cut",), artifact("checkpoints/cut")),
+    Stage("finetune", _finetune, ("training", "finetune"), artifact("pruned")),
 )
 
 

@@ -14,6 +14,7 @@ journal, so that a resumed run reads the same as one that was not interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +60,7 @@ from sparsekit.runs.results import (
 )
 from sparsekit.runs.run import Run
 from sparsekit.runs.run_directory import RunDirectory
-from sparsekit.runs.stages import Stage, run_stage
+from sparsekit.runs.stages import Stage, artifact, run_stage
 from sparsekit.structure.counting import count_macs, count_params
 from sparsekit.structure.plan import PrunePlan
 from sparsekit.training.data_sources import Images
@@ -82,21 +83,24 @@ def prune(recipe: Recipe, *, output: Path, resume: bool, console: Console) -> Ru
     """
     inputs = open_inputs(recipe)
     accelerator = make_accelerator(recipe)
-    files = RunDirectory(output, writes=accelerator.is_main_process)
-    with accelerator.main_process_first():  # the others find the directory that the main process opened
-        files.open(resume=resume or not files.writes)
-    run = Run(recipe, inputs, files, accelerator, console)
-    story = _story(run.arguments)
-    for stage in story:  # before anything is written, so that a refused resume changes nothing
-        files.check_settings(stage.name, stage.settings(run))
-    own_code.check_code(run)
-    if files.writes:
-        write_text(output / "recipe.yaml", dump_recipe(recipe))
-    if not files.is_done("cut"):
-        _check_target(run)
-    for stage in story:
-        run_stage(run, stage)
-    return build_report(output)
+    files = RunDirectory(output, writes=accelerator.is_main_process, locks=True)
+    with closing(files):
+        with accelerator.main_process_first():  # the others find the directory that the main process opened
+            files.open(resume=resume or not files.writes)
+        run = Run(recipe, inputs, files, accelerator, console)
+        for remark in files.remarks:
+            run.say(remark)
+        story = _story(run.arguments)
+        for stage in story:  # before anything is written, so that a refused resume changes nothing
+            files.check_settings(stage.name, stage.settings(run))
+        own_code.check_code(run)
+        if files.writes:
+            write_text(output / "recipe.yaml", dump_recipe(recipe))
+        if not files.is_done("cut"):
+            _check_target(run)
+        for stage in story:
+            run_stage(run, stage)
+        return build_report(output)
 
 
 def _check_target(run: Run) -> None:
@@ -113,7 +117,7 @@ def _check_target(run: Run) -> None:
 
 def _story(arguments: Arguments) -> list[Stage]:
     """List the stages in order. For a budget of accuracy three of them copy the attempt that is taken."""
-    weights, pruned = "checkpoints/{}.safetensors".format, "{}/model.safetensors".format
+    weights = "checkpoints/{}.safetensors".format
     lengths = [
         f"{phase}.{key}"
         for phase in ("sparsify", "finetune")
@@ -131,13 +135,13 @@ def _story(arguments: Arguments) -> list[Stage]:
         *([baseline] if arguments.trains_baseline else []),
         *([trying] if searched else []),
         Stage("sparsify", sparsify, ("training", "sparsify", "cut"), (weights("sparse"),)),
-        Stage("cut", partial(_cut_and_test, cut), ("cut",), (pruned("checkpoints/cut"),)),
+        Stage("cut", partial(_cut_and_test, cut), ("cut",), artifact("checkpoints/cut")),
         Stage(
-            "finetune", partial(_finetune_and_test, finetune), ("training", "finetune"), (pruned("pruned"),)
+            "finetune", partial(_finetune_and_test, finetune), ("training", "finetune"), artifact("pruned")
         ),
         Stage("export", _export, ("export", "benchmark.provider"), ("dense.onnx", "pruned.onnx")),
         Stage("benchmark", _benchmark, ("benchmark",)),
-        Stage("report", _report, (), ("report.json", "report.html")),
+        Stage("report", _report, (), ("report.json", "report.html"), remakes=True),
     ]
 
 

@@ -23,6 +23,7 @@ from sparsekit.runs.arguments import (
     Target,
     build_model,
     build_own_model,
+    check_timm_arguments,
     image_config,
     make_sparsifier,
     model_arguments,
@@ -258,6 +259,7 @@ def _known_classes(recipe: Recipe) -> int:
     """The number of classes that a finished model knows. Raises ModelError if it is no classifier."""
     spec, size = recipe.model, recipe.data.image_size or 0
     if spec.factory is None:
+        check_timm_arguments(recipe)
         return trained_classes(
             spec.label, checkpoint=spec.checkpoint, image_size=recipe.data.image_size, args=spec.args
         )

@@ -19,13 +19,14 @@ class Stage:
 
     It resumes only with the settings it began with: `sections` of the recipe, seed, precision and images. A section may
     be one key of it (sparsify.epochs). `cut.attempts` may change. `leaves` are the files, below the run directory, that
-    exist when it is done.
+    exist when it is done. One that `remakes` them does so at no cost.
     """
 
     name: str
     body: Callable[[Run, Callable[[], None]], object]
     sections: tuple[str, ...]
     leaves: tuple[str, ...] = ()
+    remakes: bool = False
 
     def settings(self, run: Run) -> dict[str, Any]:
         """Return the settings that it depends on."""
@@ -41,17 +42,22 @@ class Stage:
         return kept
 
 
+def artifact(folder: str) -> tuple[str, str]:
+    """The files of an artifact in the run directory, which a stage leaves."""
+    return f"{folder}/model.safetensors", f"{folder}/structure.json"
+
+
 def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None) -> None:
     """Run a stage unless it is done. Its `tick` notes the seconds so far, over all starts, and calls `also`."""
     name = stage.name
     record = run.files.begin(name, stage.settings(run))
-    if record.status == "done":
-        missing = [leaf for leaf in stage.leaves if not (run.files.path / leaf).exists()]
-        if missing:
-            raise FileError(
-                f"the stage {name} of the run in {run.files.path} is done, but {', '.join(missing)} is gone; put it "
-                "back, or start again in another --output"
-            )
+    changed = run.files.changed_files(record) if record.status == "done" else []
+    if changed and not stage.remakes:
+        raise FileError(
+            f"the stage {name} of the run in {run.files.path} is done, but {', '.join(changed)}; put it back, or start "
+            "again in another --output"
+        )
+    if record.status == "done" and not changed:
         run.say(f"{name}: done before")
         return
     started = time.monotonic() - record.seconds
@@ -69,7 +75,7 @@ def run_stage(run: Run, stage: Stage, *, also: Callable[[], None] = lambda: None
         raise
     run.accelerator.wait_for_everyone()
     tick()
-    run.files.finish(record, result)
+    run.files.finish(record, result, stage.leaves)
     if run.files.writes:
         for state in run.files.training_states(name):
             state.unlink()  # only an unfinished stage needs it

@@ -61,7 +61,7 @@ def create_model(
 
     Raises ModelError (unknown name, arguments that do not fit, no pretrained weights) and FileError (checkpoint).
     """
-    _check_name(name)
+    check_name(name)
     check_arguments(name, args or ())
     keywords = {**(args or {}), "num_classes": num_classes, "in_chans": in_chans}
     # Weights from a file replace all others: there is nothing to download.
@@ -79,7 +79,7 @@ def trained_classes(
 
     The random state does not move. Raises ModelError and FileError as `create_model` does.
     """
-    _check_name(name)
+    check_name(name)
     check_arguments(name, args or ())
     with torch.random.fork_rng():
         model: Any = _build(name, False, image_size, args or {})
@@ -220,7 +220,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
         save_file(state, temporary, metadata={"format": "pt"})
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ModelError if timm has no model of this name."""
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or timm.is_model(name.split(".")[0]):
         return
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +29,8 @@ def _files(path: Path) -> dict[str, bytes]:
 def test_a_new_directory_holds_an_empty_journal(tmp_path: Path) -> None:
     _opened(tmp_path / "deep" / "run")
     journal = json.loads((tmp_path / "deep" / "run" / "checkpoints" / "journal.json").read_text())
-    assert journal == {"stages": [], "code": []}
+    writer = {"process": os.getpid(), "machine": socket.gethostname()}
+    assert journal == {"writer": writer, "stages": [], "code": []}
 
 
 def test_an_empty_directory_may_be_used(tmp_path: Path) -> None:
@@ -137,7 +143,8 @@ def test_changed_settings_are_refused_by_their_dotted_names(tmp_path: Path) -> N
         ("checkpoints/journal.json", '{"stages": [{"status": "done"}]}'),
         ("checkpoints/journal.json", '{"stages": [{"name": "dense", "colour": "red"}]}'),
         ("checkpoints/journal.json", "\xff\xfe"),
-        ("metrics.jsonl", '{"phase": "dense", "epoch"'),
+        ("checkpoints/journal.json", '{"stages": [1]}'),
+        ("checkpoints/journal.json", "[" * 100_000),
     ],
 )
 def test_a_damaged_run_cannot_be_resumed_and_is_left_as_it_was(
@@ -199,3 +206,83 @@ def test_a_stage_that_left_nothing_behind_may_begin_again_with_other_settings(tm
     (run.checkpoints / "sparsify.state.safetensors").touch()
     with pytest.raises(FileError, match="target"):
         run.begin("sparsify", {"target": 0.7})
+
+
+def test_a_damaged_line_of_metrics_is_dropped_and_told(tmp_path: Path) -> None:
+    run = _opened(tmp_path)
+    for epoch in range(3):
+        run.add_metrics({"phase": "dense", "epoch": epoch})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:-4], "\xff", "[]", lines[2]]))
+    again = _opened(tmp_path, resume=True)
+    assert [row["epoch"] for row in again.metrics] == [0, 2]
+    assert [remark.partition(" of ")[0] for remark in again.remarks] == ["line 2", "line 3", "line 4"]
+
+
+@pytest.mark.parametrize("left", [[], ["checkpoints/"], ["checkpoints/.journal.json.ab12.tmp", ".lock"]])
+def test_a_directory_whose_process_died_before_it_wrote_is_new(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if name.endswith("/") else path.write_text("half")
+    with pytest.raises(FileError, match=r"no run to resume in .*; start it without --resume"):
+        _opened(tmp_path / "run", resume=True)
+    _opened(tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    _opened(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_its_journal_is_told_as_that(tmp_path: Path, resume: bool) -> None:
+    run = _opened(tmp_path)
+    (run.checkpoints / "dense.safetensors").write_text("weights")
+    (run.checkpoints / "journal.json").unlink()
+    with pytest.raises(FileError, match=r"without its journal, checkpoints/journal\.json; put it back"):
+        _opened(tmp_path, resume=resume)
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from sparsekit.runs.run_directory import RunDirectory
+files = RunDirectory(Path(sys.argv[1]), locks=True)
+files.open(resume=False)
+print("open", flush=True)
+time.sleep(120)
+"""
+
+
+def test_one_process_writes_and_its_death_lets_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        before = _files(tmp_path)
+        second = RunDirectory(tmp_path / "run", locks=True)
+        named = f"is being written by process {other.pid} on {socket.gethostname()}; wait until it ends"
+        with pytest.raises(FileError, match=named):
+            second.open(resume=True)
+        assert _files(tmp_path) == before
+        RunDirectory(tmp_path / "run", writes=False, locks=True).open(resume=True)  # who reads needs no lock
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    second.open(resume=True)
+    second.close()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_files_that_a_stage_left_are_known_by_their_content(tmp_path: Path) -> None:
+    run = _opened(tmp_path)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"0123456789")
+    run.finish(run.begin("export", {}), {}, ("a", "b", "c"))
+    again = _opened(tmp_path, resume=True)
+    assert again.changed_files(again.stages["export"]) == []
+    (tmp_path / "a").write_bytes(b"0123456788")
+    (tmp_path / "b").write_bytes(b"")
+    (tmp_path / "c").unlink()
+    assert again.changed_files(again.stages["export"]) == [
+        "a is not the file that it left",
+        "b is not the file that it left",
+        "c is gone",
+    ]
