@@ -1,4 +1,4 @@
-"""What errors say of other errors, and of a full disk."""
+"""What errors say of other errors, and of a full disk; and that files are on the disk before their names are."""
 
 from __future__ import annotations
 
@@ -52,3 +52,24 @@ def test_a_full_disk_is_named_as_such_and_leaves_the_old_file(tmp_path: Path, er
         write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int]] = []
+    sync, replace = os.fsync, os.replace
+
+    def note_sync(handle: int) -> None:
+        told.append(("sync", os.fstat(handle).st_ino))
+        sync(handle)
+
+    def note_replace(source: Path, target: Path) -> None:
+        told.append(("replace", source.stat().st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    path = tmp_path / "journal.json"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    file, folder = path.stat().st_ino, tmp_path.stat().st_ino
+    assert told == [("sync", file), ("replace", file), ("sync", folder)]
