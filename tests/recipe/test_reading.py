@@ -548,7 +548,10 @@ def test_each_bad_override_is_told_as_such(load: Load, override: str, message: s
             ["model={factory: nets:build, pretrained: true}", "data.image_size=32"],
             "model.pretrained means timm's weights, got true for the function nets:build; set model.checkpoint, or ",
         ),
-        (["model.args={in_chans: 1}"], "model.args must not hold in_chans, because it comes from data.in_chans"),
+        (
+            ["model.args={in_chans: 1}"],
+            "model.args must not hold in_chans, because it comes from data.in_chans",
+        ),
         (["model={}"], "model.name is required: a timm model name, such as resnet18; or model.factory, "),
         (["training.mixup=0.2", "data.batch_size=33"], "data.batch_size must be even for mixup and cutmix"),
         (
