@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -55,10 +56,24 @@ def placer(path: Path, overrides: Sequence[str] = ()) -> Callable[[str], str]:
     return lambda message: "\n".join(_with_place(line, draft) for line in message.splitlines())
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every default written out; `load_recipe` reads it back as an equal recipe."""
+def dump_recipe(recipe: Recipe, *, names_only: bool = False) -> str:
+    """The recipe as YAML, every default written out; `load_recipe` reads it back as an equal recipe.
+
+    `names_only`: of paths only the last part, as in files that are given away; they say who the person is.
+    """
     values = recipe.model_dump(mode="json")
+    if names_only:
+        values = _without_folders(recipe.model_dump(), values)
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_folders(values: Any, plain: Any) -> Any:
+    """The plain values, with the last part of each that is a path."""
+    if isinstance(values, Path):
+        return values.name or values.resolve().name
+    if isinstance(values, dict):
+        return {key: _without_folders(values[key], value) for key, value in plain.items()}
+    return plain
 
 
 def default_output(path: Path) -> Path:

@@ -243,7 +243,7 @@ class Run:
             "class_names": list(self.inputs.data.class_names),
             **asdict(self.inputs.config),
             **{name.replace("accuracy", self.measure): value for name, value in accuracies.items()},
-            "recipe": dump_recipe(self.recipe),
+            "recipe": dump_recipe(self.recipe, names_only=True),
             "versions": library_versions(),
         }
 

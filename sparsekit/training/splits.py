@@ -85,7 +85,8 @@ def open_data(
         validation=limited[1],
         test=limited[2],
         class_names=class_names,
-        description=f"{_named(name, root)}, {kinds_of}: {counts} images",
+        # It goes into reports, which are given away: a whole path would say who the person is.
+        description=f"{_named(name, root and Path(root.resolve().name))}, {kinds_of}: {counts} images",
     )
 
 
