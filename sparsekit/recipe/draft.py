@@ -31,6 +31,10 @@ _CORE_TAGS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# A few lines of nested aliases can stand for billions of values. The longest recipe of ours has 150.
+_MOST_NODES, _MOST_LEVELS, _LONGEST_TEXT = 10_000, 50, 1_000_000
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way to replace its rules)
 
@@ -159,7 +163,8 @@ def dotted_key(path: Sequence[str]) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(_LONGEST_TEXT + 1)
     except FileNotFoundError:
         names = [one.name for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
@@ -185,8 +190,15 @@ class _Syntax:
 
 def _compose(text: str) -> yaml.Node | _Syntax | None:
     """The node tree of a YAML text; None for an empty one."""
+    if len(text) > _LONGEST_TEXT:
+        return _Syntax(f"not valid as a recipe: longer than {_LONGEST_TEXT:,} characters", 0)
     try:
-        return yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None:
+            _count(node, (), {})
+        return node
+    except _TooLargeError as error:
+        return _Syntax(f"not valid as a recipe: {error}", 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         hint = "; indent with spaces, not tabs" if "\\t" in (error.problem or "") else ""
@@ -197,6 +209,37 @@ def _compose(text: str) -> yaml.Node | _Syntax | None:
         return _Syntax(f"not valid YAML: {' '.join(str(error).split())}", 0)
     except RecursionError:
         return _Syntax("not valid as a recipe: nested too deeply", 0)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _count(
+    node: yaml.Node, around: tuple[yaml.Node, ...], known: dict[int, tuple[int, int]]
+) -> tuple[int, int]:
+    """How many nodes there are from this one down, each as often as aliases repeat it, and how deep they are nested.
+
+    Raises _TooLargeError where that is more than a recipe can need.
+    """
+    if any(node is one for one in around):  # it contains itself, which is told by its place
+        return 1, 1
+    if id(node) not in known:
+        if len(around) > _MOST_LEVELS:
+            raise _TooLargeError(f"nested more than {_MOST_LEVELS} deep")
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for one in inside for part in (one if isinstance(one, tuple) else (one,))]
+        counted = [_count(part, (*around, node), known) for part in parts]
+        known[id(node)] = (
+            1 + sum(n for n, _ in counted),
+            1 + max((height for _, height in counted), default=0),
+        )
+    n, height = known[id(node)]
+    if n > _MOST_NODES:
+        raise _TooLargeError(f"more than {_MOST_NODES:,} values, counted as often as aliases repeat them")
+    if height > _MOST_LEVELS:
+        raise _TooLargeError(f"nested more than {_MOST_LEVELS} deep")
+    return n, height
 
 
 def _node_word(node: yaml.Node) -> str:

@@ -664,6 +664,12 @@ def test_a_missing_section_is_named(load: Load) -> None:
     ]
 
 
+# A kilobyte that stands for 10^24 values.
+ALIASES = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 25)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -677,6 +683,11 @@ def test_a_missing_section_is_named(load: Load) -> None:
         ("a: *b\n", r"not valid YAML: found undefined alias 'b' \(x.yaml, line 1\)"),
         ("a: \x07\n", "not valid YAML: unacceptable character"),
         ("[" * 3000, "nested too deeply"),
+        ("a: " + "[" * 300 + "]" * 300 + "\n", r"nested more than 50 deep \(x.yaml\)"),
+        ("a: " + "{b: " * 300 + "1" + "}" * 300 + "\n", "nested more than 50 deep"),
+        (ALIASES, "more than 10,000 values, counted as often as aliases repeat them"),
+        ("a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 90)), "more than 50 deep"),
+        ("# " + "x" * 1_000_000, "longer than 1,000,000 characters"),
     ],
 )
 def test_files_that_are_no_recipe(load: Load, text: str, message: str) -> None:
