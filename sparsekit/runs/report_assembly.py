@@ -209,6 +209,15 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
     tested, shortfall = files.result("cut", TestedCut), files.result("sparsify", SparsifyResult).shortfall
     cut, effect, attempts = tested.cut, tested.effect, _attempts(files)
     subject, asked = "The target was not met as asked", "Asked"
+    data, final = files.result("dense", DenseResult).data, files.result("finetune", FinetuneResult).accuracy
+    yield from lost_accuracy(
+        final_dense(files).accuracy,
+        effect.accuracy_before_cut,
+        effect.accuracy_after_cut,
+        final,
+        classes=len(data.class_names),
+        images=data.test,
+    )
     if attempts is not None:
         yield from _accuracy_warnings(recipe, files, attempts)
         subject = "The attempt that was taken did not meet its target"
@@ -236,7 +245,6 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
             "their channels are no multiple of 4, or their narrow groups cannot be merged; set cut.round_to: auto."
         )
     dense = files.result("dense", DenseResult)
-    data = dense.data
     if not data.labels:
         yield (
             "The images have no labels: every accuracy is the share of images on which a model gives the dense model's "
@@ -256,6 +264,39 @@ def _warnings(recipe: Recipe, files: RunDirectory) -> Iterator[str]:
         )
     if (n := data.test) < 1000:
         yield f"The test set has {n} images: one image is {1 / n:.4f} of accuracy."
+
+
+def lost_accuracy(
+    dense: float, sparsified: float, cut: float, pruned: float, *, classes: int, images: int
+) -> Iterator[str]:
+    """Warn of the first model that knows no more than guessing does, and of one that lost half of what was known.
+
+    The accuracies, on as many test images, are those of the dense model, and of the pruned one before the cut, right
+    after it, and at the end.
+    """
+    chance = 1 / max(classes, 1)
+    guessing = chance + 2 * math.sqrt(chance * (1 - chance) / max(images, 1))
+    models = {"dense model": dense, "model after sparsify": sparsified, "model after the cut": cut}
+    models["pruned model"] = pruned
+    hints = {
+        "dense model": "what is pruned has not learned; train it for longer, or look at training.lr and the images",
+        "model after sparsify": "ask for less in cut.target, lower sparsify.strength or training.lr, or give "
+        "sparsify.epochs more",
+        "model after the cut": "cut channels that are zero (cut.method auto), or set cut.repair",
+        "pruned model": "look at finetune.epochs and finetune.lr",
+    }
+    for name, accuracy in models.items():
+        if accuracy <= guessing:
+            yield (
+                f"The {name} is right on {accuracy:.4f} of the test images, no more than guessing among {classes} "
+                f"classes: {hints[name]}."
+            )
+            return
+    if pruned < chance + (dense - chance) / 2:
+        yield (
+            f"The pruned model has lost more than half of what the dense one knew: {pruned:.4f} of {dense:.4f}, where "
+            f"guessing gives {chance:.4f}. Ask for less in cut.target, or train for longer."
+        )
 
 
 def _accuracy_warnings(recipe: Recipe, files: RunDirectory, found: AttemptsResult) -> Iterator[str]:
