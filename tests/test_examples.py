@@ -1,11 +1,13 @@
-"""The examples run as a reader would run them: as programs, in a process of their own."""
+"""The examples run as a reader would run them: as programs, most in a process of their own."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -52,6 +54,62 @@ def test_the_loop_to_a_speed_cuts_and_says_what_was_asked_and_measured(tmp_path:
     assert re.search(r"^speed-up asked 1\.20, measured \d+\.\d\d, ", finished.stdout, re.MULTILINE)
     for name in ("dense", "pruned"):
         onnx.checker.check_model(onnx.load(tmp_path / f"{name}.onnx"))
+
+
+@pytest.fixture
+def to_a_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str], tuple[str, list[float]]]:
+    """Run an example with few steps, in this process, and measured in a hurry: no figure of speed is looked at.
+
+    Returns what it printed, and the metric of the dense and the pruned model.
+    """
+    monkeypatch.setattr("sparsekit.latency.search._MAX_TRIALS", 1)
+    monkeypatch.setattr("sparsekit.latency.search._ROUNDS", 10)
+    monkeypatch.setattr("sparsekit.latency.layers._ROUNDS", 10)
+    monkeypatch.setattr("sparsekit.latency.operators._NARROW", 1.0)
+
+    def run(name: str, metric: str) -> tuple[str, list[float]]:
+        line = [name, "--output", str(tmp_path), "--steps", "12", "--speedup", "1.2"]
+        monkeypatch.setattr(sys, "argv", line)
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed = capsys.readouterr().out
+        assert re.search(r"^found after 1 trials: \d+\.\d\d times as fast$", printed, re.MULTILINE)
+        assert "all that was to go is zero" in printed
+        differ = re.search(
+            r"^masked and cut model differ by (\S+) of the largest output$", printed, re.MULTILINE
+        )
+        assert differ is not None
+        assert float(differ[1]) < 1e-4
+        row = rf"^(dense|pruned): {metric} ([01]\.\d{{3}}), ([\d,]+) parameters$"
+        dense, pruned = re.findall(row, printed, re.MULTILINE)
+        assert (dense[0], pruned[0]) == ("dense", "pruned")
+        assert int(pruned[2].replace(",", "")) < int(dense[2].replace(",", ""))
+        assert re.search(r"^speed-up asked 1\.20, measured \d+\.\d\d, ", printed, re.MULTILINE)
+        for file in ("dense.onnx", "pruned.onnx"):
+            onnx.checker.check_model(onnx.load(tmp_path / file))
+        return printed, [float(dense[1]), float(pruned[1])]
+
+    return run
+
+
+def test_the_detector_gets_to_a_speed_and_its_file_finds_the_same_boxes(
+    to_a_speed: Callable[[str, str], tuple[str, list[float]]],
+) -> None:
+    printed, (_, pruned) = to_a_speed("detector.py", "average precision")
+    in_file = re.search(r"^pruned in ONNX Runtime: average precision (\S+)$", printed, re.MULTILINE)
+    assert in_file is not None
+    assert float(in_file[1]) == pytest.approx(pruned, abs=0.01)
+
+
+def test_the_segmentation_gets_to_a_speed_and_its_file_gives_the_same_classes(
+    to_a_speed: Callable[[str, str], tuple[str, list[float]]],
+) -> None:
+    printed, metrics = to_a_speed("segmentation.py", "mean IoU")
+    assert min(metrics) > 0.1
+    same = re.search(r"^in ONNX Runtime (\S+)% of the pixels are of the same class$", printed, re.MULTILINE)
+    assert same is not None
+    assert float(same[1]) > 99.5
 
 
 @pytest.mark.parametrize("name", ["lightning_trainer.py", "hugging_face_trainer.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,22 +14,28 @@ from sparsekit.structure.plan import PrunePlan
 from sparsekit.surgery.mask import mask_model
 from sparsekit.surgery.unstable_outputs import largest_difference_of_layers
 
+# An output that is smaller than this share of the largest one is taken for that large: it may be rounding alone.
+_SMALLEST_SCALE = 1e-6
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' outputs are apart: the largest absolute difference, and the largest absolute output."""
+    """How far two models' outputs are apart: the largest absolute difference, and the largest absolute value.
+
+    Of several outputs both are of the one that differs most for its size: boxes in pixels must not hide scores.
+    """
 
     max_abs: float
     scale: float
 
     @property
     def max_rel(self) -> float:
-        """`max_abs` relative to the largest output."""
+        """`max_abs` relative to the largest value of that output."""
         return self.max_abs / self.scale if self.scale > 0 else self.max_abs
 
 
 def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, tolerance: float = 1e-4) -> Agreement:
-    """Prove that the masked and the cut model agree within `tolerance`, relative to the largest output.
+    """Prove that the masked and the cut model agree within `tolerance`, each output relative to its largest value.
 
     If they do not, they are compared in float64: some networks amplify rounding, and a wrong index stays wrong. Where
     noise of rounding size moves the outputs as much, as with a detector that sorts boxes which are as good, the layers
@@ -51,7 +58,7 @@ def verify_cut(model: nn.Module, pruned: nn.Module, plan: PrunePlan, *, toleranc
         raise VerificationError(failure)
     if not found.max_rel <= tolerance:
         raise VerificationError(
-            f"the cut model differs from the masked one by {found.max_abs:.3g} (largest output "
+            f"the cut model differs from the masked one by {found.max_abs:.3g} (largest value "
             f"{found.scale:.3g}, tolerance {tolerance:g}); nothing was written"
         )
     return found
@@ -102,26 +109,36 @@ def compare_outputs(
         for batch in batches:
             inputs = way.draw(seed + batch, first, batch)
             found.append(agreement(outputs(first, inputs), outputs(second, inputs)))
-    return Agreement(max(one.max_abs for one in found), max(one.scale for one in found))
+    return max(found, key=lambda one: one.max_rel)
 
 
 def agreement(ours: list[Tensor], theirs: list[Tensor]) -> Agreement:
-    """Largest difference of two models' outputs on the same inputs.
+    """How far two models' outputs on the same inputs are apart, for that which differs most for its size.
 
     Raises VerificationError if they differ in number, in shape or in being finite.
     """
-    max_abs = scale = 0.0
     shapes = [tuple(t.shape) for t in ours], [tuple(t.shape) for t in theirs]
     if shapes[0] != shapes[1]:
         raise VerificationError(f"outputs have different shapes: {shapes[0]} and {shapes[1]}")
-    for mine, other in zip(ours, theirs, strict=True):
-        if not mine.numel():
-            continue
+    pairs = [
+        (_as_numbers(mine), _as_numbers(other))
+        for mine, other in zip(ours, theirs, strict=True)
+        if mine.numel()
+    ]
+    scales = [float(mine.abs().max()) for mine, _ in pairs]
+    least = _SMALLEST_SCALE * max(scales, default=0.0)
+    worst = Agreement(0.0, max(scales, default=0.0))
+    for (mine, other), scale in zip(pairs, scales, strict=True):
         difference = float((mine - other).abs().max())
-        if difference != difference:
-            raise VerificationError("an output is not a number")
-        max_abs, scale = max(max_abs, difference), max(scale, float(mine.abs().max()))
-    return Agreement(max_abs, scale)
+        if not math.isfinite(difference):
+            raise VerificationError("an output is not a finite number")
+        worst = max(worst, Agreement(difference, max(scale, least)), key=lambda one: one.max_rel)
+    return worst
+
+
+def _as_numbers(values: Tensor) -> Tensor:
+    """Whole numbers and truth values as float64: truth values have no difference."""
+    return values if values.is_floating_point() or values.is_complex() else values.double()
 
 
 def outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:

@@ -355,6 +355,33 @@ def test_a_cut_that_is_wrong_is_reported() -> None:
         verify_cut(model, cut, plan)
 
 
+class BoxesAndKinds(nn.Module):
+    """Ends as a detector does: boxes in pixels, scores, what is found, and what is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.boxes, self.kinds = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.body(x).relu()
+        boxes, scores = self.boxes(x).sigmoid() * 1e4, self.kinds(x).sigmoid()
+        return {"boxes": boxes, "scores": scores, "found": scores > 0.5, "rest": scores + 1 - scores - 1}
+
+
+def test_each_output_is_compared_for_its_own_size() -> None:
+    torch.manual_seed(0)
+    model = BoxesAndKinds()
+    groups = find_groups(model, torch.randn(1, 3, 8, 8))
+    assert [group.name for group in groups.free] == ["body"]
+    plan = make_plan(groups, random_masks(groups, 0.5))
+    cut = apply_plan(model, plan)
+    assert verify_cut(model, cut, plan).max_rel < 1e-4
+    with torch.no_grad():
+        cut.kinds.bias += 0.01
+    with pytest.raises(VerificationError, match="differs from the masked one"):
+        verify_cut(model, cut, plan)
+
+
 class Amplifying(nn.Module):
     """What two sums differ by in their last digits is all that its outputs show."""
 
