@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 # Tests leave no latencies in the user's cache, and take none from it; all processes of a session share one.
 os.environ.setdefault("PYTEST_SPARSEKIT_CACHE", tempfile.mkdtemp(prefix="sparsekit-tests-"))
@@ -27,6 +31,27 @@ gc.disable()
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """For each export torch reads its table of ONNX operators anew, a third of the time that a small model takes."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        read = functools.cache(ONNXRegistry.from_torchlib)
+    except (ImportError, AttributeError):  # it is torch's own affair, and may go
+        yield
+        return
+
+    def from_torchlib(*args: Any, **kwargs: Any) -> ONNXRegistry:
+        registry = copy.copy(read(*args, **kwargs))
+        # An export may add to its table.
+        registry.functions = {operator: list(entries) for operator, entries in registry.functions.items()}
+        return registry
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
+        yield
 
 
 @pytest.fixture(scope="session")
