@@ -616,6 +616,16 @@ def random_masks(groups: ChannelGroups, share: float, seed: int = 0) -> dict[str
     return masks
 
 
+def ways_to_cut(groups: ChannelGroups) -> list[dict[str, Tensor]]:
+    """Each group alone, all but it, all, and all to one unit."""
+    n = {group.name: group.n_channels for group in groups.free}
+    some = {name: torch.arange(size) % 3 != 1 for name, size in n.items()}
+    whole = {name: torch.ones(size, dtype=torch.bool) for name, size in n.items()}
+    one = {group.name: torch.arange(group.n_channels) < group.least for group in groups.free}
+    alone = [{**whole, name: some[name]} for name in n]
+    return [*alone, *({**some, name: whole[name]} for name in n), some, one]
+
+
 def zero_dropped_(model: nn.Module, plan: PrunePlan) -> None:
     """Set everything that produces a dropped channel to zero, as a penalty would; the consumers are left alone."""
     state = model.state_dict()

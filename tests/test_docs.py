@@ -27,7 +27,6 @@ from sparsekit.coupling.rules import meeting, norms, reductions, table
 from sparsekit.recipe.recipe import Recipe
 from sparsekit.recipe.specs import nested_spec
 from sparsekit.sparsify import prox
-from sparsekit.surgery import cut
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -151,13 +150,13 @@ class _Crosses(nn.Module):
         return out
 
 
-class L2Norm(nn.Module):
+class MeanNorm(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(n)), 1e-6
+        self.weight, self.eps = nn.Parameter(torch.ones(n)), 1e-2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight[:, None, None] * x * torch.rsqrt(x.square().sum(1, keepdim=True) + self.eps)
+        return self.weight[:, None, None] * x / (x.abs().mean(1, keepdim=True) + self.eps)
 
 
 def test_the_operator_that_the_architecture_page_adds_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +169,11 @@ def test_the_operator_that_the_architecture_page_adds_is_followed(monkeypatch: p
 
 
 def test_the_norm_that_the_architecture_page_adds_can_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), L2Norm(16), nn.Conv2d(16, 2, 1))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), MeanNorm(16), nn.Conv2d(16, 2, 1))
     example = torch.randn(1, 3, 8, 8)
     assert "mixes channels" in sparsekit.find_groups(model, example)["0"].frozen
-    monkeypatch.setitem(trace._WHOLE_MODULES, "L2Norm", "l2_norm")
-    monkeypatch.setitem(table._RULES, "l2_norm", _shown("l2_norm", norms))
-    monkeypatch.setattr(cut, "make_up_for_the_mean_", lambda model, plan: None)
+    monkeypatch.setitem(trace._WHOLE_MODULES, "MeanNorm", "mean_norm")
+    monkeypatch.setitem(table._RULES, "mean_norm", _shown("mean_norm", norms))
     assert sparsekit.find_groups(model, example)["0"].frozen == ""
 
 

@@ -171,7 +171,7 @@ def _frozen_if_needed(group: ChannelGroup, ignore: Sequence[str], parametrised: 
         m.module.partition(".parametrizations")[0] for m in group.members if m.module in parametrised
     ):
         reason = f"{computed[0]}.weight {COMPUTED}"
-    elif not reason and not group.of_role("consumer"):
+    elif not reason and not group.of_role("consumer") and not group.summed:
         reason = "no layer reads its channels one by one"
     elif not reason and group.n_channels < 2:
         reason = "its channels can only go together"

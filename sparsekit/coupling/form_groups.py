@@ -64,6 +64,8 @@ class _Noted:
         self.roles = {role: _flags(seen, role) for role in _ROLES}
         self.makes = self.roles["producer"] | self.roles["depthwise"]
         self.factor, self.gate = _flags(seen, "factor"), _flags(seen, "gate")
+        # These norms add up channels, too.
+        self.summed = _flags(seen, "summed") | self.roles["response"] | self.roles["layer_norm"]
 
     def role(self, atom: int) -> Role:
         return next((role for role, flags in self.roles.items() if flags[atom]), "parameter")
@@ -120,7 +122,8 @@ def _form(
     rank = {axis.tensor: i for i, axis in enumerate(seen.axes)}
     members.sort(key=lambda m: (m.role == "size", rank.get(m.tensor, 0), m.dim))
     rewrites = sorted({place for number in numbers for place in places.get(number, ())})
-    return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites))
+    summed = any(noted.summed[atoms].any() for _, runs in components for atoms in runs.values())
+    return ChannelGroup("", len(components), tuple(members), reason, tuple(rewrites), summed=summed)
 
 
 def _member(

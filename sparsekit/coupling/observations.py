@@ -10,7 +10,7 @@ The words of this room:
     cover       a coarse label (a head) over a row of finer ones (its entries): it goes when all of them go
     component   atoms that can only go together, numbered by `solve`
     role        what a tensor is to the channels: "producer", "consumer", "norm", ... (`structure.groups.Role`)
-    trait       what is no role and yet counts: "factor", "gate"
+    trait       what is no role and yet counts: "factor", "gate", "summed"
     place       a size in the code of the model: an argument of a reshape
 
 An example: the second convolution reads, by its columns (atoms 10 and 11), what the rows of the first (atoms 1 and 2)
@@ -49,7 +49,8 @@ from sparsekit.structure.places import Attribute, Place
 
 Atoms = NDArray[np.int64]
 # A factor is a weight in a product. A gate makes what a sigmoid or softmax squashes and another value is scaled by.
-Trait = Literal["factor", "gate"]
+# What is summed is added up with other channels.
+Trait = Literal["factor", "gate", "summed"]
 
 
 # The tensor of axes that are none of the model's: a forward pass makes it new, in a size that an attribute gives.

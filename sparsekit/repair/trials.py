@@ -39,8 +39,8 @@ class Trials:
         self._model = copied(dense)
         plan = make_plan(groups, self.base)
         self._bypassed = [block.module for block in plan.blocks]
-        # Masking in place does not know the cuts of norms that look at all channels.
-        self._by_copies = _looks_at_all_channels(plan)
+        # Masking in place silences no channels.
+        self._by_copies = _silences(plan)
         if self._by_copies:
             self.base_loss = self._loss_of_copy(plan)
             return
@@ -52,7 +52,7 @@ class Trials:
     def loss(self, group: ChannelGroup, mask: Tensor) -> float:
         """Return the divergence with this mask of a group."""
         plan = make_plan(self.groups, self.base | {group.name: mask})
-        if self._by_copies or _looks_at_all_channels(plan):
+        if self._by_copies or _silences(plan):
             return self._loss_of_copy(plan)
         own = {member.tensor for member in group.of_role("consumer")}
         if group.bypass:
@@ -70,13 +70,13 @@ class Trials:
         return any(group.lies_in(block) and group.bypass != block for block in self._bypassed)
 
 
-def _looks_at_all_channels(plan: PrunePlan) -> bool:
-    """Whether it cuts norms that look at all channels."""
-    return any(cut.role in ("layer_norm", "response") for cut in plan.cuts)
+def _silences(plan: PrunePlan) -> bool:
+    """Whether it cuts channels that something adds up."""
+    return any(cut.silenced for cut in plan.cuts)
 
 
 def mask_(model: nn.Module, plan: PrunePlan, statistics: InputStatistics) -> None:
-    """Mask a model by a plan and repair it, in place; for plans without cuts of norms that look at all channels."""
+    """Mask a model by a plan and repair it, in place; for plans that silence no channels."""
     tensors = dict(model.named_parameters())
     repair_(model, plan, statistics)
     with torch.no_grad():

@@ -45,8 +45,8 @@ class Inspection:
 
         `channels` counts what can go on its own. `rows_per_channel` counts the rows of each in the first layer that
         makes it: more than 1 for an attention head. The shares are those of all that goes with the group; a layer
-        between two groups counts in both. A member owns `per_channel` positions along `dim`. `unread` names the
-        parameters that no pass read.
+        between two groups counts in both. A member owns `per_channel` positions along `dim`. Of a `summed` group only
+        zeros go without a loss, no constants. `unread` names the parameters that no pass read.
         """
         costs = CostModel(self.groups, frozen=True)
         macs, params = costs.per_group("macs"), costs.per_group("params")
@@ -98,6 +98,7 @@ class Inspection:
             "params_share": params[group.name] / self.params if self.params else 0.0,
             "members": _members(group),
             "block": bool(group.bypass),
+            "summed": group.summed,
             "frozen": group.frozen,
         }
 
@@ -156,6 +157,8 @@ def _details(row: Mapping[str, Any]) -> Iterator[Text]:
         held = tensors if "parameter" in roles else [tensor.rpartition(".")[0] for tensor in tensors]
         if any(name != row["name"] for name in held):
             parts.append(f"{phrase} {_compact(held)}")
+    if row["summed"] and not row["frozen"]:
+        parts.append("added up, so that only zeros go without a loss")
     if parts:
         yield Text("; ".join(parts), style="dim")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparsekit.selection.importance import filter_norms
+from sparsekit.selection.importance import filter_norms, zero_channels
 from sparsekit.selection.rounding import keep_too
 from sparsekit.structure.groups import ChannelGroup, ChannelGroups
 from sparsekit.structure.masks import Masks
@@ -35,15 +35,16 @@ def keep_carriers(model: nn.Module, groups: ChannelGroups, masks: Masks) -> Mask
     stays = {tensor: torch.ones(len(reading.low), dtype=torch.bool) for tensor, reading in readings.items()}
     plain = plain_layers(model, readings)
     merging = {tensor: readings[tensor] for tensor, module in plain.items() if not bias_is_exact(module)}
-    norms = filter_norms(model, groups)
+    norms, dead = filter_norms(model, groups), zero_channels(model, groups)
     for group in cut:
         _mark_(stays, group, kept[group.name])
     for group in cut:
         channel = _missing_carrier(group, merging, stays)
         if channel is not None:
-            importance = norms[group.name]
-            spare = (importance == 0) & _reads_zero(group, readings)
-            kept[group.name] = keep_too(kept[group.name], channel, spare, importance, group.rounding.multiple)
+            spare = dead[group.name] & _reads_zero(group, readings)
+            kept[group.name] = keep_too(
+                kept[group.name], channel, spare, norms[group.name], group.rounding.multiple
+            )
             _mark_(stays, group, kept[group.name])
     return kept
 

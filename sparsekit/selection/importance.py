@@ -47,13 +47,14 @@ def output_shares(model: nn.Module, groups: ChannelGroups) -> Scores:
 def zero_channels(model: nn.Module, groups: ChannelGroups) -> dict[str, Tensor]:
     """Return which channels of each free group have all their penalised weights at 0: bool (n_channels,), on the CPU.
 
-    A norm's shift does not count: a channel of scale 0 is a constant, which the cut folds. A residual block is zero if
-    all its `silenced` members are, shifts included: nothing folds what it adds.
+    A norm's shift does not count: a channel of scale 0 is a constant, which the cut folds. It does where something adds
+    up the channels (`summed`). A residual block is zero if all its `silenced` members are, shifts included: nothing
+    folds what it adds.
     """
     state = model.state_dict()
     zeros = {}
     for group in groups.free:
-        shifts = {f"{scale.module}.bias" for scale in group.scales}
+        shifts = set() if group.summed else {f"{scale.module}.bias" for scale in group.scales}
         members = group.silenced or tuple(m for m in group.penalised if m.tensor not in shifts)
         dead = torch.full((group.n_channels,), bool(members))
         for member in members:

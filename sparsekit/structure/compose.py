@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from sparsekit.errors import InputError
@@ -52,11 +52,15 @@ def _cut_twice(first: TensorCut, second: TensorCut) -> TensorCut:
             f"the second plan does not fit the first: it needs {first.tensor} of size {size} in dimension "
             f"{first.dim}, the first leaves {len(first.keep)}; compose a plan with one made for the model it gives"
         )
-    gone = (first.keep[position] for position in second.drop)
+
+    def before(positions: Iterable[int]) -> tuple[int, ...]:
+        return tuple(first.keep[position] for position in positions)
+
     return replace(
         first,
-        keep=tuple(first.keep[position] for position in second.keep),
-        drop=tuple(sorted((*first.drop, *gone))),
+        keep=before(second.keep),
+        drop=tuple(sorted((*first.drop, *before(second.drop)))),
+        silenced=tuple(sorted((*first.silenced, *before(second.silenced)))),
     )
 
 

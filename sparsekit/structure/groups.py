@@ -88,6 +88,8 @@ class ChannelGroup:
       on. Empty for all other groups.
     - `least` is how many channels have to stay at least: two where the model's code cannot do with one.
     - `rounding` says how many channels a cut may keep.
+    - `summed`: something adds the channels up, such as a sum, an L2 norm or a layer norm over them. Then only a channel
+      that is zero goes without a loss; a constant does not.
     """
 
     name: str
@@ -98,6 +100,7 @@ class ChannelGroup:
     bypass: str = ""
     least: int = 1
     rounding: Rounding = Rounding()
+    summed: bool = False
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """Return the members with this role, in model order."""

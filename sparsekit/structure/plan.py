@@ -20,6 +20,7 @@ from sparsekit.structure.places import Place
 class TensorCut:
     """The positions that stay (`keep`) and go (`drop`) along one dimension of a state-dict entry, ascending.
 
+    Those of `silenced`, some of `drop`, are zero in the masked model: of channels that something adds up.
     With role "size" `tensor` is an integer attribute, or entry `dim` of a tuple, that becomes len(keep).
     """
 
@@ -28,6 +29,7 @@ class TensorCut:
     role: Role
     keep: tuple[int, ...]
     drop: tuple[int, ...]
+    silenced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class PrunePlan:
         try:
             plan = PrunePlan(
                 cuts=tuple(
-                    TensorCut(c["tensor"], c["dim"], c["role"], _listed(c["keep"]), _listed(c["drop"]))
+                    TensorCut(
+                        c["tensor"],
+                        c["dim"],
+                        c["role"],
+                        _listed(c["keep"]),
+                        _listed(c["drop"]),
+                        _listed(c["silenced"]),
+                    )
                     for c in _listed(data["cuts"])
                 ),
                 groups=tuple(
@@ -106,6 +115,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
     """
     known = {group.name: group for group in groups}
     dropped: dict[tuple[str, int], set[int]] = defaultdict(set)
+    silenced: dict[tuple[str, int], set[int]] = defaultdict(set)
     roles: dict[tuple[str, int], Role] = {}
     decided: list[GroupCut] = []
     blocks: list[BlockCut] = []
@@ -123,9 +133,10 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
         for member in group.members:
             key = (member.tensor, member.dim)
             roles[key] = member.role
-            for order, position in enumerate(member.positions):
-                if not keep[order // member.repeat]:
-                    dropped[key].add(position)
+            gone = {p for order, p in enumerate(member.positions) if not keep[order // member.repeat]}
+            dropped[key] |= gone
+            if group.summed and member.penalised:
+                silenced[key] |= gone
     sizes = {**groups.tensor_shapes, **groups.attributes}
     cuts = tuple(
         TensorCut(
@@ -134,6 +145,7 @@ def make_plan(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> PrunePlan:
             roles[tensor, dim],
             keep=tuple(i for i in range(sizes[tensor][dim]) if i not in drop),
             drop=tuple(sorted(drop)),
+            silenced=tuple(sorted(silenced[tensor, dim])),
         )
         for (tensor, dim), drop in sorted(dropped.items())
         if not any(block.holds(tensor) for block in blocks)
@@ -184,7 +196,8 @@ def _check_types(plan: PrunePlan) -> None:
     """Raise TypeError for values of another type than a plan has."""
     expected: list[tuple[Any, type]] = []
     for cut in plan.cuts:
-        expected += [(cut.tensor, str), (cut.dim, int), *((n, int) for n in (*cut.keep, *cut.drop))]
+        expected += [(cut.tensor, str), (cut.dim, int)]
+        expected += [(n, int) for n in (*cut.keep, *cut.drop, *cut.silenced)]
         if cut.role not in get_args(Role):
             raise TypeError(
                 f"the role of {cut.tensor} must be one of {', '.join(get_args(Role))}, got {cut.role!r}"
@@ -206,6 +219,8 @@ def _check_positions(plan: PrunePlan) -> None:
     for cut in plan.cuts:
         if cut.dim < 0 or sorted((*cut.keep, *cut.drop)) != list(range(len(cut.keep) + len(cut.drop))):
             raise ValueError(f"keep and drop of {cut.tensor} are not each position once")
+        if not set(cut.silenced) <= set(cut.drop):
+            raise ValueError(f"it silences what it does not drop of {cut.tensor}")
         if not cut.keep:
             raise ValueError(f"it keeps nothing of {cut.tensor}; a layer must not be emptied")
         if (cut.tensor, cut.dim) in seen:

@@ -90,12 +90,10 @@ def _silence_blocks_(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def _silence_(model: nn.Module, plan: PrunePlan) -> None:
-    """Set dropped channels to zero if the plan cuts norms that look at all channels; in place."""
-    if not any(cut.role in ("response", "layer_norm") for cut in plan.cuts):
-        return
+    """Set what makes dropped channels to zero, where something adds them up; in place."""
     tensors = dict(model.named_parameters())
     with torch.no_grad():
         for cut in plan.cuts:
-            if cut.role not in ("consumer", "response") and cut.tensor in tensors:
+            if cut.silenced and cut.tensor in tensors:  # else it is a bias that would be made
                 tensor = tensors[cut.tensor]
-                tensor.index_fill_(cut.dim, torch.tensor(cut.drop, device=tensor.device), 0)
+                tensor.index_fill_(cut.dim, torch.tensor(cut.silenced, device=tensor.device), 0)

@@ -183,7 +183,7 @@ def _find_and_cut(model: nn.Module) -> list[str]:
         (_branch_on_the_input, ["first"]),
         (_branch_on_one_channel, ["first"]),
         (_branch_on_all_channels, []),
-        (_loop_until_small, []),
+        (_loop_until_small, ["first"]),  # channels that are zero do not change a norm
         (_number_out_of_a_tensor, []),
         (_as_many_as_are_positive, []),
         (_assignment_by_mask, None),  # an operator that may come to be known

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models_by_hand import ways_to_cut
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsekit as sk
-from sparsekit.structure.groups import ChannelGroups
 
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     F.relu,
@@ -109,7 +109,21 @@ class Attended(nn.Module):
         return self.project(mixed).transpose(1, 2).unflatten(2, (h, w))
 
 
-BLOCKS = (Plain, Residual, Excited, Joined, Grouped, Attended)
+class Summed(nn.Module):
+    """What came in, divided by a norm over its channels, beside the product of two layers, added up."""
+
+    def __init__(self, draw: random.Random, width: int, out: int) -> None:
+        super().__init__()
+        self.one, self.two = Plain(draw, width, 6), nn.Conv2d(width, 6, 1)
+        self.order, self.scale = draw.choice((1.0, 2.0)), nn.Parameter(torch.rand(width, 1, 1) + 0.5)
+        self.mix = nn.Conv2d(width, out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = (self.one(x) * self.two(x)).sum(1, keepdim=True)
+        return self.mix(self.scale * F.normalize(x, self.order, 1)) + product
+
+
+BLOCKS = (Plain, Residual, Excited, Joined, Grouped, Attended, Summed)
 
 
 class Network(nn.Module):
@@ -117,7 +131,7 @@ class Network(nn.Module):
         super().__init__()
         draw = random.Random(seed)
         widths = [3, *(draw.choice((6, 8, 9)) for _ in range(4))]
-        # Each kind of block comes first in one of six networks.
+        # Each kind of block comes first in one of seven networks.
         kinds = [BLOCKS[seed % len(BLOCKS)], *draw.choices(BLOCKS, k=3)]
         self.blocks = nn.ModuleList(
             kind(draw, one, other) for kind, one, other in zip(kinds, widths, widths[1:], strict=False)
@@ -130,16 +144,6 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.flatten(1) if self.flat else x.mean((2, 3)))
-
-
-def ways_to_cut(groups: ChannelGroups) -> list[dict[str, Tensor]]:
-    """Each group alone, all but it, all, and all to one unit."""
-    n = {group.name: group.n_channels for group in groups.free}
-    some = {name: torch.arange(size) % 3 != 1 for name, size in n.items()}
-    whole = {name: torch.ones(size, dtype=torch.bool) for name, size in n.items()}
-    one = {group.name: torch.arange(group.n_channels) < group.least for group in groups.free}
-    alone = [{**whole, name: some[name]} for name in n]
-    return [*alone, *({**some, name: whole[name]} for name in n), some, one]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 from torch import Tensor
 
 from sparsekit.coupling.labels import aligned, span
@@ -10,19 +13,38 @@ from sparsekit.coupling.tracer import Known, OperatorCall, Tracer
 
 
 def reducing(tracer: Tracer, call: OperatorCall) -> None:
-    """Sums, means and the like: what is added up along a dimension goes together, channels that are stay."""
+    """Means, maxima and the like: what meets along a dimension goes together, channels that do stay."""
+    _reduce(tracer, call, adds_up=False)
+
+
+def adding_up(tracer: Tracer, call: OperatorCall) -> None:
+    """Sums and norms of finite order: as means, but a channel may go once it is zero, which adds nothing.
+
+    Channels of weights stay: no penalty makes the columns of a dead channel zero.
+    """
+    order = call.named("ord", call.named("p"))
+    finite = order is None or (0 < order < math.inf)
+    _reduce(tracer, call, adds_up=finite and not tracer.known(call.tensors[0]).weight)
+
+
+def _reduce(tracer: Tracer, call: OperatorCall, *, adds_up: bool) -> None:
     tensor, out = call.tensors[0], call.outputs[0]
     known = tracer.known(tensor)
     dims = _reduced_dims(call, tensor)
+    feeds = known.feeds if call.name not in _NOT_ZERO_OF_ZEROS else None
+    rest = []
     for one in known.labels:
-        if span(one) and set(span(one)) <= dims:
+        if not span(one) or not set(span(one)) <= dims:
+            rest.append(one)
+        elif adds_up:
+            tracer.seen.note("summed", one)
+            feeds = np.zeros(0, np.int64)  # without any one channel the others are left
+        else:
             tracer.fix_if_read(out, one, MIXES.format(call.name))
-    rest = [one for one in known.labels if not span(one) or not set(span(one)) <= dims]
     labels = within(tracer, rest, dims, MIXES.format(call.name))
     for d in sorted(dims, reverse=True) if out.dim() < tensor.dim() else ():
         labels = [one.squeeze(d) for one in labels]
     tracer.read(tensor)
-    feeds = known.feeds if call.name not in _NOT_ZERO_OF_ZEROS else None
     for output in call.outputs:
         tracer.learn(output, Known(tuple(labels), known.weight, feeds, known.squashed))
 

@@ -61,7 +61,7 @@ from sparsekit.coupling.rules.placement import (
 from sparsekit.coupling.rules.pointwise import pointwise
 from sparsekit.coupling.rules.quantization import fake_quantising, observed_quantising
 from sparsekit.coupling.rules.recurrence import packing, recurrent
-from sparsekit.coupling.rules.reductions import along_dim, distance, reducing, softmax_rule
+from sparsekit.coupling.rules.reductions import adding_up, along_dim, distance, reducing, softmax_rule
 from sparsekit.coupling.tracer import OperatorCall, Rule, Tracer
 
 
@@ -131,8 +131,9 @@ KINDS: dict[Rule, str] = {
     writing: "index_add index_copy index_fill index_reduce slice_scatter select_scatter",
     index_writing: "index_put _index_put_impl _unsafe_index_put",
     mask_writing: "masked_scatter",
-    reducing: "mean sum nansum amax amin max min argmax argmin aminmax median nanmedian mode kthvalue norm "
-    "linalg_vector_norm var std var_mean std_mean logsumexp prod all any count_nonzero",
+    adding_up: "sum nansum norm linalg_vector_norm",
+    reducing: "mean amax amin max min argmax argmin aminmax median nanmedian mode kthvalue var std var_mean std_mean "
+    "logsumexp prod all any count_nonzero",
     softmax_rule: "_softmax _log_softmax _safe_softmax softmax log_softmax",
     along_dim: "cumsum cumprod cummax cummin logcumsumexp sort topk argsort",
     distance: "cdist _cdist_forward _euclidean_dist",
