@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -578,6 +579,10 @@ _SHAPES: dict[Callable[[], nn.Module], tuple[tuple[int, ...], ...]] = {
 BY_HAND: dict[str, Callable[[], nn.Module]] = {maker.__name__: maker for maker in _SHAPES}  # type: ignore[attr-defined]
 
 
+# Fewer of the same layers.
+_SMALLER: dict[str, dict[str, Any]] = {"densenet121": {"block_config": (2, 2), "growth_rate": 8}}
+
+
 def build(name: str, seed: int = 0) -> Example:
     """A model of `BY_HAND`, or of timm's at 64 px with 5 classes, in float64 and eval mode, and its inputs.
 
@@ -590,7 +595,8 @@ def build(name: str, seed: int = 0) -> Example:
         else:
             import timm
 
-            model = timm.create_model(name, num_classes=5, **({"img_size": 64} if "vit" in name else {}))
+            arguments = {"img_size": 64} if "vit" in name else _SMALLER.get(name, {})
+            model = timm.create_model(name, num_classes=5, **arguments)
             shapes = ((2, 3, 64, 64),)
         model = model.double().eval()
         for module in model.modules():

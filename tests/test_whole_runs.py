@@ -393,7 +393,7 @@ def fast_run(recipe: Path, made_once: Callable[[str, Callable[[Path], None]], Pa
     changes = options(target, "dense.baseline=false", "export.precisions=[int8, fp16]", *WIDE_STEPS)
 
     def make(folder: Path) -> None:
-        with mock.patch("sparsekit.latency.search._MAX_TRIALS", 4):
+        with mock.patch("sparsekit.latency.search._MAX_TRIALS", 2):
             done = in_this_process("prune", recipe, "--output", folder / "run", *changes)
         assert done.returncode == 0, done.stderr
         assert re.search(r"the dense model takes [\d.e-]+ ms; the largest speed-up is predicted", done.stderr)
@@ -408,7 +408,7 @@ def test_a_run_to_a_speed_measures_what_it_chooses_and_cuts_exactly_that(fast_ru
     choice = stages["cut"]["result"]["cut"]["choice"]
     assert choice == stages["sparsify"]["result"]["choice"]
     assert choice["asked"] == 1.2
-    assert 1 <= len(choice["trials"]) <= 4
+    assert 1 <= len(choice["trials"]) <= 2
     assert choice["found"] in choice["trials"]
     assert stages["cut"]["result"]["cut"]["removed_live"] == 0
     assert stages["cut"]["result"]["effect"]["max_abs_logit_change"] < 1e-4

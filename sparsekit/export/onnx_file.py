@@ -61,6 +61,7 @@ def export_onnx(
     Shapes are those of `example_input`, as `find_groups` takes it. With `dynamic_batch` the batch is open: the first
     dimension of every tensor that has the first one's batch size. The file's inputs are the tensors of the example, in
     order; unless `input_names` says otherwise, a single one is called "input", several "input0", "input1" and so on.
+    `output_names` are those of the tensors that the model returns, in order; those without one get the exporter's.
     The opset is the exporter's own unless `opset` is given. `metadata` is stored in the file (`read_metadata`).
 
     A BatchNorm after a convolution is folded into it, subnormal weights become 0, and weights lie in the file itself.

@@ -61,13 +61,15 @@ def _lost(importance: Scores, masks: Masks) -> float:
 def _brute_force(groups: ChannelGroups, importance: Scores, limits: dict[str, float]) -> float:
     """The least that any number of steps of each group loses under the limits."""
     best, costs = np.inf, CostModel(groups)
-    for counts in product(*(range(MULTIPLE, g.n_channels + 1, MULTIPLE) for g in groups.free)):
-        masks = {
-            g.name: importance[g.name] >= importance[g.name].sort(descending=True).values[count - 1]
-            for g, count in zip(groups.free, counts, strict=True)
-        }
-        if all(costs.share(quantity, masks) <= limit for quantity, limit in limits.items()):
-            best = min(best, _lost(importance, masks))
+    ways = {}
+    for name, w in importance.items():
+        least = w.sort(descending=True).values[MULTIPLE - 1 :: MULTIPLE]
+        ways[name] = [(w >= one, _lost({name: w}, {name: w >= one})) for one in least]
+    for way in product(*ways.values()):
+        lost = sum(of_group for _, of_group in way)
+        masks = {name: mask for name, (mask, _) in zip(ways, way, strict=True)}
+        if lost < best and all(costs.share(quantity, masks) <= limit for quantity, limit in limits.items()):
+            best = lost
     return best
 
 
